@@ -1,0 +1,63 @@
+# Every target builds what it needs in .venv; a stamp per set of extras keeps a second run from
+# installing again. `make test PYTHON=python3.12` picks the interpreter, PYTEST_ARGS adds arguments.
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+# The CPU is the default so that a test run never takes an accelerator by accident.
+JAX_PLATFORMS ?= cpu
+export JAX_PLATFORMS
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip
+PYTEST := $(BIN)/python -m pytest $(PYTEST_ARGS)
+PACKAGING := setup.cfg pyproject.toml
+
+.PHONY: demo test parity slow aot lint format clean
+
+demo: $(VENV)/.demo
+	$(BIN)/tunix-gemma4 demo $(DEMO_ARGS)
+
+test: $(VENV)/.test
+	$(PYTEST) -m "not parity and not slow and not aot and not accelerator"
+
+parity: $(VENV)/.parity
+	$(PYTEST) -m "parity and not slow and not aot and not accelerator"
+
+slow: $(VENV)/.parity
+	$(PYTEST) -m "slow and not aot and not accelerator"
+
+aot: $(VENV)/.aot
+	$(PYTEST) -m "aot and not accelerator"
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.test
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV)
+
+$(VENV)/.made:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --upgrade pip
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.made $(PACKAGING)
+	$(PIP) install -e ".[demo]"
+	touch $@
+
+$(VENV)/.test: $(VENV)/.made $(PACKAGING)
+	$(PIP) install -e ".[demo,test]"
+	touch $@
+
+$(VENV)/.parity: $(VENV)/.test
+	$(PIP) install -e ".[demo,test,parity]"
+	touch $@
+
+$(VENV)/.aot: $(VENV)/.test
+	$(PIP) install -e ".[demo,test,aot]"
+	touch $@

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Eight fake CPU devices for every test, and tiny checkpoints that are built once."""
+
+import importlib.util
+import os
+
+# Read by JAX when its backend starts, so they are set before any test imports it. A caller's own
+# choice of platform or flags stands.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = (
+        os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    ).strip()
+
+import pytest  # noqa: E402
+
+_HAS_TORCH = importlib.util.find_spec("torch") is not None
+# Without torch these files cannot even be imported; the report's header says so.
+collect_ignore = [] if _HAS_TORCH else ["parity"]
+
+
+def pytest_report_header():
+    if not _HAS_TORCH:
+        return "tests/parity is not collected: torch is not installed (extra `parity`)"
+    return None
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory):
+    """`tiny_checkpoint(preset="e2b", **options) -> Path` of a tiny directory in HF's format.
+
+    Each combination is built once per session and shared: read it, or copy it before writing.
+    """
+    from tunix_gemma4.tiny import build_tiny_checkpoint
+
+    built = {}
+
+    def build(preset="e2b", **options):
+        key = (preset, *sorted(options.items()))
+        if key not in built:
+            directory = tmp_path_factory.mktemp("tiny") / preset
+            build_tiny_checkpoint(directory, preset=preset, **options)
+            built[key] = directory
+        return built[key]
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def tiny_dir(tiny_checkpoint):
+    """The tiny E2B directory. Shared: read it, or copy it before writing."""
+    return tiny_checkpoint("e2b")

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The package guards its own shape: who imports whom, sizes, headers, paths."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "tunix_gemma4"
+NAME = PACKAGE.name
+
+# From the bottom up. A module imports its own layer or a lower one, never a higher one.
+LAYERS = (
+    ("config", "sharding"),
+    ("model",),
+    ("weights", "losses", "processor"),
+    ("checkpoint", "data", "lora", "sampling", "plan", "tiny", "parity"),
+    ("host",),
+    ("recipes",),
+    ("__main__",),
+)
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+TEXT_SUFFIXES = {".py", ".md", ".cfg", ".toml", ".yaml", ".yml", ".json", ".jinja", ".txt", ""}
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 60
+
+
+def sources(*folders):
+    return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def module_name(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+PACKAGE_SOURCES = sources(NAME)
+SHIPPED_SOURCES = sources(NAME, "examples", "benchmarks")
+MODULES = {module_name(path): path for path in PACKAGE_SOURCES}
+
+
+def runtime_nodes(tree):
+    """All nodes, except what stands under `if TYPE_CHECKING`."""
+    for node in ast.iter_child_nodes(tree):
+        if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)):
+            yield node
+            yield from runtime_nodes(node)
+
+
+def imported_modules(path):
+    """Dotted names of everything that `path` imports when it runs, inside functions too."""
+    found = set()
+    package = module_name(path).split(".")
+    if path.name != "__init__.py":
+        package = package[:-1]
+    for node in runtime_nodes(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*base, *(node.module.split(".") if node.module else [])])
+            for alias in node.names:
+                full = f"{base}.{alias.name}"
+                found.add(full if full in MODULES else base)
+    return found
+
+
+def imported_roots(path):
+    return {name.split(".")[0] for name in imported_modules(path)}
+
+
+def part(name):
+    """`checkpoint` for `tunix_gemma4.checkpoint`, `model` for `tunix_gemma4.model.text`."""
+    return name.split(".")[1]
+
+
+def level_of(name):
+    """A file's own layer, or for `config_checks` the layer of `config`."""
+    own = part(name)
+    return LEVEL[own if own in LEVEL else own.split("_")[0]]
+
+
+def importers_of(library):
+    return {
+        path.relative_to(PACKAGE).parts[0]
+        for path in PACKAGE_SOURCES
+        if library in imported_roots(path)
+    }
+
+
+def test_only_the_host_layer_imports_tunix():
+    assert importers_of("tunix") == {"host"}
+
+
+def test_only_the_parity_command_imports_torch():
+    assert importers_of("torch") <= {"parity.py"}
+
+
+def test_only_parity_tests_import_torch():
+    importers = {path for path in sources("tests") if "torch" in imported_roots(path)}
+    outside = {path for path in importers if "parity" not in path.relative_to(ROOT).parts}
+    assert not outside
+
+
+@pytest.mark.parametrize("name", sorted(set(MODULES) - {NAME}))
+def test_imports_go_downwards_only(name):
+    level = level_of(name)
+    inside = {other for other in imported_modules(MODULES[name]) if other.split(".")[0] == NAME}
+    upwards = {other for other in inside if other == NAME or level_of(other) > level}
+    assert not upwards
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    graph = {name: imported_modules(path) & set(MODULES) for name, path in MODULES.items()}
+    done = set()
+
+    def visit(name, trail):
+        assert name not in trail, " -> ".join([*trail, name])
+        if name not in done:
+            for other in graph[name]:
+                visit(other, (*trail, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+def test_importing_the_package_loads_no_host_and_changes_no_global_setting():
+    program = f"""
+import sys
+import flax
+import jax
+
+flags = [name for name in dir(flax.config) if name.startswith(("flax_", "nnx_"))]
+assert flags
+
+def settings():
+    return dict(jax.config.values), [getattr(flax.config, name) for name in flags]
+
+before = settings()
+import {NAME}
+{NAME}.ModelConfig, {NAME}.Gemma4ForConditionalGeneration
+assert settings() == before
+heavy = {{"tunix", "transformers", "torch"}} & set(sys.modules)
+assert not heavy, heavy
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("path", SHIPPED_SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_and_functions_stay_short(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= MAX_FILE_LINES
+    long = {
+        node.name: node.end_lineno - node.lineno + 1
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and node.end_lineno - node.lineno + 1 > MAX_FUNCTION_LINES
+    }
+    assert not long
+
+
+def test_every_source_file_opens_with_its_license():
+    header = "# SPDX-License-Identifier: Apache-2.0\n"
+    files = [*SHIPPED_SOURCES, *sources("tests")]
+    assert not [path for path in files if not path.read_text().startswith(header)]
+
+
+def test_no_file_names_a_path_of_one_machine():
+    # Spelled so that this file does not match itself.
+    path = re.compile(r"(?:^|[^A-Za-z0-9_.])/(?:work|root|tmp|home)(?=/[a-z])", re.MULTILINE)
+    folders = (NAME, "tests", "examples", "configs", "docs", "benchmarks", ".ci")
+    files = [*ROOT.glob("*"), *(file for name in folders for file in (ROOT / name).rglob("*"))]
+    found = [
+        file.relative_to(ROOT)
+        for file in files
+        if file.is_file() and file.suffix in TEXT_SUFFIXES and path.search(file.read_text())
+    ]
+    assert not found
