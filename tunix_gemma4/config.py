@@ -1,0 +1,320 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a Gemma 4 model is made of, settled layer by layer.
+
+`ModelConfig` keeps the field names of a Hugging Face `config.json` and resolves, in
+`ModelConfig.layers`, everything that varies from layer to layer. No other file asks whether a
+layer is global or shared.
+
+Source: transformers 5.12 `Gemma4Config`, `Gemma4TextConfig`, `Gemma4VisionConfig`.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from .config_checks import DEFAULT_ROPE, KINDS, refuse_unsupported_text, validate
+from .config_parts import LayerSpec, RematConfig, VisionConfig
+
+SUPPORTED_MODEL_TYPES = ("gemma4", "gemma4_unified")
+
+
+def _alias(field: str) -> property:
+    """A read and write property that is another name of `field`."""
+    return property(
+        lambda self: getattr(self, field),
+        lambda self, value: setattr(self, field, value),
+        doc=f"Tunix's name of `{field}`.",
+    )
+
+
+_VISION_FIELDS = tuple(field.name for field in dataclasses.fields(VisionConfig))
+
+
+@dataclasses.dataclass
+class ModelConfig:
+    """A Gemma 4 model. Fields down to `eos_token_id` are HF's `text_config`, defaults included.
+
+    Attributes beyond HF's:
+        text_only: build no vision parameters.
+        dtype: activations. param_dtype: parameters at initialisation.
+        remat_config: see `RematConfig`; also Tunix's integers and names.
+        use_flash_attention, flash_attention_block_size: accepted because Tunix's command line
+            sets them; only False is supported so far.
+        use_sliding_window_kv_cache: sliding layers cache one window (a ring) instead of
+            `max_seq_len` tokens.
+        source: the `config.json` this was read from; `to_hf` keeps what it does not know.
+        source_directory: the directory it was read from, if any.
+    """
+
+    vocab_size: int = 262_144
+    hidden_size: int = 2304
+    intermediate_size: int = 9216
+    num_hidden_layers: int = 30
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 4
+    num_global_key_value_heads: int | None = None
+    head_dim: int = 256
+    global_head_dim: int | None = 512
+    sliding_window: int = 512
+    layer_types: list[str] | None = None
+    rope_parameters: dict | None = None
+    rms_norm_eps: float = 1e-6
+    final_logit_softcapping: float | None = None
+    attention_k_eq_v: bool = False
+    num_kv_shared_layers: int = 0
+    use_double_wide_mlp: bool = False
+    hidden_size_per_layer_input: int = 256
+    vocab_size_per_layer_input: int = 262_144
+    enable_moe_block: bool = False
+    num_experts: int | None = None
+    top_k_experts: int | None = None
+    moe_intermediate_size: int | None = None
+    use_bidirectional_attention: str | None = None
+    max_position_embeddings: int = 131_072
+    pad_token_id: int = 0
+    bos_token_id: int = 2
+    eos_token_id: int | list[int] = 1
+
+    model_type: str = "gemma4"
+    image_token_id: int = 258_880
+    video_token_id: int = 258_884
+    audio_token_id: int = 258_881
+    boi_token_id: int = 255_999
+    eoi_token_id: int = 258_882
+    vision_config: VisionConfig | None = None
+
+    text_only: bool = True
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    remat_config: Any = RematConfig.NONE
+    use_flash_attention: bool = False
+    flash_attention_block_size: int = 1024
+    use_sliding_window_kv_cache: bool = True
+    source: dict = dataclasses.field(default_factory=dict, compare=False, repr=False)
+    source_directory: str | None = dataclasses.field(default=None, compare=False, repr=False)
+
+    def __post_init__(self):
+        self.dtype = jnp.dtype(self.dtype)
+        self.param_dtype = jnp.dtype(self.param_dtype)
+        self.layer_types = list(self.layer_types or _five_to_one(self.num_hidden_layers))
+        self.rope_parameters = copy.deepcopy(self.rope_parameters or DEFAULT_ROPE)
+        validate(self)
+
+    def __hash__(self) -> int:
+        # Configs are static attributes of modules, so JAX hashes them. They stay mutable because
+        # Tunix and its tests assign fields: only what never changes under a built model counts.
+        return hash((self.model_type, self.vocab_size, self.hidden_size))
+
+    # ---- Reading and writing Hugging Face's form.
+
+    @classmethod
+    def from_hf(
+        cls,
+        directory_or_config_json: str | Path | Mapping[str, Any],
+        text_only: bool = True,
+        *,
+        audio: bool = False,
+        **fields: Any,
+    ) -> ModelConfig:
+        """Reads a checkpoint directory, a `config.json`, or its parsed content.
+
+        Args:
+            directory_or_config_json: directory, path or mapping.
+            text_only: leave the vision tower out.
+            audio: asking for the audio tower is an error; it exists to say so.
+            **fields: override fields of `ModelConfig`.
+
+        Raises:
+            ValueError: what is unsupported or contradictory, naming field and value.
+        """
+        source, directory = _read_source(directory_or_config_json)
+        if audio:
+            raise ValueError(
+                "audio=True: the audio tower is not supported; supported: text and images. "
+                "Its tensors are kept when a loaded checkpoint is saved."
+            )
+        model_type = source.get("model_type")
+        if model_type not in SUPPORTED_MODEL_TYPES:
+            raise ValueError(
+                f"model_type: found {model_type!r}; supported: "
+                + ", ".join(map(repr, SUPPORTED_MODEL_TYPES))
+            )
+        text = dict(source.get("text_config") or {})
+        refuse_unsupported_text(text)
+        names = {field.name for field in dataclasses.fields(cls)}
+        known = {key: value for key, value in text.items() if key in names - {"dtype"}}
+        for key in ("image", "video", "audio", "boi", "eoi"):
+            name = f"{key}_token_id"
+            if source.get(name) is not None:
+                known[name] = source[name]
+        dtype = source.get("dtype") or source.get("torch_dtype") or text.get("dtype") or "float32"
+        known |= {"model_type": model_type, "dtype": dtype, "param_dtype": dtype}
+        vision = source.get("vision_config")
+        if model_type == "gemma4" and vision is not None:
+            known["vision_config"] = VisionConfig(
+                **{key: value for key, value in vision.items() if key in _VISION_FIELDS}
+            )
+        known |= {"source": source, "source_directory": directory, "text_only": text_only}
+        return cls(**(known | fields))
+
+    def to_hf(self) -> dict[str, Any]:
+        """The `config.json` of this model; what `source` holds beyond it is kept."""
+        result = copy.deepcopy(self.source)
+        text = {name: getattr(self, name) for name in _TEXT_FIELDS}
+        text["layer_types"] = list(self.layer_types)
+        text["rope_parameters"] = copy.deepcopy(self.rope_parameters)
+        text["model_type"] = f"{self.model_type}_text"
+        text["hidden_activation"] = "gelu_pytorch_tanh"
+        text["tie_word_embeddings"] = True
+        result["text_config"] = result.get("text_config", {}) | text
+        if self.vision_config is not None:
+            vision = dataclasses.asdict(self.vision_config)
+            vision["rope_parameters"] = vision["rope_parameters"] or {
+                "rope_type": "default",
+                "rope_theta": 100.0,
+            }
+            vision["model_type"] = "gemma4_vision"
+            result["vision_config"] = (result.get("vision_config") or {}) | vision
+        for key in ("image", "video", "audio", "boi", "eoi"):
+            result[f"{key}_token_id"] = getattr(self, f"{key}_token_id")
+        result["model_type"] = self.model_type
+        result["tie_word_embeddings"] = True
+        result["dtype"] = self.param_dtype.name
+        result.pop("torch_dtype", None)
+        result.setdefault("architectures", [_ARCHITECTURES[self.model_type]])
+        return result
+
+    # ---- What the layers are.
+
+    @property
+    def layers(self) -> tuple[LayerSpec, ...]:
+        """Every decoder layer, settled. Derived at each reading, never stored."""
+        first_shared = self.num_hidden_layers - self.num_kv_shared_layers
+        specs: list[LayerSpec] = []
+        last_of_kind: dict[str, int] = {}
+        for index, layer_type in enumerate(self.layer_types):
+            full = layer_type == "full_attention"
+            shared = index >= first_shared
+            if not shared:
+                last_of_kind[layer_type] = index
+            k_eq_v = self.attention_k_eq_v and full
+            rope = self.rope_parameters[layer_type]
+            kv_heads = self.num_global_key_value_heads if k_eq_v else None
+            double = shared and self.use_double_wide_mlp
+            specs.append(
+                LayerSpec(
+                    index=index,
+                    kind=KINDS[layer_type],
+                    head_dim=(self.global_head_dim or self.head_dim) if full else self.head_dim,
+                    num_kv_heads=kv_heads or self.num_key_value_heads,
+                    window=None if full else self.sliding_window,
+                    rope_theta=float(rope["rope_theta"]),
+                    rope_fraction=float(rope.get("partial_rotary_factor", 1.0)),
+                    rope_factor=float(rope.get("factor", 1.0)),
+                    mlp_dim=self.intermediate_size * (2 if double else 1),
+                    k_eq_v=k_eq_v and not shared,
+                    kv_from=last_of_kind[layer_type] if shared else index,
+                    moe=self.enable_moe_block,
+                )
+            )
+        return tuple(specs)
+
+    @property
+    def has_vision(self) -> bool:
+        """Whether a model of this config owns a vision tower."""
+        return self.vision_config is not None and not self.text_only
+
+    @property
+    def remat(self) -> RematConfig:
+        """`remat_config`, in whatever spelling it was given, as a member."""
+        return RematConfig.parse(self.remat_config)
+
+    @property
+    def image_blocks_attend_both_ways(self) -> bool:
+        """Whether tokens of one image see each other in sliding layers (12B, 26B-A4B, 31B)."""
+        return self.use_bidirectional_attention == "vision"
+
+    # ---- Names that Tunix reads and its tests assign.
+
+    num_kv_heads = _alias("num_key_value_heads")
+    num_heads = _alias("num_attention_heads")
+    embed_dim = _alias("hidden_size")
+    hidden_dim = _alias("intermediate_size")
+    num_embed = _alias("vocab_size")
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder layers; assigning cuts the stack and its sharing to fit."""
+        return self.num_hidden_layers
+
+    @num_layers.setter
+    def num_layers(self, value: int) -> None:
+        if not 1 <= value <= self.num_hidden_layers:
+            raise ValueError(
+                f"num_layers: expected 1 to {self.num_hidden_layers} of the existing layers, "
+                f"found {value}; build a new ModelConfig for a deeper model"
+            )
+        first_shared = self.num_hidden_layers - self.num_kv_shared_layers
+        self.num_hidden_layers = value
+        self.layer_types = self.layer_types[:value]
+        self.num_kv_shared_layers = max(0, value - first_shared)
+
+
+_TEXT_FIELDS = tuple(
+    field.name
+    for field in dataclasses.fields(ModelConfig)[
+        : [field.name for field in dataclasses.fields(ModelConfig)].index("model_type")
+    ]
+)
+_ARCHITECTURES = {
+    "gemma4": "Gemma4ForConditionalGeneration",
+    "gemma4_unified": "Gemma4UnifiedForConditionalGeneration",
+}
+
+
+def _preset(name: str, twin: str):
+    """A zero-argument factory that reads `presets/<name>.json`."""
+
+    def factory(cls: type[ModelConfig], text_only: bool = True) -> ModelConfig:
+        text = resources.files("tunix_gemma4").joinpath(f"presets/{name}.json").read_text("utf-8")
+        return cls.from_hf(json.loads(text), text_only=text_only)
+
+    factory.__name__ = twin
+    factory.__doc__ = f"The released {name} configuration. `text_only` leaves the tower out."
+    return classmethod(factory)
+
+
+# Tunix finds a factory by the model's name, so each size has one for either spelling.
+for _name in ("e2b", "e4b", "12b", "26b_a4b", "31b"):
+    for _twin in (f"gemma4_{_name}", f"gemma4_{_name}_it"):
+        setattr(ModelConfig, _twin, _preset(_name, _twin))
+
+
+def _five_to_one(count: int) -> list[str]:
+    """HF's default pattern: five sliding layers, one full, and the last one full."""
+    types = ["full_attention" if (i + 1) % 6 == 0 else "sliding_attention" for i in range(count)]
+    types[-1] = "full_attention"
+    return types
+
+
+def _read_source(where: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
+    """The parsed `config.json` and, unless a mapping was given, its directory."""
+    if isinstance(where, Mapping):
+        return copy.deepcopy(dict(where)), None
+    path = Path(where)
+    if path.is_dir():
+        path = path / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; expected a directory with a config.json, or one")
+    try:
+        return json.loads(path.read_text("utf-8")), str(path.parent)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from error
