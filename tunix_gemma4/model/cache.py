@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Key/value caches: whole-length ones, and rings of one window for sliding layers.
+
+A cache is a dict `{"layer_3": {"k": [B, S, K, H], "v": [B, S, K, H], "end_index": int32 [B]}}`,
+the form Tunix's sampler carries. Every leaf has the batch on axis 0 because beam search reorders
+along it; `end_index`, the number of tokens stored, is the same in every row. Layers that read
+another layer's keys have no entry.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from ..config import LayerSpec, ModelConfig
+from .masks import Keys
+
+LayerCache = dict[str, jax.Array]
+Cache = dict[str, LayerCache]
+
+
+def cache_name(index: int) -> str:
+    """Key of a layer's entry in a `Cache`."""
+    return f"layer_{index}"
+
+
+def init_cache(config: ModelConfig, batch_size: int, max_seq_len: int, dtype) -> Cache:
+    """An empty cache for rows of up to `max_seq_len` slots, padding included."""
+    cache = {}
+    for spec in config.layers:
+        if spec.shares_kv:
+            continue
+        size = min(spec.window, max_seq_len) if _is_ring(config, spec.kind) else max_seq_len
+        shape = (batch_size, size, spec.num_kv_heads, spec.head_dim)
+        cache[cache_name(spec.index)] = {
+            "k": jnp.zeros(shape, dtype),
+            "v": jnp.zeros(shape, dtype),
+            "end_index": jnp.zeros((batch_size,), jnp.int32),
+        }
+    return cache
+
+
+def _is_ring(config: ModelConfig, kind: str) -> bool:
+    return kind == "sliding" and config.use_sliding_window_kv_cache
+
+
+def _ring_slots(size: int, last: jax.Array) -> jax.Array:
+    """Slot that each place of a ring holds once slot `last` is stored; negative where none is.
+
+    Size 4, last 5:   places 0 1 2 3   ->   slots 4 5 2 3
+    """
+    return last - (last - jnp.arange(size)) % size
+
+
+def cached_keys(config: ModelConfig, cache: Cache | None, length: int) -> dict[str, Keys]:
+    """The keys that `length` new tokens meet in layers of each kind, after storing them.
+
+    In a ring, several tokens at once meet what the ring held and then themselves: the earlier
+    of them need keys that the later ones push out.
+    """
+    if cache is None:
+        return {kind: Keys(jnp.arange(length), True) for kind in ("sliding", "full")}
+    keys = {}
+    for spec in config.layers:
+        if spec.kind in keys or spec.shares_kv:
+            continue
+        entry = cache[cache_name(spec.index)]
+        size, end = entry["k"].shape[1], entry["end_index"][0]
+        if not _is_ring(config, spec.kind):
+            keys[spec.kind] = Keys(jnp.arange(size), True)
+        elif length == 1:
+            keys[spec.kind] = Keys(_ring_slots(size, end), False)
+        else:
+            old = _ring_slots(size, end - 1)
+            keys[spec.kind] = Keys(jnp.concatenate([old, end + jnp.arange(length)]), False)
+    return keys
+
+
+def store(
+    config: ModelConfig, spec: LayerSpec, cache: LayerCache, k: jax.Array, v: jax.Array
+) -> tuple[jax.Array, jax.Array, LayerCache]:
+    """Stores new keys and values [B, T, K, H]; returns those to attend to and the new cache.
+
+    What is returned stands in the order of `cached_keys`.
+    """
+    length, size, end = k.shape[1], cache["k"].shape[1], cache["end_index"][0]
+    k, v = (x.astype(cache["k"].dtype) for x in (k, v))
+    if not _is_ring(config, spec.kind):
+        place = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, end, axis=1)  # noqa: E731
+    else:
+        kept = min(length, size)
+        places = (end + length - kept + jnp.arange(kept)) % size
+        place = lambda old, new: old.at[:, places].set(new[:, length - kept :])  # noqa: E731
+    stored = {
+        "k": place(cache["k"], k),
+        "v": place(cache["v"], v),
+        "end_index": cache["end_index"] + length,
+    }
+    if _is_ring(config, spec.kind) and length > 1:
+        k = jnp.concatenate([cache["k"], k], axis=1)
+        v = jnp.concatenate([cache["v"], v], axis=1)
+        return k, v, stored
+    return stored["k"], stored["v"], stored

@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gemma 4: tokens and images in, logits out.
+
+Source: transformers 5.12 `Gemma4ForConditionalGeneration`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ..config import ModelConfig
+from ..sharding import constrain
+from .cache import Cache, cache_name, cached_keys, init_cache
+from .layers import HasBuffers
+from .masks import attention_masks, causal_mask, segment_positions
+from .merge import check_images, merge_soft_tokens
+from .text import TextModel
+from .vision import VisionProjector, VisionTower
+
+
+class Gemma4ForConditionalGeneration(nnx.Module):
+    """The model, with the call that Tunix's trainers and samplers make.
+
+    Args:
+        config: what to build; every sub-module reads this one object.
+        rngs: source of the random initial weights.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.language_model = TextModel(config, rngs=rngs)
+        if config.has_vision:
+            self.vision_tower = VisionTower(config, rngs=rngs)
+            self.embed_vision = VisionProjector(config, rngs=rngs)
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        cache: Cache | None = None,
+        attention_mask: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        images: jax.Array | None = None,
+        decode_only_last_token: bool = False,
+        skip_lm_head: bool = False,
+        output_hidden_states: bool = False,
+    ) -> tuple[jax.Array, Cache | None]:
+        """Runs the model.
+
+        Args:
+            tokens: int [B, T], images expanded to one placeholder per soft token.
+            positions: int [B, T]; None counts from 0 within each segment, or on from the cache.
+            cache: from `init_cache`; the new tokens are stored behind those in it.
+            attention_mask: bool or int [B, T, S], S = T or the cache's length: causal and not
+                padding. None means causal. Windows, segments and image blocks are added here.
+            segment_ids: int [B, T]; tokens see their own segment alone. Not with a cache.
+            images: float32 [B, I, M, 3 * patch_size**2 + 2], patches and their (x, y), (-1, -1)
+                for padding. The k-th placeholder of a row takes the row's k-th soft token. A row
+                whose counts differ raises, or under jit becomes NaN.
+            decode_only_last_token: logits of the last token alone.
+            skip_lm_head: return the final hidden states [B, T, D] in place of logits.
+            output_hidden_states: sow every layer's output as `all_hidden_states`, the final
+                normed one last.
+
+        Returns:
+            Logits float32 [B, T, V], soft-capped, and the new cache, or None without one.
+
+        Raises:
+            ValueError: for shapes that do not fit, images to a text-only model, or placeholders
+                and soft tokens that disagree.
+        """
+        config = self.config
+        self._check_call(tokens, cache, attention_mask, segment_ids)
+        check_images(config, tokens, images)
+        first_slot = 0 if cache is None else _end_index(config, cache)
+        if positions is None:
+            positions = self._positions(tokens, first_slot, segment_ids)
+        masks = attention_masks(
+            config,
+            tokens,
+            first_slot=first_slot,
+            keys=cached_keys(config, cache, tokens.shape[1]),
+            attention_mask=attention_mask,
+            segment_ids=segment_ids,
+        )
+        x, text_tokens = self._embed(tokens, images)
+        x = constrain(x, "batch", None, None)
+        per_layer_inputs = self.language_model.per_layer_inputs(text_tokens, x)
+        x, cache, outputs = self.language_model(x, per_layer_inputs, positions, masks, cache)
+        if output_hidden_states:
+            for hidden in (*outputs[:-1], x):
+                self.sow(nnx.Intermediate, "all_hidden_states", hidden)
+        if decode_only_last_token:
+            x = x[:, -1:]
+        return (x if skip_lm_head else self.compute_final_logits(x)), cache
+
+    def compute_final_logits(self, hidden: jax.Array) -> jax.Array:
+        """Soft-capped logits, float32 [..., V], of final hidden states [..., D]."""
+        table = self.language_model.embed_tokens.embedding[...].astype(self.config.dtype)
+        logits = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
+        cap = self.config.final_logit_softcapping
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+    def encode_images(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Soft tokens [B, I * S, D] of images [B, I, M, C], and which are valid [B, I * S]."""
+        batch = images.shape[0]
+        soft, valid = self.vision_tower(images.reshape(-1, *images.shape[2:]))
+        soft = self.embed_vision(soft)
+        return soft.reshape(batch, -1, soft.shape[-1]), valid.reshape(batch, -1)
+
+    def _embed(self, tokens: jax.Array, images: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        """Merged embeddings [B, T, D], and tokens with media placeholders turned into pads."""
+        config = self.config
+        media = jnp.zeros(tokens.shape, bool)
+        for token_id in (config.image_token_id, config.video_token_id, config.audio_token_id):
+            media = media | (tokens == token_id)
+        text_tokens = jnp.where(media, config.pad_token_id, tokens)
+        x = self.language_model.embed(text_tokens)
+        if config.has_vision and (tokens.shape[1] > 1 or images is not None):
+            soft_tokens = None
+            if images is not None and images.shape[1]:
+                soft_tokens = self.encode_images(images)
+            x = merge_soft_tokens(x, tokens == config.image_token_id, soft_tokens)
+        return x, text_tokens
+
+    @staticmethod
+    def _positions(tokens, first_slot, segment_ids):
+        if segment_ids is not None:
+            return segment_positions(segment_ids)
+        slots = first_slot + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+        return jnp.broadcast_to(slots, tokens.shape)
+
+    def _check_call(self, tokens, cache, attention_mask, segment_ids) -> None:
+        if tokens.ndim != 2:
+            raise ValueError(f"tokens: expected [B, T], found shape {tokens.shape}")
+        if cache is not None and segment_ids is not None:
+            raise ValueError("segment_ids: packed rows cannot be decoded with a cache; pass one")
+        if attention_mask is None:
+            return
+        length = tokens.shape[1]
+        if cache is not None:
+            full = [spec for spec in self.config.layers if spec.kind == "full"]
+            length = cache[cache_name(full[0].index)]["k"].shape[1] if full else None
+        expected = (*tokens.shape, length or attention_mask.shape[-1])
+        if attention_mask.shape != expected:
+            raise ValueError(
+                f"attention_mask: expected shape {expected}, found {attention_mask.shape}; "
+                "get_attention_mask makes one from tokens"
+            )
+
+    # ---- What Tunix asks of a model besides calling it.
+
+    @property
+    def num_embed(self) -> int:
+        """Size of the vocabulary."""
+        return self.config.vocab_size
+
+    def get_attention_mask(
+        self, tokens: jax.Array, inputs_mask: jax.Array | None = None
+    ) -> jax.Array:
+        """Causal and not padding: bool [B, T, T].
+
+        Args:
+            tokens: int [B, T].
+            inputs_mask: bool or int [B, T], true at real tokens; None: where not the pad token.
+        """
+        if inputs_mask is None:
+            inputs_mask = tokens != self.config.pad_token_id
+        slots = jnp.arange(tokens.shape[1])
+        return causal_mask(slots, slots)[None] & inputs_mask.astype(bool)[:, None, :]
+
+    def init_cache(self, batch_size: int, max_seq_len: int, dtype: Any) -> Cache:
+        """Fresh, empty caches; see `cache.init_cache`."""
+        return init_cache(self.config, batch_size, max_seq_len, dtype)
+
+    def get_model_input(self) -> dict[str, Any]:
+        """The smallest input that reaches every projection: Qwix traces it to place adapters.
+
+        Keyword arguments of the call for two rows; with vision, each row holds the smallest
+        legal image, which is one soft token.
+        """
+        tokens = jnp.full((2, 4), self.config.bos_token_id, jnp.int32)
+        inputs = {"positions": None, "cache": None, "attention_mask": None}
+        if self.config.has_vision:
+            vision = self.config.vision_config
+            tokens = tokens.at[:, 1].set(self.config.image_token_id)
+            kernel = vision.pooling_kernel_size
+            grid = jnp.stack(jnp.meshgrid(jnp.arange(kernel), jnp.arange(kernel)), axis=-1)
+            patches = jnp.zeros((kernel**2, vision.patch_dim), jnp.float32)
+            image = jnp.concatenate([patches, grid.reshape(-1, 2).astype(jnp.float32)], axis=-1)
+            inputs["images"] = jnp.broadcast_to(image, (2, 1, *image.shape))
+        return {"tokens": tokens, **inputs}
+
+
+def _end_index(config: ModelConfig, cache: Cache) -> jax.Array:
+    """Slot of the next token: how many a cache holds."""
+    first = next(spec for spec in config.layers if not spec.shares_kv)
+    return cache[cache_name(first.index)]["end_index"][0]
+
+
+def num_parameters(model: nnx.Module) -> int:
+    """Numbers in all parameters and buffers, the tied head counted once; works on shapes too."""
+    leaves = jax.tree.leaves(nnx.state(model, nnx.Param))
+    buffers = (
+        math.prod(shape)
+        for _, module in nnx.iter_modules(model)
+        if isinstance(module, HasBuffers)
+        for shape in module.buffer_shapes().values()
+    )
+    return sum(math.prod(leaf.shape) for leaf in leaves) + sum(buffers)

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pieces every block is built of: norms, projections, MLPs and values that never train."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ..config import ModelConfig
+from ..sharding import metadata
+
+
+class HasBuffers:
+    """A module that holds what HF keeps as buffers: stored, loaded and saved, never trained.
+
+    They are plain Python values (`float`, or `tuple` of floats), static attributes of their
+    module: an optimizer over `nnx.Param` cannot reach them, and Tunix's weight sync, which knows
+    `nnx.Param` alone, does not see them. Set them before the first jit.
+    """
+
+    def buffer_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Attribute name to the shape its tensor has in a checkpoint."""
+        raise NotImplementedError
+
+
+def linear(
+    in_features: int,
+    out_features: int,
+    *,
+    axes: tuple[str | None, str | None],
+    config: ModelConfig,
+    rngs: nnx.Rngs,
+    dtype: jnp.dtype | None = None,
+) -> nnx.Linear:
+    """A projection without bias; `kernel` is [in, out], HF's `weight` transposed."""
+    return nnx.Linear(
+        in_features,
+        out_features,
+        use_bias=False,
+        dtype=dtype or config.dtype,
+        param_dtype=config.param_dtype,
+        kernel_metadata=metadata(*axes),
+        rngs=rngs,
+    )
+
+
+class RMSNorm(nnx.Module):
+    """Divides by the root mean square over the last axis, then scales.
+
+    Statistics and scale in float32, result in the input's dtype. Unlike Gemma 1 to 3 the scale
+    is `weight`, not `1 + weight`; `size=None` has no scale and no parameter.
+
+    Source: transformers 5.12 `Gemma4RMSNorm`.
+    """
+
+    def __init__(self, size: int | None, *, config: ModelConfig, eps: float | None = None):
+        self.eps = config.rms_norm_eps if eps is None else eps
+        if size is None:
+            self.weight = None
+        else:
+            self.weight = nnx.Param(jnp.ones((size,), config.param_dtype), **metadata(None))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x32 = x.astype(jnp.float32)
+        y = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        if self.weight is not None:
+            y = y * self.weight[...].astype(jnp.float32)
+        return y.astype(x.dtype)
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """The tanh approximation, HF's `gelu_pytorch_tanh`."""
+    return jax.nn.gelu(x, approximate=True)
+
+
+class MLP(nnx.Module):
+    """`down(gelu(gate(x)) * up(x))`. Source: transformers 5.12 `Gemma4TextMLP`."""
+
+    def __init__(self, mlp_dim: int, *, config: ModelConfig, rngs: nnx.Rngs):
+        size = config.hidden_size
+        widen = {"axes": ("embed", "mlp"), "config": config, "rngs": rngs}
+        self.gate_proj = linear(size, mlp_dim, **widen)
+        self.up_proj = linear(size, mlp_dim, **widen)
+        self.down_proj = linear(mlp_dim, size, axes=("mlp", "embed"), config=config, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down_proj(gelu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class ClippableLinear(nnx.Module, HasBuffers):
+    """A projection whose input and output are clamped to bounds stored in the checkpoint.
+
+    Each projection has bounds of its own. Towers without clipping keep the extra level of naming
+    (`.linear`) and infinite bounds, which no checkpoint stores.
+
+    Source: transformers 5.12 `Gemma4ClippableLinear`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        axes: tuple[str | None, str | None],
+        config: ModelConfig,
+        rngs: nnx.Rngs,
+    ):
+        self.linear = linear(in_features, out_features, axes=axes, config=config, rngs=rngs)
+        self.clipped = config.vision_config.use_clipped_linears
+        self.input_min, self.input_max = -math.inf, math.inf
+        self.output_min, self.output_max = -math.inf, math.inf
+
+    def buffer_shapes(self) -> dict[str, tuple[int, ...]]:
+        names = ("input_min", "input_max", "output_min", "output_max")
+        return dict.fromkeys(names, ()) if self.clipped else {}
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        if not self.clipped:
+            return self.linear(x)
+        y = self.linear(jnp.clip(x, self.input_min, self.input_max))
+        return jnp.clip(y, self.output_min, self.output_max)
+
+
+def remat_call(module: nnx.Module, enabled: bool, *args):
+    """`module(*args)`, recomputed in the backward pass where `enabled`.
+
+    Qwix creates LoRA parameters during a traced call, marking modules with `qwix_rngs`; they
+    would be lost inside a checkpointed function, so that one call runs plainly.
+    """
+    if not enabled or getattr(module, "qwix_rngs", None) is not None:
+        return module(*args)
+    graphdef, state = nnx.split(module)
+    return jax.checkpoint(lambda state, *args: nnx.merge(graphdef, state)(*args))(state, *args)

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who may look at whom. True means visible.
+
+The caller says at most "causal and not padding". Windows, packed segments and image blocks are
+added here, because some of the host's paths never ask the model for a mask.
+
+A slot is a column of the batch: the index of a token in its row, padding included. Windows are
+measured in slots, so a left-padded row sees exactly what the unpadded one does.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ..config import ModelConfig
+
+
+class Keys(NamedTuple):
+    """The keys that the queries of one call meet.
+
+    Attributes:
+        slots: slot of each key, int [S]; negative where nothing is stored yet.
+        in_order: the slots are 0, 1, ..., S - 1, as in the caller's mask.
+    """
+
+    slots: jax.Array
+    in_order: bool
+
+
+def causal_mask(q_slots: jax.Array, kv_slots: jax.Array) -> jax.Array:
+    """True where a query may look back, itself included: [T, S].
+
+    Slots 0..3:
+
+        1 0 0 0
+        1 1 0 0
+        1 1 1 0
+        1 1 1 1
+    """
+    return q_slots[:, None] >= kv_slots[None, :]
+
+
+def window_mask(q_slots: jax.Array, kv_slots: jax.Array, window: int) -> jax.Array:
+    """True where fewer than `window` slots lie between, on either side: [T, S].
+
+    Slots 0..4, window 3; a sliding layer is this and `causal_mask`:
+
+        1 1 1 0 0
+        1 1 1 1 0
+        1 1 1 1 1
+        0 1 1 1 1
+        0 0 1 1 1
+    """
+    return jnp.abs(q_slots[:, None] - kv_slots[None, :]) < window
+
+
+def image_blocks(tokens: jax.Array, config: ModelConfig) -> jax.Array:
+    """Number of the run of image or video placeholders a token is in, from 1; else 0: int [B, T].
+
+    Two images are separate blocks because begin- and end-of-image tokens stand between them.
+
+        t t i i i t i i   ->   0 0 1 1 1 0 2 2
+    """
+    soft = (tokens == config.image_token_id) | (tokens == config.video_token_id)
+    starts = soft & ~jnp.pad(soft, ((0, 0), (1, 0)))[:, :-1]
+    return jnp.where(soft, jnp.cumsum(starts, axis=1), 0)
+
+
+def segment_positions(segment_ids: jax.Array) -> jax.Array:
+    """Position of each token counted from the start of its run of equal ids: int32 [B, T].
+
+    1 1 1 2 2 0   ->   0 1 2 0 1 0
+    """
+    slots = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
+    changed = segment_ids[:, 1:] != segment_ids[:, :-1]
+    starts = jnp.where(jnp.pad(changed, ((0, 0), (1, 0)), constant_values=True), slots, 0)
+    return slots - jax.lax.cummax(starts, axis=1)
+
+
+def attention_masks(
+    config: ModelConfig,
+    tokens: jax.Array,
+    *,
+    first_slot: jax.Array | int,
+    keys: dict[str, Keys],
+    attention_mask: jax.Array | None,
+    segment_ids: jax.Array | None,
+) -> dict[str, jax.Array]:
+    """The mask of each kind of layer, bool [B, T, S of that kind].
+
+        full    = caller's
+        sliding = (caller's, or the same image block where the config asks for it) and in window
+        both respect segments.
+
+    Args:
+        config: decides windows and image blocks.
+        tokens: int [B, T], the queries.
+        first_slot: slot of the first query; 0 without a cache.
+        keys: per kind, where the keys come from.
+        attention_mask: bool or int [B, T, slots], or None for causal.
+        segment_ids: int [B, T] or None; without a cache only.
+    """
+    q_slots = first_slot + jnp.arange(tokens.shape[1])
+    result = {}
+    for kind, (slots, in_order) in keys.items():
+        if attention_mask is None:
+            visible = causal_mask(q_slots, slots)[None]
+        elif in_order:
+            visible = attention_mask.astype(bool)
+        else:
+            visible = jnp.take(attention_mask.astype(bool), slots, axis=2, mode="clip")
+        if kind == "sliding":
+            if config.image_blocks_attend_both_ways and tokens.shape[1] > 1:
+                visible = visible | _same_block(config, tokens, first_slot, slots)
+            visible = visible & window_mask(q_slots, slots, config.sliding_window)
+        if segment_ids is not None:
+            visible = visible & (segment_ids[:, :, None] == segment_ids[:, None, :])
+        visible = visible & (slots >= 0)
+        result[kind] = jnp.broadcast_to(visible, (tokens.shape[0], *visible.shape[1:]))
+    return result
+
+
+def _same_block(
+    config: ModelConfig, tokens: jax.Array, first_slot: jax.Array | int, slots: jax.Array
+) -> jax.Array:
+    """True where query and key are soft tokens of one image: bool [B, T, S].
+
+    Only keys among `tokens` count, so a chunked prefill must not split an image.
+    """
+    blocks = image_blocks(tokens, config)
+    index = slots - first_slot
+    here = (index >= 0) & (index < tokens.shape[1])
+    of_keys = jnp.where(here, jnp.take(blocks, index, axis=1, mode="clip"), 0)
+    return (blocks[:, :, None] == of_keys[:, None, :]) & (blocks[:, :, None] > 0)

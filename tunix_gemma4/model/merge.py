@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Putting the soft tokens of images where the placeholders stand."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from ..config import ModelConfig
+
+
+def check_images(config: ModelConfig, tokens: jax.Array, images: jax.Array | None) -> None:
+    """Raises ValueError for images whose form does not fit the model or the tokens."""
+    if images is None:
+        return
+    if not config.has_vision:
+        raise ValueError(
+            "images: this model was built without its vision tower; build or load it with "
+            "text_only=False"
+        )
+    vision = config.vision_config
+    expected = f"[{tokens.shape[0]}, I, M, {vision.patch_dim + 2}]"
+    fits = (
+        images.ndim == 4
+        and images.shape[0] == tokens.shape[0]
+        and images.shape[3] == vision.patch_dim + 2
+    )
+    if not fits:
+        raise ValueError(
+            f"images: expected shape {expected} (patches of 3 * patch_size**2 values, then x, y), "
+            f"found {images.shape}; Processor makes them"
+        )
+    if images.shape[2] % vision.pooling_kernel_size**2:
+        raise ValueError(
+            f"images: expected a number of patches M divisible by pooling_kernel_size**2 = "
+            f"{vision.pooling_kernel_size**2}, found {images.shape[2]}"
+        )
+    if images.dtype != jnp.float32:
+        raise ValueError(
+            f"images: expected float32, which holds patch positions exactly, found {images.dtype}"
+        )
+
+
+def merge_soft_tokens(
+    x: jax.Array, placeholders: jax.Array, soft_tokens: tuple[jax.Array, jax.Array] | None
+) -> jax.Array:
+    """Replaces embeddings at placeholders by soft tokens, in order, row by row.
+
+    Args:
+        x: embeddings [B, T, D].
+        placeholders: bool [B, T].
+        soft_tokens: values [B, S, D] and which are valid, bool [B, S]; None: no images.
+
+    Returns:
+        [B, T, D]. A row with more or fewer placeholders than valid soft tokens is all NaN where
+        the counts are traced: a shifted or missing image must not train in silence.
+
+    Raises:
+        ValueError: for such a row when the counts are concrete.
+    """
+    expected = placeholders.sum(axis=1)
+    found = jnp.zeros_like(expected) if soft_tokens is None else soft_tokens[1].sum(axis=1)
+    agree = expected == found
+    if not isinstance(agree, jax.core.Tracer) and not agree.all():
+        row = int(jnp.argmin(agree))
+        raise ValueError(
+            f"images: row {row} has {int(expected[row])} image placeholders in its tokens but "
+            f"{int(found[row])} soft tokens from its images"
+        )
+    if soft_tokens is not None:
+        values, valid = soft_tokens
+        order = jnp.argsort(~valid, axis=1, stable=True)  # valid ones first, in order
+        rank = jnp.clip(jnp.cumsum(placeholders, axis=1) - 1, 0, order.shape[1] - 1)
+        source = jnp.take_along_axis(order, rank, axis=1)
+        gathered = jnp.take_along_axis(values, source[..., None], axis=1).astype(x.dtype)
+        x = jnp.where(placeholders[..., None], gathered, x)
+    return jnp.where(agree[:, None, None], x, jnp.nan)

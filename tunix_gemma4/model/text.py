@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The text decoder. Source: transformers 5.12 `Gemma4TextModel`, `Gemma4TextDecoderLayer`."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ..config import LayerSpec, ModelConfig, RematConfig
+from ..sharding import constrain, metadata
+from .attention import Attention, KeysValues
+from .cache import Cache, LayerCache, cache_name
+from .layers import MLP, HasBuffers, RMSNorm, gelu, linear, remat_call
+from .moe import Experts, Router
+from .rope import angles, frequencies
+
+
+class DecoderLayer(nnx.Module, HasBuffers):
+    """Attention, dense MLP, then what the size adds: experts, per-layer input, layer scalar."""
+
+    def __init__(self, config: ModelConfig, spec: LayerSpec, *, rngs: nnx.Rngs):
+        self.config, self.spec = config, spec
+        size = config.hidden_size
+        norm = lambda: RMSNorm(size, config=config)  # noqa: E731
+        self.self_attn = Attention(config, spec, rngs=rngs)
+        self.mlp = MLP(spec.mlp_dim, config=config, rngs=rngs)
+        self.input_layernorm = norm()
+        self.post_attention_layernorm = norm()
+        self.pre_feedforward_layernorm = norm()
+        self.post_feedforward_layernorm = norm()
+        if spec.moe:
+            self.router = Router(config, rngs=rngs)
+            self.experts = Experts(config, rngs=rngs)
+            self.post_feedforward_layernorm_1 = norm()
+            self.post_feedforward_layernorm_2 = norm()
+            self.pre_feedforward_layernorm_2 = norm()
+        if config.hidden_size_per_layer_input:
+            width = config.hidden_size_per_layer_input
+            make = {"config": config, "rngs": rngs}
+            self.per_layer_input_gate = linear(size, width, axes=("embed", None), **make)
+            self.per_layer_projection = linear(width, size, axes=(None, "embed"), **make)
+            self.post_per_layer_input_norm = norm()
+        self.layer_scalar = 1.0
+
+    def buffer_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"layer_scalar": (1,)}
+
+    def __call__(
+        self,
+        x: jax.Array,
+        per_layer_input: jax.Array | None,
+        cos_sin: tuple[jax.Array, jax.Array],
+        mask: jax.Array,
+        cache: LayerCache | None,
+        shared: KeysValues | None,
+    ) -> tuple[jax.Array, KeysValues, LayerCache | None]:
+        """x [B, T, D], per_layer_input [B, T, P] to the next x, keys and values, and the cache."""
+        block_remat = cache is None and self.config.remat is RematConfig.BLOCK
+        attended, kv, cache = remat_call(
+            self.self_attn, block_remat, self.input_layernorm(x), cos_sin, mask, cache, shared
+        )
+        x = x + self.post_attention_layernorm(attended)
+        x = x + self.post_feedforward_layernorm(self._feed_forward(x))
+        if per_layer_input is not None:
+            gated = gelu(self.per_layer_input_gate(x)) * per_layer_input
+            x = x + self.post_per_layer_input_norm(self.per_layer_projection(gated))
+        # The scalar multiplies the residual too: it is no gate of a branch.
+        return x * self.layer_scalar, kv, cache
+
+    def _feed_forward(self, x: jax.Array) -> jax.Array:
+        dense = self.mlp(self.pre_feedforward_layernorm(x))
+        if not self.spec.moe:
+            return dense
+        tokens = x.reshape(-1, x.shape[-1])
+        # The router sees the residual itself, the experts its norm.
+        weights, indices = self.router(tokens)
+        mixed = self.experts(self.pre_feedforward_layernorm_2(tokens), weights, indices)
+        mixed = self.post_feedforward_layernorm_2(mixed).reshape(x.shape)
+        return self.post_feedforward_layernorm_1(dense) + mixed
+
+
+def _embed(num: int, features: int, config: ModelConfig, rngs: nnx.Rngs) -> nnx.Embed:
+    return nnx.Embed(
+        num,
+        features,
+        dtype=config.dtype,
+        param_dtype=config.param_dtype,
+        embedding_metadata=metadata("vocab", "embed"),
+        rngs=rngs,
+    )
+
+
+class TextModel(nnx.Module):
+    """Embeddings, decoder layers and the final norm."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        size, per_layer = config.hidden_size, config.hidden_size_per_layer_input
+        self.embed_tokens = _embed(config.vocab_size, size, config, rngs)
+        if per_layer:
+            packed = config.num_hidden_layers * per_layer
+            self.embed_tokens_per_layer = _embed(
+                config.vocab_size_per_layer_input, packed, config, rngs
+            )
+            self.per_layer_model_projection = linear(
+                size, packed, axes=("embed", "mlp"), config=config, rngs=rngs
+            )
+            self.per_layer_projection_norm = RMSNorm(per_layer, config=config)
+        self.layers = nnx.List([DecoderLayer(config, spec, rngs=rngs) for spec in config.layers])
+        self.norm = RMSNorm(size, config=config)
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """Scaled embeddings [B, T, D]; the scale is rounded to the activations' dtype, as HF's."""
+        return self.embed_tokens(tokens) * self._root(self.config.hidden_size)
+
+    def _root(self, size: int) -> jax.Array:
+        return jnp.asarray(math.sqrt(size), self.config.dtype)
+
+    def per_layer_inputs(self, tokens: jax.Array, x: jax.Array) -> jax.Array | None:
+        """[B, T, L, P] for tokens whose media placeholders are pads, and merged embeddings x."""
+        width = self.config.hidden_size_per_layer_input
+        if not width:
+            return None
+        shape = (*tokens.shape, self.config.num_hidden_layers, width)
+        of_token = (self.embed_tokens_per_layer(tokens) * self._root(width)).reshape(shape)
+        of_context = self.per_layer_model_projection(x) * self.config.hidden_size**-0.5
+        of_context = self.per_layer_projection_norm(of_context.reshape(shape))
+        return (of_context + of_token) * 2**-0.5
+
+    def __call__(
+        self,
+        x: jax.Array,
+        per_layer_inputs: jax.Array | None,
+        positions: jax.Array,
+        masks: dict[str, jax.Array],
+        cache: Cache | None,
+    ) -> tuple[jax.Array, Cache | None, list[jax.Array]]:
+        """x [B, T, D] to the normed output, the new cache, and every layer's output."""
+        layer_remat = cache is None and self.config.remat is RematConfig.DECODER
+        cos_sin: dict[str, tuple[jax.Array, jax.Array]] = {}
+        new_cache: Cache = {}
+        kept: dict[int, KeysValues] = {}
+        outputs = []
+        sources = {layer.spec.kv_from for layer in self.layers if layer.spec.shares_kv}
+        for layer in self.layers:
+            spec = layer.spec
+            if spec.kind not in cos_sin:
+                turning = {"fraction": spec.rope_fraction, "factor": spec.rope_factor}
+                cos_sin[spec.kind] = angles(
+                    positions, frequencies(spec.head_dim, spec.rope_theta, **turning)
+                )
+            name = cache_name(spec.index)
+            entry = cache[name] if cache is not None and not spec.shares_kv else None
+            extra = None if per_layer_inputs is None else per_layer_inputs[:, :, spec.index]
+            x, kv, entry = remat_call(
+                layer, layer_remat, constrain(x, "batch", None, None), extra,
+                cos_sin[spec.kind], masks[spec.kind], entry, kept.get(spec.kv_from),
+            )  # fmt: skip
+            # Keys and values travel as values of the graph: a checkpointed layer that read them
+            # from anywhere else would cut their gradient.
+            if spec.index in sources:
+                kept[spec.index] = kv
+            if entry is not None:
+                new_cache[name] = entry
+            outputs.append(x)
+        return self.norm(x), (new_cache if cache is not None else None), outputs
