@@ -17,10 +17,10 @@ import flax.struct
 import numpy as np
 from jaxtyping import Float, Int
 
-from .chat import ChatFormat, special_tokens, text_tokenizer
 from .config import ModelConfig
-from .conversation import Conversation, read_conversation
-from .images import ImagePacker
+from .processor_chat import ChatFormat, special_tokens, text_tokenizer
+from .processor_conversation import Conversation, read_conversation
+from .processor_images import ImagePacker
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -150,7 +150,7 @@ class Processor:
         is supervised and the model is to speak next.
 
         Args:
-            conversations: each as `conversation.read_conversation` takes it.
+            conversations: each as `processor_conversation.read_conversation` takes it.
             add_generation_prompt: build prompts; completions are left out.
             length, images, token_type_ids: see `collate`.
         """

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from .conversation import Conversation
+from .processor_conversation import Conversation
 
 # What a model writes itself. In its turns these stay tokens; all other special tokens, and in
 # other turns these too, are taken as the text that somebody typed.
