@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text from prompts with images: one prefill and one decode loop, compiled together.
+
+Prompts are left-padded, so that the next token of every row stands in the same column. A
+generated token is never an image, video or audio placeholder: the model would read it as media
+for which no soft token exists.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from .processor import Batch
+from .sharding import constrain
+
+
+@dataclasses.dataclass(frozen=True)
+class Generated:
+    """What `generate` returns.
+
+    Attributes:
+        tokens: int32 [B, max_new_tokens]; after its stop token a row holds the pad token.
+        lengths: int32 [B], tokens that each row generated, its stop token included.
+    """
+
+    tokens: jax.Array
+    lengths: jax.Array
+
+    def rows(self) -> list[list[int]]:
+        """The generated tokens of each row, without padding."""
+        tokens, lengths = jax.device_get((self.tokens, self.lengths))
+        return [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
+
+
+def generate(
+    model: nnx.Module,
+    batch: Batch,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    stop_ids: Sequence[int] | None = None,
+    pad_id: int | None = None,
+    seed: int = 0,
+) -> Generated:
+    """Continues every row of `batch` until one of `stop_ids` or `max_new_tokens`.
+
+    A second call with the same shapes, `top_k` and model structure compiles nothing: weights,
+    `temperature`, `top_p`, `seed` and the stop list are arguments of the compiled program. On a
+    model that was sharded, the work is sharded likewise.
+
+    Args:
+        model: a Gemma 4 model, with adapters or quantised weights or without.
+        batch: left-padded prompts (`Processor` with `add_generation_prompt=True`); its images are
+            read by the prefill only.
+        max_new_tokens: most tokens a row gets.
+        temperature: 0 takes the likeliest token; otherwise logits are divided by it first.
+        top_k: then only the `top_k` likeliest tokens are kept.
+        top_p: then only the fewest tokens whose probabilities reach `top_p` together.
+        stop_ids: a row ends with the first of these. Default: the config's `eos_token_id`;
+            prefer `Processor.stop_ids`, which an instruction-tuned checkpoint needs.
+        pad_id: fills rows that have ended. Default: the config's `pad_token_id`.
+        seed: of the random draws, which do not depend on how the batch is sharded.
+
+    Raises:
+        ValueError: rows that are not left-padded, or settings that contradict each other.
+    """
+    _check_settings(max_new_tokens, temperature, top_k, top_p)
+    config = model.config
+    if stop_ids is None:
+        eos = config.eos_token_id
+        stop_ids = [eos] if isinstance(eos, int) else eos
+    tokens, padding = jnp.asarray(batch.tokens), jnp.asarray(batch.padding_mask) != 0
+    if not padding[:, -1].all():
+        raise ValueError(
+            "batch: expected left-padded rows, found padding in the last column of row "
+            f"{int(jnp.argmin(padding[:, -1]))}; collate with side='left'"
+        )
+    graphdef, state = nnx.split(model)
+    out, lengths = _generate(
+        graphdef,
+        state,
+        tokens,
+        padding,
+        batch.images,
+        stop_ids=jnp.asarray(stop_ids, jnp.int32),
+        pad_id=jnp.int32(config.pad_token_id if pad_id is None else pad_id),
+        key=jax.random.key(seed),
+        temperature=jnp.float32(temperature) if temperature else None,
+        top_p=None if top_p is None else jnp.float32(top_p),
+        top_k=None if top_k is None else min(top_k, config.vocab_size),
+        max_new_tokens=max_new_tokens,
+    )
+    return Generated(out, lengths)
+
+
+def _check_settings(
+    max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None
+) -> None:
+    """Raises ValueError for settings that cannot be meant."""
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens: expected at least 1, found {max_new_tokens}")
+    if temperature < 0:
+        raise ValueError(f"temperature: expected 0 (greedy) or more, found {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k: expected at least 1, or None for no limit, found {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p: expected above 0 and at most 1, found {top_p}")
+    if temperature == 0 and (top_k, top_p) != (None, None):
+        raise ValueError(
+            f"temperature=0 is greedy and would ignore top_k={top_k} and top_p={top_p}; "
+            "set a temperature, or leave them out"
+        )
+
+
+class _Loop(NamedTuple):
+    """What the decode loop carries.
+
+    Attributes:
+        step: tokens sampled so far.
+        tokens: int32 [B, max_new_tokens].
+        lengths: int32 [B].
+        done: bool [B], rows that have stopped.
+        cache: keys and values of the prompt and of all sampled tokens but the last.
+    """
+
+    step: jax.Array
+    tokens: jax.Array
+    lengths: jax.Array
+    done: jax.Array
+    cache: dict
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "top_k", "max_new_tokens"))
+def _generate(
+    graphdef: nnx.GraphDef,
+    state: nnx.State,
+    tokens: jax.Array,
+    padding: jax.Array,
+    images: jax.Array | None,
+    *,
+    stop_ids: jax.Array,
+    pad_id: jax.Array,
+    key: jax.Array,
+    temperature: jax.Array | None,
+    top_p: jax.Array | None,
+    top_k: int | None,
+    max_new_tokens: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Prefill, then decode until every row is done. `temperature=None` is greedy."""
+    B, T = tokens.shape
+    tokens, padding = constrain(tokens, "batch", None), constrain(padding, "batch", None)
+    # The last token is never fed back and needs no slot.
+    slots = jnp.arange(T + max_new_tokens - 1)
+    real = jnp.pad(padding, ((0, 0), (0, max_new_tokens - 1)), constant_values=True)
+    positions = jnp.maximum(jnp.cumsum(padding, axis=1) - 1, 0)
+
+    def call(cache, tokens, positions, first_slot, **inputs):
+        # Merged where it is called: a module belongs to the trace that made it.
+        model = nnx.merge(graphdef, state)
+        if cache is None:
+            cache = model.init_cache(B, len(slots), model.config.dtype)
+        queries = first_slot + jnp.arange(tokens.shape[1])
+        visible = real[:, None, :] & (slots[None, :] <= queries[:, None])[None]
+        logits, cache = model(
+            tokens, positions, cache, visible, decode_only_last_token=True, **inputs
+        )
+        return _without_media(logits[:, -1].astype(jnp.float32), model.config), cache
+
+    def append(loop, logits, cache):
+        draw = jax.random.fold_in(key, loop.step)
+        token = sample(logits, key=draw, temperature=temperature, top_k=top_k, top_p=top_p)
+        token = jnp.where(loop.done, pad_id, token)
+        return _Loop(
+            step=loop.step + 1,
+            tokens=loop.tokens.at[:, loop.step].set(token),
+            lengths=loop.lengths + ~loop.done,
+            done=loop.done | jnp.isin(token, stop_ids),
+            cache=cache,
+        )
+
+    def decode(loop):
+        token = jax.lax.dynamic_slice_in_dim(loop.tokens, loop.step - 1, 1, axis=1)
+        before = T + loop.step - 1
+        logits, cache = call(loop.cache, token, positions[:, -1:] + loop.step, before)
+        return append(loop, logits, cache)
+
+    empty = _Loop(
+        step=jnp.int32(0),
+        tokens=jnp.full((B, max_new_tokens), pad_id),
+        lengths=jnp.zeros(B, jnp.int32),
+        done=jnp.zeros(B, bool),
+        cache={},
+    )
+    logits, cache = call(None, tokens, positions, 0, images=images)
+    loop = jax.lax.while_loop(
+        lambda loop: (loop.step < max_new_tokens) & ~loop.done.all(),
+        decode,
+        append(empty, logits, cache),
+    )
+    return loop.tokens, loop.lengths
+
+
+def _without_media(logits: jax.Array, config) -> jax.Array:
+    """`logits` [B, V] with the placeholders of images, videos and audio made impossible."""
+    media = jnp.array([config.image_token_id, config.video_token_id, config.audio_token_id])
+    return logits.at[:, media].set(-jnp.inf, mode="drop")
+
+
+def sample(
+    logits: jax.Array,
+    *,
+    key: jax.Array,
+    temperature: jax.Array | None = None,
+    top_k: int | None = None,
+    top_p: jax.Array | None = None,
+) -> jax.Array:
+    """One token of each row of logits [B, V], int32 [B].
+
+    The likeliest where `temperature` is None; otherwise temperature, then `top_k`, then `top_p`
+    on what is left, as in transformers. Of equal logits at the `top_k` border the lower ids stay.
+    """
+    if temperature is None:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = logits / temperature
+    if top_k is None and top_p is None:
+        return jax.random.categorical(key, logits).astype(jnp.int32)
+    logits, ids = jax.lax.top_k(logits, logits.shape[-1] if top_k is None else top_k)
+    if top_p is not None:
+        # A token stays while those before it have not reached top_p, so the first always does.
+        probabilities = jax.nn.softmax(logits)
+        before = jnp.cumsum(probabilities, axis=-1) - probabilities
+        logits = jnp.where(before < top_p, logits, -jnp.inf)
+    choice = jax.random.categorical(key, logits)
+    return jnp.take_along_axis(ids, choice[:, None], axis=1)[:, 0].astype(jnp.int32)
