@@ -1,0 +1,312 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a Hugging Face directory to a model, and back.
+
+Loading checks every name, shape and dtype from the files' headers before it reads a value, then
+places one tensor at a time straight onto its shards. Saving goes tensor by tensor as well, into a
+new directory that takes the target's place only when it is complete.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+
+from . import checkpoint_files as files
+from . import weights
+from .checkpoint_check import AUDIO, TIED_HEAD, VISION, check_tensors
+from .config import ModelConfig
+from .model.gemma4 import Gemma4ForConditionalGeneration
+from .sharding import param_shardings
+
+# What comes along from the source of a saved model besides weights and configuration.
+_COPIED = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template*",
+    "additional_chat_templates",
+    "processor_config.json",
+    "*preprocessor_config.json",
+    "generation_config.json",
+)
+
+
+def abstract_model(config: ModelConfig) -> Gemma4ForConditionalGeneration:
+    """A model of shapes and dtypes only; costs no memory."""
+    return nnx.eval_shape(lambda: Gemma4ForConditionalGeneration(config, rngs=nnx.Rngs(0)))
+
+
+# ---- Loading.
+
+
+def load_checkpoint(
+    directory: str | Path,
+    mesh: Mesh | None = None,
+    text_only: bool = True,
+    dtype: Any = None,
+    *,
+    config: ModelConfig | None = None,
+) -> Gemma4ForConditionalGeneration:
+    """Reads a checkpoint directory as transformers writes it.
+
+    Args:
+        directory: holds `config.json` and `model.safetensors`, or several and their index.
+        mesh: places every parameter on it by `sharding.param_shardings`; None means the default
+            device.
+        text_only: leave the vision tower out. The audio tower always is.
+        dtype: of all parameters and of activations. None keeps each tensor's own in the file, and
+            for activations that of `config.json`.
+        config: of the model, where it is not to be read from the directory; its `text_only`
+            counts.
+
+    Returns:
+        The model. `model.config.source_directory` remembers the directory for `save_checkpoint`.
+
+    Raises:
+        ValueError: files that are missing or damaged, a directory of another model, or tensors
+            that are missing, unexpected or misshapen: all of them in one message.
+    """
+    directory = Path(directory)
+    stored = files.read_directory(directory)
+    config = _settle_config(directory, text_only, dtype, config)
+    model = abstract_model(config)
+    skipped = check_tensors(directory, model, stored)
+    if skipped:
+        counts = ", ".join(f"{count} of {reason}" for reason, count in skipped.items())
+        logging.info("%s: tensors left out on purpose: %s", directory, counts)
+    # Buffers are static attributes: they must stand before anything is compiled.
+    for name, buffer in weights.named_buffers(model).items():
+        weights.set_buffer(buffer, stored[name].view())
+    _fill_parameters(model, stored, mesh, dtype)
+    return model
+
+
+def _settle_config(
+    directory: Path, text_only: bool, dtype: Any, config: ModelConfig | None
+) -> ModelConfig:
+    """The config to build: from `directory`, or the caller's with the directory's remembered."""
+    changes = {} if dtype is None else {"dtype": dtype, "param_dtype": dtype}
+    try:
+        if config is None:
+            return ModelConfig.from_hf(directory, text_only=text_only, **changes)
+        found = ModelConfig.from_hf(directory)
+    except ValueError as error:
+        raise ValueError(f"{directory}: {error}") from error
+    if config.text_only and not text_only:
+        raise ValueError("text_only=False: the config given has text_only=True; set it there")
+    if config.model_type != found.model_type:
+        raise ValueError(
+            f"{directory}: expected model_type {config.model_type!r}, as in the config given, "
+            f"found {found.model_type!r}"
+        )
+    origin = {"source": found.source, "source_directory": found.source_directory}
+    return dataclasses.replace(config, **origin, **changes)
+
+
+def _fill_parameters(
+    model: nnx.Module, stored: dict[str, files.StoredTensor], mesh: Mesh | None, dtype: Any
+) -> None:
+    """Gives every abstract variable of `model` its array, one at a time."""
+    state = nnx.state(model)
+    shardings = {}
+    if mesh is not None:
+        placed = nnx.to_flat_state(param_shardings(state, mesh))
+        shardings = {path: variable.get_raw_value() for path, variable in placed}
+    filled = []
+    for path, variable in nnx.to_flat_state(state):
+        view = weights.from_hf(path, stored[weights.hf_name(path)].view())
+        wanted = view.dtype if dtype is None else np.dtype(dtype)
+        # Waiting keeps transfers from piling up host copies of several tensors.
+        array = jax.block_until_ready(_place(view, shardings.get(path), wanted))
+        filled.append((path, variable.replace(array)))
+    nnx.update(model, nnx.from_flat_state(filled))
+
+
+def _place(view: np.ndarray, sharding: NamedSharding | None, dtype: np.dtype) -> jax.Array:
+    """`view`, pages of a file, as an array of `dtype`; reads for each shard its slice alone."""
+    if sharding is None:
+        return jax.device_put(_detached(view, dtype))
+    devices_of = collections.defaultdict(list)
+    for device, index in sharding.addressable_devices_indices_map(view.shape).items():
+        devices_of[tuple((part.start, part.stop) for part in index)].append(device)
+    arrays = []
+    for bounds, devices in devices_of.items():
+        block = view[tuple(slice(*bound) for bound in bounds)]
+        block = _detached(block, dtype)
+        arrays += [jax.block_until_ready(jax.device_put(block, device)) for device in devices]
+    return jax.make_array_from_single_device_arrays(view.shape, sharding, arrays)
+
+
+def _detached(block: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """`block` in `dtype`, such that an array made of it does not live in the file's pages.
+
+    On a CPU `device_put` would keep contiguous memory in place: the model would change with the
+    file. It transposes by itself, faster than numpy, and copies in doing so.
+    """
+    if block.dtype != dtype:
+        return block.astype(dtype)
+    return block.copy() if block.flags.c_contiguous else block
+
+
+# ---- Saving.
+
+
+def save_checkpoint(
+    model: Gemma4ForConditionalGeneration,
+    directory: str | Path,
+    *,
+    source: str | Path | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+    overwrite: bool = False,
+) -> None:
+    """Writes a directory that transformers loads.
+
+    Every parameter keeps its dtype. Tensors of the source that the model does not hold (audio;
+    vision of a text-only model) are copied unchanged with their configuration, and so are the
+    source's tokenizer, processor and generation files. Without a source the directory holds the
+    model alone. In a job of several processes all must call this; the first one writes.
+
+    Args:
+        model: with plain parameters; merge adapters first.
+        directory: takes its content only when all of it is written. Must not exist or be empty.
+        source: checkpoint directory to complete the model from; the one it was loaded from if
+            None.
+        max_shard_bytes: size of the largest file, unless a single tensor is larger.
+        overwrite: replace `directory` if this function wrote it.
+
+    Raises:
+        ValueError: adapters or quantised kernels in the model, a target that is in the way, or a
+            source of another model.
+    """
+    directory = Path(directory)
+    if max_shard_bytes < 1:
+        raise ValueError(f"max_shard_bytes: expected at least 1, found {max_shard_bytes}")
+    _refuse_unmerged(model)
+    files.check_target(directory, overwrite)
+    where = source if source is not None else model.config.source_directory
+    origin = None if where is None else Path(where)
+    stored = {} if origin is None else _read_origin(model, origin)
+    tensors = _new_tensors(model, stored)
+    config = _hf_config(model, origin, [tensor.name for tensor in tensors])
+    if jax.process_index() == 0:
+        with files.replacing(directory) as new:
+            files.write_tensors(new, tensors, max_shard_bytes=max_shard_bytes)
+            (new / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+            if origin is not None:
+                _copy_side_files(origin, new)
+    else:
+        files.write_tensors(None, tensors, max_shard_bytes=max_shard_bytes)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("tunix_gemma4.save_checkpoint")
+
+
+def _refuse_unmerged(model: nnx.Module) -> None:
+    unmerged = weights.unmerged(model)
+    if unmerged:
+        raise ValueError(
+            f"model: {len(unmerged)} variables are adapters or quantised kernels, which a "
+            f"checkpoint cannot hold: {files.listing(unmerged, most=3)}; call merge_lora(model) "
+            "first, or save_adapter(model, directory) to keep the adapter apart"
+        )
+
+
+def _read_origin(model: nnx.Module, origin: Path) -> dict[str, files.StoredTensor]:
+    """The tensors of the directory that completes `model`, which must be of its shapes."""
+    if not origin.is_dir():
+        raise ValueError(
+            f"{origin}: the directory this model was loaded from is gone, and with it the "
+            "tokenizer and what was not loaded; pass source=, or set "
+            "model.config.source_directory = None to save the model alone"
+        )
+    stored = files.read_directory(origin)
+    _settle_config(origin, text_only=model.config.text_only, dtype=None, config=model.config)
+    check_tensors(origin, model, stored)
+    return stored
+
+
+def _new_tensors(model: nnx.Module, stored: dict[str, files.StoredTensor]) -> list[files.NewTensor]:
+    """What to write: parameters, buffers, then what `stored` holds beyond them."""
+    tensors = []
+    for name, (path, variable) in weights.named_parameters(model).items():
+        array = variable.get_raw_value()
+        read = functools.partial(_read_parameter, path, array)
+        shape = weights.hf_shape(path, array.shape)
+        tensors.append(files.new_tensor(name, shape, np.dtype(array.dtype), read))
+    for name, buffer in weights.named_buffers(model).items():
+        code = stored[name].dtype if name in stored else None
+        dtype = files.FLOATS.get(code, np.dtype(model.config.param_dtype))
+        read = functools.partial(_read_buffer, buffer, dtype)
+        tensors.append(files.new_tensor(name, buffer.shape, dtype, read))
+    written = {tensor.name for tensor in tensors} | {TIED_HEAD}
+    return tensors + [
+        files.copied_tensor(tensor) for name, tensor in stored.items() if name not in written
+    ]
+
+
+def _read_parameter(path: weights.Path, array: jax.Array) -> np.ndarray:
+    return weights.to_hf(path, _on_host(array))
+
+
+def _read_buffer(buffer: weights.Buffer, dtype: np.dtype) -> np.ndarray:
+    return weights.buffer_array(buffer).astype(dtype)
+
+
+def _on_host(array: jax.Array) -> np.ndarray:
+    """The values of `array`; collective if other processes hold some of them."""
+    if not array.is_fully_addressable and not array.is_fully_replicated:
+        return multihost_utils.process_allgather(array, tiled=True)
+    shards = {str(shard.index): shard for shard in array.addressable_shards}.values()
+    if len(shards) == 1:
+        return np.asarray(_uncached(next(iter(shards)).data))
+    result = np.empty(array.shape, array.dtype)
+    for shard in shards:
+        result[shard.index] = np.asarray(_uncached(shard.data))
+    return result
+
+
+def _uncached(shard: jax.Array) -> jax.Array:
+    """A copy off the CPU, where an array remembers its host value: that would be all of them."""
+    on_cpu = all(device.platform == "cpu" for device in shard.devices())
+    return shard if on_cpu else jnp.copy(shard)
+
+
+def _hf_config(model: nnx.Module, origin: Path | None, names: list[str]) -> dict[str, Any]:
+    """The `config.json`: the origin's where the model says nothing, without absent towers."""
+    config = model.config
+    if origin is not None:
+        config = dataclasses.replace(config, source=ModelConfig.from_hf(origin).source)
+    result = config.to_hf()
+    for key, prefixes in (("vision_config", VISION), ("audio_config", AUDIO)):
+        if not any(name.startswith(prefixes) for name in names):
+            result[key] = None
+    sizes: collections.Counter[str] = collections.Counter()
+    for _, variable in weights.named_parameters(model).values():
+        sizes[np.dtype(variable.dtype).name] += variable.size
+    ((result["dtype"], _),) = sizes.most_common(1)
+    for key in ("text_config", "vision_config", "audio_config"):
+        if result.get(key) and "dtype" in result[key]:
+            result[key]["dtype"] = result["dtype"]
+    return result
+
+
+def _copy_side_files(origin: Path, new: Path) -> None:
+    for found in sorted({path for pattern in _COPIED for path in origin.glob(pattern)}):
+        if found.is_dir():
+            shutil.copytree(found, new / found.name)
+        else:
+            shutil.copy(found, new / found.name)

@@ -1,0 +1,336 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Safetensors directories as files: read tensor by tensor through mapped pages, written likewise.
+
+The safetensors package reads and writes whole tensors in host memory and a whole file at once; a
+model larger than the host needs slices in and blocks out. The format is an 8-byte length, a JSON
+header and the bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+# What a checkpoint of this model may hold; tensors that are copied unread may be of any dtype.
+FLOATS = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+_CODES = {dtype: code for code, dtype in FLOATS.items()}
+_MARK = "tunix_gemma4"  # In the metadata of every file written here: this output may be replaced.
+_BLOCK_BYTES = 32 * 2**20
+_LONGEST_HEADER = 100 * 10**6  # The limit of the safetensors package.
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file. `dtype` is the format's code, `offset` and `nbytes` are bytes."""
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+    def view(self) -> np.ndarray:
+        """The tensor, read-only, backed by the pages of the file. Only for the codes in FLOATS."""
+        if not self.nbytes:
+            return np.zeros(self.shape, FLOATS[self.dtype])
+        mapped = np.memmap(self.file, FLOATS[self.dtype], "r", self.offset, self.shape)
+        return mapped.view(np.ndarray)
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """The bytes, in order."""
+        for start in range(0, self.nbytes, _BLOCK_BYTES):
+            size = min(_BLOCK_BYTES, self.nbytes - start)
+            yield np.memmap(self.file, np.uint8, "r", self.offset + start, (size,))
+
+
+@dataclasses.dataclass(frozen=True)
+class NewTensor:
+    """A tensor to be written: `blocks` makes its bytes, in order, when its turn comes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    blocks: Callable[[], Iterable[np.ndarray]]
+
+
+# ---- Reading.
+
+
+def read_directory(directory: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a checkpoint directory by name; reads headers, no values.
+
+    Raises:
+        ValueError: no such directory, no weights in it, or files that are truncated, missing, or
+            at odds with their index.
+    """
+    if not directory.is_dir():
+        raise ValueError(f"{directory}: not a directory; expected one with a config.json")
+    single, index = directory / SINGLE, directory / INDEX
+    if not index.is_file():
+        if not single.is_file():
+            raise ValueError(
+                f"{directory}: found neither {SINGLE} nor {INDEX}; save the model with "
+                "save_pretrained of transformers to get one"
+            )
+        return read_header(single)[0]
+    weight_map = _read_index(index)
+    if single.is_file() and set(weight_map.values()) != {SINGLE}:
+        raise ValueError(
+            f"{directory}: found both {SINGLE} and {INDEX}, which names other files; "
+            "remove the one that does not belong"
+        )
+    return _read_shards(directory, weight_map)
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
+        return {str(name): str(file) for name, file in weight_map.items()}
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index}: expected JSON with a weight_map, found {error!r}") from error
+
+
+def _read_shards(directory: Path, weight_map: dict[str, str]) -> dict[str, StoredTensor]:
+    names = sorted(set(weight_map.values()))
+    missing = [name for name in names if not (directory / name).is_file()]
+    if missing:
+        raise ValueError(
+            f"{directory}: {INDEX} names {len(names)} files, {len(missing)} of them missing: "
+            f"{listing(missing)}; copy or download them again"
+        )
+    tensors, problems = {}, []
+    for file in names:
+        stored, _ = read_header(directory / file)
+        listed = {name for name, where in weight_map.items() if where == file}
+        absent, unlisted = sorted(listed - set(stored)), sorted(set(stored) - listed)
+        if absent:
+            problems.append(f"not in {file}, where it should be: {listing(absent)}")
+        if unlisted:
+            problems.append(f"in {file}, but not there in the index: {listing(unlisted)}")
+        tensors |= {name: stored[name] for name in stored if name in listed}
+    if problems:
+        raise ValueError(
+            f"{directory}: {INDEX} does not describe its files, which may come from several "
+            "checkpoints:\n  " + "\n  ".join(problems)
+        )
+    return tensors
+
+
+def read_header(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """The tensors of one safetensors file and its metadata.
+
+    Raises:
+        ValueError: the file is truncated or is no safetensors file.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        start = stream.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if not 2 <= length <= _LONGEST_HEADER:
+            raise ValueError(f"{file}: not a safetensors file, or cut off ({size} bytes)")
+        header = stream.read(length)
+    if len(header) < length:
+        raise ValueError(_truncated(file, 8 + length, size))
+    try:
+        content = json.loads(header)
+        metadata = content.pop("__metadata__", {})
+        tensors = {name: _stored(name, entry, file, 8 + length) for name, entry in content.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file}: not a safetensors file: {error!r} in its header") from error
+    end = max((tensor.offset + tensor.nbytes for tensor in tensors.values()), default=0)
+    if end > size:
+        raise ValueError(_truncated(file, end, size))
+    return tensors, metadata
+
+
+def _truncated(file: Path, expected: int, size: int) -> str:
+    return (
+        f"{file}: truncated: its header describes {expected:,} bytes, the file has {size:,}; "
+        "copy or download it again"
+    )
+
+
+def _stored(name: str, entry: dict[str, Any], file: Path, data: int) -> StoredTensor:
+    begin, end = entry["data_offsets"]
+    shape, code = tuple(entry["shape"]), entry["dtype"]
+    if code in FLOATS:
+        expected = int(np.prod(shape, dtype=np.int64)) * FLOATS[code].itemsize
+        if end - begin != expected:
+            raise ValueError(f"{name}: {expected} bytes by its shape, {end - begin} by its place")
+    return StoredTensor(name, file, code, shape, data + begin, end - begin)
+
+
+def listing(names: Iterable[str], most: int = 20) -> str:
+    """`a, b, c`, and how many more beyond `most`."""
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+# ---- Writing.
+
+
+def new_tensor(
+    name: str, shape: tuple[int, ...], dtype: np.dtype, read: Callable[[], np.ndarray]
+) -> NewTensor:
+    """A tensor to be written; `read` gives its array, of any strides, when its turn comes."""
+    nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+
+    def blocks() -> Iterator[np.ndarray]:
+        array = read().view(f"u{dtype.itemsize}")  # Plain integers copy faster than bfloat16.
+        if not array.ndim:
+            array = array.reshape(1)
+        rows = max(1, _BLOCK_BYTES * len(array) // max(nbytes, 1))
+        for start in range(0, len(array), rows):
+            yield np.ascontiguousarray(array[start : start + rows])
+
+    return NewTensor(name, _CODES[dtype], shape, nbytes, blocks)
+
+
+def copied_tensor(tensor: StoredTensor) -> NewTensor:
+    """`tensor` as it is, whatever its dtype."""
+    return NewTensor(tensor.name, tensor.dtype, tensor.shape, tensor.nbytes, tensor.blocks)
+
+
+def write_tensors(
+    directory: Path | None, tensors: Iterable[NewTensor], *, max_shard_bytes: int
+) -> None:
+    """Writes one safetensors file, or several and their index, one block at a time.
+
+    Args:
+        directory: where to; None makes every tensor and writes nothing, for the processes that
+            take part in gathering a tensor without writing it.
+        tensors: what, in the order in which files are filled.
+        max_shard_bytes: a file holds no more than this, or a single tensor.
+    """
+    shards: list[list[NewTensor]] = [[]]
+    filled = 0
+    for tensor in tensors:
+        if shards[-1] and filled + tensor.nbytes > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(tensor)
+        filled += tensor.nbytes
+    count = len(shards)
+    weight_map = {}
+    for number, shard in enumerate(shards, 1):
+        file = SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+        _write_file(None if directory is None else directory / file, shard)
+        weight_map |= {tensor.name: file for tensor in shard}
+    if directory is not None and count > 1:
+        total = sum(tensor.nbytes for shard in shards for tensor in shard)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+
+
+def _write_file(file: Path | None, shard: list[NewTensor]) -> None:
+    # Wide dtypes first, so that every tensor begins at a multiple of its own width.
+    shard = sorted(shard, key=lambda tensor: (-_width(tensor.dtype), tensor.name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", "writer": _MARK}}
+    offset = 0
+    for tensor in shard:
+        place = [offset, offset + tensor.nbytes]
+        header[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": place,
+        }
+        offset += tensor.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    with contextlib.ExitStack() as stack:
+        stream = None if file is None else stack.enter_context(file.open("wb"))
+        if stream is not None:
+            stream.write(struct.pack("<Q", len(text)) + text)
+        for tensor in shard:
+            for block in tensor.blocks():
+                if stream is not None:
+                    stream.write(block.data)
+        if stream is not None:
+            stream.flush()
+            os.fsync(stream.fileno())
+
+
+def _width(code: str) -> int:
+    """Bits of a number of this dtype; the codes end in it, but for F8's variants and BOOL."""
+    digits = "".join(filter(str.isdigit, code.split("_")[0]))
+    return int(digits or 8)
+
+
+# ---- Replacing directories.
+
+
+def check_target(directory: Path, overwrite: bool) -> None:
+    """Raises ValueError unless `directory` may be written: absent, empty, or ours to replace."""
+    if not directory.exists():
+        return
+    if not directory.is_dir():
+        raise ValueError(f"{directory}: exists and is not a directory; choose another")
+    if not any(directory.iterdir()):
+        return
+    if not overwrite:
+        raise ValueError(
+            f"{directory}: exists and is not empty; choose another directory, or pass "
+            "overwrite=True to replace an earlier output of save_checkpoint"
+        )
+    if not _is_our_output(directory):
+        raise ValueError(
+            f"{directory}: overwrite=True replaces only what save_checkpoint wrote, and this was "
+            "not; choose another directory, or remove it yourself"
+        )
+
+
+def _is_our_output(directory: Path) -> bool:
+    files = list(directory.glob("*.safetensors"))
+    try:
+        return bool(files) and all(read_header(f)[1].get("writer") == _MARK for f in files)
+    except ValueError:
+        return False
+
+
+@contextlib.contextmanager
+def replacing(directory: Path) -> Iterator[Path]:
+    """A new directory beside `directory` that takes its place when the block ends well.
+
+    If anything goes wrong, the new one is removed and whatever was there before stays.
+    """
+    directory = directory.resolve()
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    new = directory.with_name(f".{directory.name}.new-{os.getpid()}")
+    old = directory.with_name(f".{directory.name}.old-{os.getpid()}")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir()
+    try:
+        yield new
+        if directory.exists():
+            directory.rename(old)
+        try:
+            new.rename(directory)
+        except OSError:
+            if old.exists():
+                old.rename(directory)
+            raise
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
