@@ -7,12 +7,17 @@ the mesh lacks or that does not divide the dimension is dropped, and that dimens
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import jax
 from flax import nnx
-from jax.interpreters import pxla
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+with warnings.catch_warnings():
+    # Deprecated, but the only public name of the mesh that `with mesh:` sets and Tunix reads.
+    warnings.simplefilter("ignore", DeprecationWarning)
+    from jax.interpreters.pxla import thread_resources as _thread_resources
 
 _MESH_AXIS = {
     "batch": "fsdp",
@@ -75,7 +80,7 @@ def shard_model(model: nnx.Module, mesh: Mesh) -> nnx.Module:
 
 def active_mesh() -> Any | None:
     """The mesh of `jax.set_mesh`, or else of `with mesh:`, which Tunix reads; None without one."""
-    for mesh in (jax.sharding.get_abstract_mesh(), pxla.thread_resources.env.physical_mesh):
+    for mesh in (jax.sharding.get_abstract_mesh(), _thread_resources.env.physical_mesh):
         if not mesh.empty:
             return mesh
     return None
