@@ -407,6 +407,12 @@ def test_directory_without_a_chat_template_points_to_the_it_one(tiny_dir, tmp_pa
         Processor.from_pretrained(directory)
 
 
+def test_directory_without_a_tokenizer_is_refused(tiny_dir, tmp_path):
+    shutil.copy(tiny_dir / "config.json", tmp_path)
+    with pytest.raises(ValueError, match="there is no tokenizer.json; copy the tokenizer files"):
+        Processor.from_pretrained(tmp_path)
+
+
 def test_tokenizer_of_another_checkpoint_is_refused(tiny_dir, tmp_path):
     directory = tmp_path / "directory"
     shutil.copytree(tiny_dir, directory)

@@ -115,6 +115,11 @@ class Processor:
 
         directory = Path(directory)
         config = ModelConfig.from_hf(directory)
+        if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+            raise ValueError(
+                f"{directory}: there is no tokenizer.json; copy the tokenizer files of the "
+                "checkpoint here"
+            )
         tokenizer = AutoTokenizer.from_pretrained(directory)
         if not tokenizer.chat_template:
             raise ValueError(

@@ -254,19 +254,18 @@ def _generation_config() -> dict[str, Any]:
 
 
 def _processor_config(config: dict[str, Any]) -> dict[str, Any]:
-    """What transformers 5.12 writes for `Gemma4Processor`, less the towers that are not here."""
+    """What transformers 5.12 writes for `Gemma4Processor`; defaults of audio and video left out."""
     result = {
         "processor_class": "Gemma4Processor",
         "image_seq_length": 70,
         "audio_seq_length": 750,
         "audio_ms_per_token": 40,
+        "feature_extractor": {"feature_extractor_type": "Gemma4AudioFeatureExtractor"},
     }
     vision = config["vision_config"]
     if vision is not None:
-        result["image_processor"] = {
-            "image_processor_type": "Gemma4ImageProcessor",
-            "patch_size": vision["patch_size"],
-            "pooling_kernel_size": vision["pooling_kernel_size"],
+        sizes = {name: vision[name] for name in ("patch_size", "pooling_kernel_size")}
+        pixels = sizes | {
             "max_soft_tokens": 70,
             "do_convert_rgb": True,
             "do_resize": True,
@@ -277,6 +276,9 @@ def _processor_config(config: dict[str, Any]) -> dict[str, Any]:
             "image_mean": [0.0, 0.0, 0.0],
             "image_std": [1.0, 1.0, 1.0],
         }
+        result["image_processor"] = {"image_processor_type": "Gemma4ImageProcessor"} | pixels
+        video = {"video_processor_type": "Gemma4VideoProcessor", "do_normalize": True}
+        result["video_processor"] = pixels | video | {"num_frames": 32}
     return result
 
 
