@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+from absl import logging
 
 from .config_checks import DEFAULT_ROPE, KINDS, refuse_unsupported_text, validate
 from .config_parts import LayerSpec, RematConfig, VisionConfig
@@ -151,6 +152,11 @@ class ModelConfig:
         refuse_unsupported_text(text)
         names = {field.name for field in dataclasses.fields(cls)}
         known = {key: value for key, value in text.items() if key in names - {"dtype"}}
+        types = known.get("layer_types")
+        if types and types[-1] == "sliding_attention":
+            # Transformers does the same, so the weights are those of a full layer.
+            logging.warning("layer_types: the last layer is made full_attention.")
+            known["layer_types"] = [*types[:-1], "full_attention"]
         for key in ("image", "video", "audio", "boi", "eoi"):
             name = f"{key}_token_id"
             if source.get(name) is not None:
