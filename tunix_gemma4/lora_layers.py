@@ -1,0 +1,299 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A projection with a low-rank adapter, over a plain or a quantised kernel.
+
+The variables are named, shaped and typed as Qwix's (`kernel_lora_a` [in, rank], `kernel_lora_b`
+[rank, out], `nnx.LoRAParam`), and Qwix quantises the kernels. Its interception of matrix products
+is not used, because it finds a weight by shape: with a quantised kernel it silently drops an
+adapter whose rank equals the kernel's input or output size. It also turns the activations of a
+bfloat16 model into float32 when its adapters are float32.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import qwix
+from flax import nnx
+
+from .lora_targets import grouped, linears
+from .sharding import param_shardings
+
+QTYPES = ("nf4", "int8")
+TILE_SIZES = (64, 32, 16)
+# The bound of PEFT's default initial A, 1 / sqrt(in), so that learning rates carry over.
+_INIT_A = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """What `apply_lora` adds.
+
+    Attributes:
+        rank: columns of A and rows of B.
+        alpha: the update is scaled by alpha / rank, as in PEFT.
+        targets: "language", "vision", "all", or a regular expression over module names.
+        quantize: "nf4" or "int8" stores the kernels of the targeted projections, and only theirs,
+            in 4 or 8 bits; None leaves them as they are.
+        tile_size: input features that share one float32 quantisation scale; None takes the
+            largest of 64, 32 and 16 that divides the kernel's input size.
+        use_rslora: scale by alpha / sqrt(rank) instead.
+    """
+
+    rank: int = 16
+    alpha: float = 32
+    targets: str = "language"
+    quantize: Literal["nf4", "int8"] | None = None
+    tile_size: int | None = None
+    use_rslora: bool = False
+
+    def __post_init__(self):
+        if self.rank < 1:
+            raise ValueError(f"rank: expected at least 1, found {self.rank}")
+        if self.quantize not in (None, *QTYPES):
+            raise ValueError(
+                f"quantize: expected None or one of {', '.join(QTYPES)}, found {self.quantize!r}"
+            )
+        if self.tile_size is not None and self.tile_size < 1:
+            raise ValueError(f"tile_size: expected None or at least 1, found {self.tile_size}")
+
+    @property
+    def scale(self) -> float:
+        """Factor of the update."""
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+
+class LoraLinear(nnx.Linear):
+    """`x W + scale (x A) B`: A and B float32, the sum rounded once, to the dtype of `x W`.
+
+    Made from an existing `nnx.Linear` by `adapt`. `kernel` is an `nnx.Param`, or a `qwix.QArray`
+    of two: `qvalue` [in, out] and `scale` [in / tile, out].
+
+    Source: PEFT 0.21 `Linear`.
+    """
+
+    kernel: nnx.Param | qwix.QArray
+    kernel_lora_a: nnx.LoRAParam
+    kernel_lora_b: nnx.LoRAParam
+    kernel_dtype: jnp.dtype  # what merging returns the kernel to
+    lora: LoraConfig
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        if isinstance(self.kernel, qwix.QArray):
+            y = _quantized_dot(x, unboxed(self.kernel), dtype=self.dtype)
+        else:
+            y = super().__call__(x)
+        delta = _dot32(_dot32(x, self.kernel_lora_a[...]), self.kernel_lora_b[...])
+        return (y + self.lora.scale * delta).astype(y.dtype)
+
+
+def _dot32(x: jax.Array, matrix: jax.Array) -> jax.Array:
+    """`x @ matrix` in float32. A bfloat16 x is not converted first: its gradient keeps it as is."""
+    contract = (((x.ndim - 1,), (0,)), ((), ()))
+    return jax.lax.dot_general(x, matrix, contract, preferred_element_type=jnp.float32)
+
+
+def _quantized_dot(x: jax.Array, kernel: qwix.QArray, *, dtype: Any) -> jax.Array:
+    """`x` times the dequantised kernel, which the backward pass dequantises again.
+
+    Without the checkpoint every dequantised kernel would be kept for the backward pass, which is
+    the memory that quantising saves.
+    """
+
+    @jax.checkpoint
+    def dot(x: jax.Array, kernel: qwix.QArray) -> jax.Array:
+        return x @ qwix.dequantize(kernel).astype(dtype)
+
+    return dot(x.astype(dtype), kernel)
+
+
+def unboxed(kernel: qwix.QArray) -> qwix.QArray:
+    """The kernel with arrays in place of variables."""
+    return jax.tree.map(lambda leaf: leaf[...], kernel, is_leaf=_is_variable)
+
+
+def _is_variable(leaf: Any) -> bool:
+    return isinstance(leaf, nnx.Variable)
+
+
+def main_variable(kernel: nnx.Param | qwix.QArray) -> nnx.Param:
+    """The variable of a kernel's own shape: the kernel, or its quantised values."""
+    return kernel.qvalue if isinstance(kernel, qwix.QArray) else kernel
+
+
+def tile_size(name: str, in_features: int, config: LoraConfig) -> int:
+    """Input features per quantisation scale of the kernel called `name`."""
+    sizes = TILE_SIZES if config.tile_size is None else (config.tile_size,)
+    for size in sizes:
+        if in_features % size == 0:
+            return size
+    raise ValueError(
+        f"{name}: its input size {in_features} is not a multiple of a tile size "
+        f"({', '.join(map(str, sizes))}), so it cannot be quantised to {config.quantize}. "
+        "Set LoraConfig.tile_size to one of its divisors, target other projections, or use "
+        "quantize=None."
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("qtype", "tile"))
+def _quantize(kernel: jax.Array, *, qtype: str, tile: int) -> qwix.QArray:
+    """Scales per output feature and per `tile` input features, float32 whatever the kernel is."""
+    kernel = kernel.astype(jnp.float32)
+    return qwix.quantize(kernel, qtype, channelwise_axes=(1,), tiled_axes={0: tile})
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "dtype"))
+def _merge(
+    kernel: jax.Array | qwix.QArray, a: jax.Array, b: jax.Array, *, scale: float, dtype: Any
+) -> jax.Array:
+    """`W + scale A B`, computed in float32."""
+    if isinstance(kernel, qwix.QArray):
+        kernel = qwix.dequantize(kernel)
+    update = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+    return (kernel.astype(jnp.float32) + scale * update).astype(dtype)
+
+
+def adapt(linear: nnx.Linear, *, name: str, config: LoraConfig, key: jax.Array) -> None:
+    """Turns `linear`, in place, into a `LoraLinear`, on its kernel's own devices.
+
+    A is random and B zero, so that it computes what it did, or what its quantised kernel does.
+    """
+    kernel = linear.kernel
+    metadata = kernel.get_metadata()
+    rows, columns = metadata.get("out_sharding") or (None, None)
+    in_features, out_features = kernel.shape
+    mesh = _mesh_of(kernel.get_raw_value())
+    a = _INIT_A(key, (in_features, config.rank), jnp.float32)
+    b = jnp.zeros((config.rank, out_features), jnp.float32)
+
+    def boxed(kind: type[nnx.Variable], value: jax.Array, axes: tuple) -> nnx.Variable:
+        return _placed(
+            kind(value, **(metadata | {"out_sharding": axes, "eager_sharding": False})), mesh
+        )
+
+    # Plain assignment would be recorded as an attribute of the module.
+    object.__setattr__(linear, "__class__", LoraLinear)
+    linear.lora = config
+    linear.kernel_dtype = kernel.dtype
+    linear.kernel_lora_a = boxed(nnx.LoRAParam, a, (rows, None))
+    linear.kernel_lora_b = boxed(nnx.LoRAParam, b, (None, columns))
+    if config.quantize is not None:
+        tile = tile_size(name, in_features, config)
+        quantized = _quantize(kernel[...], qtype=config.quantize, tile=tile)
+        linear.kernel = jax.tree.map(
+            lambda leaf: boxed(nnx.Param, leaf, (rows, columns)), quantized
+        )
+
+
+def merge(linear: LoraLinear) -> None:
+    """Turns `linear`, in place, back into an `nnx.Linear` that computes the same."""
+    main = main_variable(linear.kernel)
+    kernel = unboxed(linear.kernel) if isinstance(linear.kernel, qwix.QArray) else main[...]
+    merged = _merge(
+        kernel,
+        linear.kernel_lora_a[...],
+        linear.kernel_lora_b[...],
+        scale=linear.lora.scale,
+        dtype=linear.kernel_dtype,
+    )
+    mesh = _mesh_of(main.get_raw_value())
+    linear.kernel = _placed(nnx.Param(merged, **main.get_metadata()), mesh)
+    for name in ("kernel_lora_a", "kernel_lora_b", "kernel_dtype", "lora"):
+        delattr(linear, name)
+    object.__setattr__(linear, "__class__", nnx.Linear)
+
+
+def _mesh_of(value: Any) -> jax.sharding.Mesh | None:
+    """The mesh that a concrete array lies on."""
+    if isinstance(value, jax.core.Tracer) or not isinstance(value, jax.Array):
+        return None
+    sharding = value.sharding
+    return sharding.mesh if isinstance(sharding, jax.sharding.NamedSharding) else None
+
+
+def _placed(variable: nnx.Variable, mesh: jax.sharding.Mesh | None) -> nnx.Variable:
+    """`variable` on `mesh`, by its own metadata."""
+    if mesh is None:
+        return variable
+    sharding = param_shardings(variable, mesh).get_raw_value()
+    return variable.replace(jax.device_put(variable.get_raw_value(), sharding))
+
+
+def adapted(model: nnx.Module) -> dict[str, LoraLinear]:
+    """The projections that carry an adapter, by dotted name.
+
+    Raises:
+        ValueError: for adapters that Qwix made itself, whose scale only Qwix knows.
+    """
+    found = {name: m for name, m in linears(model).items() if isinstance(m, LoraLinear)}
+    count = len(jax.tree.leaves(nnx.state(model, nnx.LoRAParam)))
+    if count != 2 * len(found):
+        raise ValueError(
+            f"the model has {count} LoRA matrices, {2 * len(found)} of them made by apply_lora; "
+            "only those can be saved or merged. Use apply_lora in place of "
+            "qwix.apply_lora_to_model."
+        )
+    return found
+
+
+def add_adapters(
+    model: nnx.Module, names: list[str], config: LoraConfig, rngs: nnx.Rngs
+) -> nnx.Module:
+    """A copy of `model` with adapters on `names`; what is not quantised shares its arrays."""
+    if jax.tree.leaves(nnx.state(model, nnx.LoRAParam)):
+        raise ValueError("the model has adapters already: merge_lora or load the base again")
+    projections = linears(model)
+    if config.quantize is not None:
+        for name in names:
+            tile_size(name, projections[name].in_features, config)
+
+    keys = jax.random.split(rngs.params(), len(names))
+
+    def add(model: nnx.Module) -> nnx.Module:
+        model = nnx.clone(model)
+        projections = linears(model)
+        for index, name in enumerate(names):
+            adapt(projections[name], name=name, config=config, key=keys[index])
+        return model
+
+    leaves = jax.tree.leaves(nnx.state(model))
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
+        return nnx.eval_shape(add, model)
+    return add(model)
+
+
+def count_parameters(model: nnx.Module) -> tuple[int, int]:
+    """Trainable (the adapters') and all parameters; a quantised kernel counts its elements."""
+    trainable = sum(math.prod(leaf.shape) for leaf in _leaves(model, nnx.LoRAParam))
+    scales = sum(
+        math.prod(module.kernel.scale.shape)
+        for module in adapted(model).values()
+        if isinstance(module.kernel, qwix.QArray)
+    )
+    return trainable, sum(math.prod(leaf.shape) for leaf in _leaves(model, nnx.Param)) - scales
+
+
+def _leaves(model: nnx.Module, kind: type[nnx.Variable]) -> list[Any]:
+    return jax.tree.leaves(nnx.state(model, kind))
+
+
+def describe(model: nnx.Module) -> str:
+    """Which projections carry adapters, and trainable and total parameters, in a few lines."""
+    modules = adapted(model)
+    config = next(iter(modules.values())).lora
+    trainable, total = count_parameters(model)
+    towers: dict[str, list[str]] = {}
+    for name, count in grouped(modules).items():
+        words = name.removesuffix(".linear").split(".")
+        towers.setdefault(words[0], []).append(f"{words[-1]} {count}")
+    where = "; ".join(f"{tower}: {', '.join(words)}" for tower, words in towers.items())
+    quantized = f", their kernels in {config.quantize}" if config.quantize else ""
+    return (
+        f"LoRA of rank {config.rank}, scale {config.scale:g}, on {len(modules)} projections"
+        f"{quantized} ({where}).\n"
+        f"Trainable parameters: {trainable:,} of {total:,} ({100 * trainable / total:.3g} %)"
+    )

@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapters on disk, in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
+
+A tensor is called `base_model.model.` + module + `.lora_A.weight` [rank, in] or `.lora_B.weight`
+[out, rank], module being its name in the transformers model. Ours are the transposes.
+
+Source: PEFT 0.21 `LoraConfig`, `get_peft_model_state_dict`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from flax import nnx
+from jax.experimental import multihost_utils
+from safetensors.numpy import save_file
+
+from .checkpoint_files import FLOATS, StoredTensor, listing, read_header, replacing
+from .lora_layers import LoraConfig, LoraLinear, adapted, add_adapters, describe
+from .lora_targets import as_regex, linears
+from .weights import module_name
+
+CONFIG = "adapter_config.json"
+TENSORS = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_WRITER = {"writer": "tunix_gemma4"}
+
+# Whoever runs the adapter needs these of its base; each is copied if the base has it.
+_COMPANIONS = (
+    "added_tokens.json",
+    "chat_template*",
+    "generation_config.json",
+    "*processor_config.json",
+    "special_tokens_map.json",
+    "tokenizer*",
+)
+
+# Settings of PEFT that do not change what a trained adapter computes, whatever their value.
+_HARMLESS = {
+    "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config",
+    "exclude_modules", "inference_mode", "init_lora_weights", "layers_pattern",
+    "layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core", "peft_type",
+    "peft_version", "qalora_group_size", "r", "revision", "target_modules", "task_type",
+    "use_rslora",
+}  # fmt: skip
+# Other initialisations (PiSSA, OLoRA, ...) also change the base weights.
+_INITS_THAT_KEEP_THE_BASE = (True, False, "gaussian", "eva", "orthogonal", None)
+
+
+def save_adapter(
+    model: nnx.Module, directory: str | Path, *, base_model_name_or_path: str | None = None
+) -> None:
+    """Writes what `peft.PeftModel.from_pretrained` loads, and the base's tokenizer beside it.
+
+    The directory appears whole or not at all; one that an earlier call wrote is replaced.
+
+    Args:
+        model: from `apply_lora` or `load_adapter`; it may be quantised.
+        directory: where to.
+        base_model_name_or_path: what the adapter belongs to; None takes the directory that the
+            model was loaded from. Tokenizer, processor, chat template and generation config are
+            copied from that one.
+
+    Raises:
+        ValueError: if there are no adapters, or `directory` holds anything else.
+    """
+    directory = Path(directory)
+    modules = adapted(model)
+    if not modules:
+        raise ValueError("the model has no adapters to save; apply_lora adds them")
+    _check_target(directory)
+    tensors = {}
+    for name, module in modules.items():
+        for side, variable in _matrices(module).items():
+            matrix = np.asarray(_on_host(variable[...]), np.float32)
+            tensors[_tensor_name(name, side)] = np.ascontiguousarray(matrix.T)
+    trained = len(jax.tree.leaves(nnx.state(model, nnx.LoRAParam)))
+    if jax.process_index() != 0:
+        return  # Every process took part in gathering; one writes.
+    source = model.config.source_directory
+    settings = _settings(modules, base_model_name_or_path or source)
+    with replacing(directory) as new:
+        (new / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
+        save_file(tensors, new / TENSORS, {"format": "pt"} | _WRITER)
+        for pattern in _COMPANIONS if source is not None else ():
+            for file in filter(Path.is_file, Path(source).glob(pattern)):
+                shutil.copyfile(file, new / file.name)
+        written = len(read_header(new / TENSORS)[0])
+        if written != trained:
+            raise RuntimeError(f"{written} tensors were written of {trained} trained; not saved")
+
+
+def _matrices(module: LoraLinear) -> dict[str, nnx.LoRAParam]:
+    return {"A": module.kernel_lora_a, "B": module.kernel_lora_b}
+
+
+def _tensor_name(name: str, side: str) -> str:
+    return f"{_PREFIX}{module_name((name, 'kernel'))}.lora_{side}.weight"
+
+
+def _on_host(array: jax.Array) -> Any:
+    if array.is_fully_addressable:
+        return array
+    return multihost_utils.process_allgather(array, tiled=True)
+
+
+def _settings(modules: dict[str, LoraLinear], base: str | None) -> dict[str, Any]:
+    config = next(iter(modules.values())).lora
+    alpha = float(config.alpha)
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": config.rank,
+        "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
+        "lora_dropout": 0.0,
+        "use_rslora": config.use_rslora,
+        "bias": "none",
+        "target_modules": as_regex(module_name((name, "kernel")) for name in modules),
+    }
+
+
+def _check_target(directory: Path) -> None:
+    """Refuses a directory with anything in it that an earlier `save_adapter` did not write."""
+    if directory.is_dir() and not any(directory.iterdir()):
+        return
+    if directory.exists() and not _is_ours(directory):
+        raise ValueError(
+            f"{directory}: exists and is no adapter that save_adapter wrote; choose another "
+            "directory, or remove it yourself"
+        )
+
+
+def _is_ours(directory: Path) -> bool:
+    file = directory / TENSORS
+    return file.is_file() and _WRITER.items() <= read_header(file)[1].items()
+
+
+# ---- Reading.
+
+
+def load_adapter(model: nnx.Module, directory: str | Path) -> nnx.Module:
+    """A copy of `model` with an adapter that PEFT or `save_adapter` wrote.
+
+    Dropout that the adapter was trained with is ignored: there is none here.
+
+    Args:
+        model: if it has no adapters, it gets them; if it has, they must be on the same projections
+            and of the same rank and scale. For a quantised base, call `apply_lora` first.
+        directory: holds `adapter_config.json` and `adapter_model.safetensors`.
+
+    Raises:
+        ValueError: for files that are absent or damaged, settings that are not supported, and
+            tensors that are missing, unexpected or misshapen, all of them in one message.
+    """
+    directory = Path(directory)
+    config = _read_config(directory)
+    tensors = _read_tensors(model, directory)
+    present = adapted(model)
+    if present:
+        _check_scale(next(iter(present.values())).lora, config, directory)
+    names = list(present) or [
+        name for name in linears(model) if tensors.keys() & set(_tensor_names(name))
+    ]
+    _check_tensors(model, names, tensors, config.rank, directory)
+    if present:
+        model = nnx.clone(model)
+    else:
+        config = dataclasses.replace(config, targets=as_regex(names))
+        model = add_adapters(model, names, config, nnx.Rngs(0))
+        print(describe(model))
+    for name, module in adapted(model).items():
+        for side, variable in _matrices(module).items():
+            matrix = tensors[_tensor_name(name, side)].view().astype(np.float32).T
+            variable[...] = jax.device_put(matrix, variable.get_raw_value().sharding)
+    return model
+
+
+def _tensor_names(name: str) -> tuple[str, str]:
+    return _tensor_name(name, "A"), _tensor_name(name, "B")
+
+
+def _read_config(directory: Path) -> LoraConfig:
+    """Rank and scale; raises for every setting under which the adapter would compute otherwise."""
+    file = directory / CONFIG
+    if not file.is_file():
+        raise ValueError(f"{file}: no such file; expected an adapter directory as PEFT writes it")
+    try:
+        settings = json.loads(file.read_text("utf-8"))
+        kind, rank, alpha = (settings[key] for key in ("peft_type", "r", "lora_alpha"))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file}: not an adapter's configuration ({error!r})") from error
+    if kind != "LORA":
+        raise ValueError(f"{file}: peft_type: found {kind!r}; supported: 'LORA'")
+    # PEFT writes every setting it has; those it does not use are None, False or empty.
+    unsupported = {
+        key: value
+        for key, value in settings.items()
+        if key not in _HARMLESS and value and (key, value) != ("bias", "none")
+    }
+    init = settings.get("init_lora_weights")
+    if init not in _INITS_THAT_KEEP_THE_BASE:
+        unsupported["init_lora_weights"] = init
+    if unsupported:
+        raise ValueError(
+            f"{file}: unsupported settings {unsupported}; supported are plain LoRA adapters of "
+            "one rank and alpha, without biases or other trained modules"
+        )
+    return LoraConfig(rank=rank, alpha=alpha, use_rslora=bool(settings.get("use_rslora")))
+
+
+def _read_tensors(model: nnx.Module, directory: Path) -> dict[str, StoredTensor]:
+    """The adapter's tensors, by the names that we write."""
+    file = directory / TENSORS
+    if not file.is_file():
+        raise ValueError(
+            f"{file}: no such file; an adapter saved as adapter_model.bin has to be saved again "
+            "by PEFT with safe_serialization=True"
+        )
+    tensors, skipped = {}, []
+    for name, tensor in read_header(file)[0].items():
+        # A model class without vision calls the same decoder `model.layers`.
+        name = name.replace(f"{_PREFIX}model.layers.", f"{_PREFIX}model.language_model.layers.")
+        if _is_never_computed(model, name):
+            skipped.append(name)
+        else:
+            tensors[name] = tensor
+    if skipped:
+        logging.info("%s: skipped keys and values of layers that reuse others': %s", file, skipped)
+    return tensors
+
+
+def _is_never_computed(model: nnx.Module, name: str) -> bool:
+    """Whether `name` adapts a `k_proj` or `v_proj` that some model classes keep but never run."""
+    match = re.search(r"\.language_model\.layers\.(\d+)\.self_attn\.[kv]_proj\.", name)
+    layers = model.config.layers
+    return bool(match) and int(match[1]) < len(layers) and layers[int(match[1])].shares_kv
+
+
+def _check_scale(own: LoraConfig, config: LoraConfig, directory: Path) -> None:
+    if (own.rank, own.scale) != (config.rank, config.scale):
+        raise ValueError(
+            f"{directory}: rank {config.rank} and scale {config.scale:g}; the model's adapters "
+            f"have rank {own.rank} and scale {own.scale:g}. Load it into a model without adapters"
+        )
+
+
+def _check_tensors(
+    model: nnx.Module,
+    names: list[str],
+    tensors: dict[str, StoredTensor],
+    rank: int,
+    directory: Path,
+) -> None:
+    """Raises unless the tensors are those of `names`, in their shapes, and no others."""
+    projections = linears(model)
+    expected = {}
+    for name in names:
+        linear = projections[name]
+        a, b = _tensor_names(name)
+        expected |= {a: (rank, linear.in_features), b: (linear.out_features, rank)}
+    misshapen = [
+        f"{name}: expected shape {shape}, found {tensors[name].shape}"
+        for name, shape in expected.items()
+        if name in tensors and tensors[name].shape != shape
+    ]
+    complaints = {
+        "missing": [name for name in expected if name not in tensors],
+        "unexpected": [name for name in tensors if name not in expected],
+        "misshapen": misshapen,
+        "not floating point": [name for name, t in tensors.items() if t.dtype not in FLOATS],
+    }
+    lines = [f"{what}: {listing(found)}" for what, found in complaints.items() if found]
+    if not expected and not lines:
+        lines = ["it holds no tensors"]
+    if lines:
+        vision = any("vision_tower" in name for name in complaints["unexpected"])
+        hint = " Load the model with text_only=False?" if vision else ""
+        raise ValueError("\n".join([f"{directory} does not fit this model.{hint}", *lines]))

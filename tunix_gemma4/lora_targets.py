@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which projections a LoRA target names: ours, Hugging Face's or Tunix's names."""
+
+from __future__ import annotations
+
+import collections
+import re
+from collections.abc import Iterable
+
+from flax import nnx
+
+_SEVEN = r"(?:self_attn\.(?:q|k|v|o)_proj|mlp\.(?:gate|up|down)_proj)"
+_LANGUAGE = rf"language_model\.layers\.\d+\.{_SEVEN}"
+_VISION = rf"vision_tower\.encoder\.layers\.\d+\.{_SEVEN}\.linear"
+_PRESETS = {"language": _LANGUAGE, "vision": _VISION, "all": f"{_LANGUAGE}|{_VISION}"}
+
+# Tunix's name of a projection, by ours. Where keys double as values Tunix calls them `k_einsum`;
+# `kv_einsum` reaches those too, since a recipe that names it means every key and value.
+_TUNIX = {
+    "self_attn.q_proj": ("attn/q_einsum",),
+    "self_attn.k_proj": ("attn/kv_einsum",),
+    "self_attn.v_proj": ("attn/kv_einsum",),
+    "self_attn.o_proj": ("attn/attn_vec_einsum",),
+}
+_TUNIX_K_EQ_V = ("attn/kv_einsum", "attn/k_einsum")
+
+
+def linears(model: nnx.Module) -> dict[str, nnx.Linear]:
+    """Every projection that can carry an adapter, by dotted name, in the order of the layers.
+
+    The router is left out: it decides in float32 and is no place for a low-rank nudge. Experts
+    are no `nnx.Linear`.
+    """
+    found = {
+        ".".join(map(str, path)): module
+        for path, module in nnx.iter_modules(model)
+        if isinstance(module, nnx.Linear) and "router" not in path
+    }
+    return {name: found[name] for name in sorted(found, key=natural_key)}
+
+
+def natural_key(name: str) -> list[tuple[bool, int, str]]:
+    """Sorts `layers.2` before `layers.10`."""
+    return [
+        (not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split(".")
+    ]
+
+
+def resolve(model: nnx.Module, targets: str) -> list[str]:
+    """Names of the projections that `targets` means.
+
+    A regular expression has to match all of a name: the dotted one (`language_model.layers.0.
+    self_attn.q_proj`, with or without HF's leading `model.`), the same with slashes, or its last
+    word alone (`q_proj`; for vision too, where the name ends in `.linear`). One that contains
+    `einsum` is read as Tunix's and matches Tunix's names of the text decoder.
+
+    Raises:
+        ValueError: for a pattern that is invalid, matches nothing, or reaches experts.
+    """
+    names = list(linears(model))
+    if targets in _PRESETS:
+        found = [name for name in names if re.fullmatch(_PRESETS[targets], name)]
+        if not found:
+            raise ValueError(
+                f"targets={targets!r}: this model has no such projections; it was built without "
+                f"vision (text_only=True, or a config that has none).\n{_what_could_match(names)}"
+            )
+        return found
+    try:
+        pattern = re.compile(targets)
+    except re.error as error:
+        raise ValueError(f"targets={targets!r}: not a regular expression ({error})") from error
+    _refuse_experts(model, targets, pattern)
+    spellings = _tunix_names if "einsum" in targets else _own_names
+    found = [name for name in names if any(map(pattern.fullmatch, spellings(name, names)))]
+    if not found:
+        raise ValueError(
+            f"targets={targets!r} matches no projection of this model.\n{_what_could_match(names)}"
+        )
+    return found
+
+
+def _own_names(name: str, names: list[str]) -> list[str]:
+    del names
+    words = name.split(".")
+    last = words[-2] if words[-1] == "linear" else words[-1]
+    full = f"model.{name}"
+    return [name, full, name.replace(".", "/"), full.replace(".", "/"), last]
+
+
+def _tunix_names(name: str, names: list[str]) -> list[str]:
+    match = re.fullmatch(r"language_model\.layers\.(\d+)\.(.+)", name)
+    if match is None:
+        return []
+    index, own = match.groups()
+    k_eq_v = name.endswith(".k_proj") and name.replace(".k_proj", ".v_proj") not in names
+    tails = _TUNIX_K_EQ_V if k_eq_v else _TUNIX.get(own, (own.replace(".", "/"),))
+    paths = [f"layers/{index}/{tail}" for tail in tails]
+    return [*paths, *(tail.split("/")[-1] for tail in tails)]
+
+
+def _refuse_experts(model: nnx.Module, targets: str, pattern: re.Pattern) -> None:
+    experts = [".".join(map(str, path)) for path, _ in nnx.iter_modules(model)]
+    experts = [name for name in experts if name.endswith(".experts")]
+    if not experts:
+        return
+    reached = [name for name in experts if any(map(pattern.fullmatch, _own_names(name, experts)))]
+    if reached or "experts" in targets:
+        raise ValueError(
+            f"targets={targets!r} reaches the experts (language_model.layers.*.experts), which "
+            "cannot carry adapters: their ragged matrix products over [E, D, F] kernels are no "
+            f"projections. Name projections one by one, for example 'q_proj|v_proj', or use "
+            f"targets='language'.\n{_what_could_match(list(linears(model)))}"
+        )
+
+
+def grouped(names: Iterable[str]) -> dict[str, int]:
+    """How many names there are of each kind, layer numbers replaced by `*`."""
+    return collections.Counter(re.sub(r"\.\d+\.", ".*.", name) for name in names)
+
+
+def _what_could_match(names: list[str]) -> str:
+    lines = [f"  {name} ({count})" for name, count in grouped(names).items()]
+    return "\n".join(["It could match:", *lines])
+
+
+def as_regex(names: Iterable[str]) -> str:
+    """A regular expression that fully matches these names and no others.
+
+    Layers that have the same modules share a branch, so that it stays readable.
+    """
+    layers: dict[tuple[str, str], list[str]] = collections.defaultdict(list)
+    single = []
+    for name in names:
+        match = re.fullmatch(r"(.*\.layers)\.(\d+)\.(.*)", name)
+        if match is None:
+            single.append(re.escape(name))
+        else:
+            prefix, index, tail = match.groups()
+            layers[prefix, tail].append(index)
+    branches: dict[tuple[str, tuple[str, ...]], list[str]] = collections.defaultdict(list)
+    for (prefix, tail), indices in layers.items():
+        branches[prefix, tuple(indices)].append(tail)
+    joined = [
+        rf"{re.escape(prefix)}\.(?:{'|'.join(indices)})\.(?:{'|'.join(map(re.escape, tails))})"
+        for (prefix, indices), tails in branches.items()
+    ]
+    return "|".join([*joined, *single])
