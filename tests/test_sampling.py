@@ -2,17 +2,25 @@
 """Sampling: what is drawn, when a row stops, what is compiled, and on which mesh."""
 
 import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
+from small_models import draw_images, draw_tokens, forward, random_model
 
 from tunix_gemma4.processor import Batch
 from tunix_gemma4.sampling import generate, sample
+from tunix_gemma4.sharding import shard_model
 from tunix_gemma4.tiny import tiny_config
 
+ROOT = Path(__file__).parent.parent
 VOCAB = 16
 PAD, STOP, OTHER_STOP, IMAGE, VIDEO, AUDIO = 0, 1, 2, 13, 14, 15
 
@@ -161,3 +169,111 @@ def test_sample_divides_by_the_temperature_before_it_sums_up_to_top_p():
     np.testing.assert_array_equal(np.flatnonzero(shares), [1])
     shares = _shares(np.log(PROBABILITIES), temperature=jnp.float32(1), top_p=jnp.float32(0.58))
     np.testing.assert_array_equal(np.flatnonzero(shares), [1, 3])
+
+
+# ---- With the model.
+
+ROWS = ("ttt(iiii)tt", ".....tttttt")
+GRIDS = ([(2, 2)], [])
+
+
+def image_prompts(config, copies: int = 1) -> Batch:
+    """A row with an image and a left-padded one without, `copies` times."""
+    tokens, padding = draw_tokens(config, *(ROWS * copies))
+    images = draw_images(config, *(GRIDS * copies))
+    arrays = {"tokens": tokens, "padding_mask": padding, "images": images}
+    arrays = {name: np.asarray(array) for name, array in arrays.items()}
+    return Batch(loss_mask=np.zeros_like(arrays["tokens"]), **arrays)
+
+
+def test_generate_continues_as_the_model_would_without_a_cache():
+    model = random_model("26b_a4b")
+    batch = image_prompts(model.config)
+    out = generate(model, batch, max_new_tokens=10, stop_ids=[])
+    whole = np.concatenate([batch.tokens, out.tokens], axis=1)
+    padding = np.pad(batch.padding_mask, ((0, 0), (0, 10)), constant_values=1)
+    logits, _ = forward(
+        model,
+        whole,
+        positions=np.maximum(np.cumsum(padding, axis=1) - 1, 0),
+        attention_mask=model.get_attention_mask(whole, inputs_mask=padding),
+        images=batch.images,
+    )
+    config = model.config
+    media = [config.image_token_id, config.video_token_id, config.audio_token_id]
+    following = np.asarray(logits[:, batch.tokens.shape[1] - 1 : -1]).copy()
+    following[..., media] = -np.inf
+    np.testing.assert_array_equal(out.tokens, following.argmax(-1))
+
+
+def test_generate_does_not_depend_on_the_other_rows_or_on_padding():
+    model = random_model("e4b")
+    batch = image_prompts(model.config)
+    together = generate(model, batch, max_new_tokens=8, stop_ids=[]).rows()
+    alone = jax.tree.map(lambda x: x[1:, 5:] if x.ndim == 2 else x[1:], batch)
+    assert generate(model, alone, max_new_tokens=8, stop_ids=[]).rows() == together[1:]
+
+
+MESH_SETTINGS = {"max_new_tokens": 8, "stop_ids": []}
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(8, 1), (1, 8), pytest.param((4, 2), marks=pytest.mark.slow)],
+    ids=["fsdp", "tp", "fsdp-tp"],
+)
+def test_generate_gives_the_same_tokens_on_a_mesh(shape):
+    expected = generate(random_model("e2b"), image_prompts(tiny_config("e2b"), 4), **MESH_SETTINGS)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(shape), ("fsdp", "tp"))
+    model = shard_model(random_model("e2b"), mesh)
+    found = generate(model, image_prompts(model.config, 4), **MESH_SETTINGS)
+    assert found.rows() == expected.rows()
+    assert len(found.tokens.sharding.device_set) == 8
+
+
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_generate_runs_with_adapters_and_quantised_weights(quantize):
+    from tunix_gemma4.lora import LoraConfig, apply_lora
+
+    base = random_model("e2b")
+    batch = image_prompts(base.config)
+    model = apply_lora(base, LoraConfig(rank=4, targets="all", quantize=quantize), rngs=nnx.Rngs(1))
+    fresh = generate(model, batch, max_new_tokens=6, stop_ids=[])
+    if quantize is None:  # Adapters start as nothing.
+        assert fresh.rows() == generate(base, batch, max_new_tokens=6, stop_ids=[]).rows()
+    adapters = nnx.state(model, nnx.LoRAParam)
+    nnx.update(model, jax.tree.map(lambda x: x + 0.3, adapters))
+    trained = generate(model, batch, max_new_tokens=6, stop_ids=[])
+    assert trained.rows() != fresh.rows()
+
+
+def test_generate_refuses_images_that_do_not_fit_their_placeholders():
+    model = random_model("e2b")
+    batch = image_prompts(model.config)
+    with pytest.raises(ValueError, match="row 0 has 4 image placeholders .* but 0 soft tokens"):
+        generate(model, batch.replace(images=None), max_new_tokens=2)
+    swapped = batch.replace(images=batch.images[::-1])
+    with pytest.raises(ValueError, match="row 0 has 4 image placeholders .* but 0 soft tokens"):
+        generate(model, swapped, max_new_tokens=2)
+    text_only = random_model("e2b", text_only=True)
+    with pytest.raises(ValueError, match="build or load it with text_only=False"):
+        generate(text_only, batch, max_new_tokens=2)
+
+
+def test_the_example_answers_with_and_without_images(tiny_dir, tmp_path):
+    rng = np.random.default_rng(0)
+    for name in ("a", "b"):
+        pixels = rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+    command = [
+        *(sys.executable, ROOT / "examples" / "generate.py", f"--model={tiny_dir}"),
+        *("--prompt=What digit is this?", "--max_new_tokens=4", "--max_soft_tokens=70"),
+    ]
+    images = [f"--image={tmp_path / name}.png" for name in ("a", "b")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    for more in (images, ["--temperature=1", "--top_k=8", "--top_p=0.9"]):
+        done = subprocess.run(
+            [*command, *more], capture_output=True, text=True, check=False, env=environment
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith("What digit is this?\n    ")

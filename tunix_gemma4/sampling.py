@@ -8,6 +8,7 @@ for which no soft token exists.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Sequence
@@ -16,9 +17,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding
 
+from .config import ModelConfig
+from .model.merge import check_images
 from .processor import Batch
-from .sharding import constrain
+from .sharding import active_mesh, constrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,35 +75,67 @@ def generate(
         seed: of the random draws, which do not depend on how the batch is sharded.
 
     Raises:
-        ValueError: rows that are not left-padded, or settings that contradict each other.
+        ValueError: rows that are not left-padded, images that do not fit their placeholders, or
+            settings that contradict each other.
     """
-    _check_settings(max_new_tokens, temperature, top_k, top_p)
     config = model.config
+    _check_settings(max_new_tokens, temperature, top_k, top_p)
+    _check_prompts(config, batch)
     if stop_ids is None:
         eos = config.eos_token_id
         stop_ids = [eos] if isinstance(eos, int) else eos
-    tokens, padding = jnp.asarray(batch.tokens), jnp.asarray(batch.padding_mask) != 0
-    if not padding[:, -1].all():
+    graphdef, state = nnx.split(model)
+    with _mesh_of(state):
+        tokens, lengths = _generate(
+            graphdef,
+            state,
+            jnp.asarray(batch.tokens),
+            jnp.asarray(batch.padding_mask) != 0,
+            batch.images,
+            stop_ids=jnp.asarray(stop_ids, jnp.int32),
+            pad_id=jnp.int32(config.pad_token_id if pad_id is None else pad_id),
+            key=jax.random.key(seed),
+            temperature=jnp.float32(temperature) if temperature else None,
+            top_p=None if top_p is None else jnp.float32(top_p),
+            top_k=None if top_k is None else min(top_k, config.vocab_size),
+            max_new_tokens=max_new_tokens,
+        )
+    return Generated(tokens, lengths)
+
+
+def _mesh_of(state: nnx.State) -> contextlib.AbstractContextManager:
+    """Makes the mesh that the weights are on the active one, unless the caller has set one."""
+    shardings = (leaf.sharding for leaf in jax.tree.leaves(state))
+    meshes = (sharding.mesh for sharding in shardings if isinstance(sharding, NamedSharding))
+    mesh = next(meshes, None)
+    if mesh is None or active_mesh() is not None:
+        return contextlib.nullcontext()
+    return jax.set_mesh(mesh)
+
+
+def _check_prompts(config: ModelConfig, batch: Batch) -> None:
+    """Raises ValueError for rows that cannot be continued.
+
+    The model itself would answer an image that does not fit with NaN, since it is compiled here.
+    """
+    last = jnp.asarray(batch.padding_mask)[:, -1] != 0
+    if not last.all():
         raise ValueError(
             "batch: expected left-padded rows, found padding in the last column of row "
-            f"{int(jnp.argmin(padding[:, -1]))}; collate with side='left'"
+            f"{int(jnp.argmin(last))}; collate with side='left'"
         )
-    graphdef, state = nnx.split(model)
-    out, lengths = _generate(
-        graphdef,
-        state,
-        tokens,
-        padding,
-        batch.images,
-        stop_ids=jnp.asarray(stop_ids, jnp.int32),
-        pad_id=jnp.int32(config.pad_token_id if pad_id is None else pad_id),
-        key=jax.random.key(seed),
-        temperature=jnp.float32(temperature) if temperature else None,
-        top_p=None if top_p is None else jnp.float32(top_p),
-        top_k=None if top_k is None else min(top_k, config.vocab_size),
-        max_new_tokens=max_new_tokens,
-    )
-    return Generated(out, lengths)
+    check_images(config, batch.tokens, batch.images)
+    expected = (jnp.asarray(batch.tokens) == config.image_token_id).sum(axis=1)
+    found = jnp.zeros_like(expected)
+    if batch.images is not None:
+        patches = (jnp.asarray(batch.images)[..., -1] >= 0).sum(axis=(1, 2))
+        found = patches // config.vision_config.pooling_kernel_size**2
+    if (expected != found).any():
+        row = int(jnp.argmax(expected != found))
+        raise ValueError(
+            f"batch: row {row} has {int(expected[row])} image placeholders in its tokens but "
+            f"{int(found[row])} soft tokens from its images"
+        )
 
 
 def _check_settings(
@@ -209,7 +245,7 @@ def _generate(
     return loop.tokens, loop.lengths
 
 
-def _without_media(logits: jax.Array, config) -> jax.Array:
+def _without_media(logits: jax.Array, config: ModelConfig) -> jax.Array:
     """`logits` [B, V] with the placeholders of images, videos and audio made impossible."""
     media = jnp.array([config.image_token_id, config.video_token_id, config.audio_token_id])
     return logits.at[:, media].set(-jnp.inf, mode="drop")
