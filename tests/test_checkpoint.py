@@ -2,9 +2,14 @@
 """Directories in and out: what is read, what is refused and in which words, what is kept."""
 
 import json
+import os
 import re
 import shutil
+import socket
 import struct
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -170,8 +175,9 @@ def test_float64_values_are_cast_only_when_asked_for(directory):
     np.testing.assert_array_equal(np.asarray(model.language_model.norm.weight[...]), expected)
 
 
-@pytest.mark.parametrize(("fsdp", "tp"), [(8, 1), (4, 2), (1, 8)])
-@pytest.mark.parametrize("dtype", [None, jnp.bfloat16], ids=["own-dtype", "cast"])
+@pytest.mark.parametrize(
+    ("fsdp", "tp", "dtype"), [(8, 1, None), (4, 2, None), (4, 2, jnp.bfloat16), (1, 8, None)]
+)
 def test_a_mesh_gets_each_parameter_on_its_own_shards(tiny_checkpoint, fsdp, tp, dtype):
     directory, mesh = tiny_checkpoint("26b_a4b"), make_mesh(fsdp, tp)
     model = load_checkpoint(directory, mesh, text_only=False, dtype=dtype)
@@ -577,6 +583,7 @@ def test_only_the_first_process_writes(directory, tmp_path, monkeypatch):
 
 def test_a_preset_is_saved_and_read_as_itself(tmp_path):
     config = ModelConfig.gemma4_e2b()
+    config.num_layers = 20
     small = {"hidden_size": 16, "intermediate_size": 16, "vocab_size": 32, "head_dim": 8}
     small |= {"global_head_dim": 8, "vocab_size_per_layer_input": 32}
     small |= {"hidden_size_per_layer_input": 4}
@@ -586,3 +593,43 @@ def test_a_preset_is_saved_and_read_as_itself(tmp_path):
     model = checkpoint.Gemma4ForConditionalGeneration(config, rngs=nnx.Rngs(0))
     save_checkpoint(model, tmp_path / "out")
     assert load_checkpoint(tmp_path / "out").config.layers == config.layers
+
+
+# ---- Several processes.
+
+_PROCESS = """
+import sys
+import jax
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(f"localhost:{sys.argv[4]}", 2, int(sys.argv[1]))
+from tunix_gemma4.checkpoint import load_checkpoint, save_checkpoint
+mesh = jax.make_mesh((2, 2), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+model = load_checkpoint(sys.argv[2], mesh, text_only=False)
+kernel = model.language_model.layers[0].self_attn.q_proj.kernel.get_raw_value()
+assert not kernel.is_fully_addressable
+save_checkpoint(model, sys.argv[3], max_shard_bytes=100_000)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_read_their_shards_and_write_one_directory(directory, tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    root = str(Path(checkpoint.__file__).parents[1])
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]),
+    }
+    arguments = [str(directory), str(tmp_path / "out"), port]
+    processes = [
+        subprocess.Popen([sys.executable, "-c", _PROCESS, rank, *arguments], env=environment)
+        for rank in "01"
+    ]
+    try:
+        assert [process.wait(timeout=300) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+    assert_same(stored(tmp_path / "out"), stored(directory))
