@@ -88,7 +88,7 @@ def _embed(num: int, features: int, config: ModelConfig, rngs: nnx.Rngs) -> nnx.
         features,
         dtype=config.dtype,
         param_dtype=config.param_dtype,
-        embedding_metadata=metadata("vocab", "embed"),
+        embedding_metadata=metadata("vocab", None),
         rngs=rngs,
     )
 
@@ -114,7 +114,16 @@ class TextModel(nnx.Module):
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """Scaled embeddings [B, T, D]; the scale is rounded to the activations' dtype, as HF's."""
-        return self.embed_tokens(tokens) * self._root(self.config.hidden_size)
+        return self._rows(self.embed_tokens, tokens) * self._root(self.config.hidden_size)
+
+    def _rows(self, table: nnx.Embed, tokens: jax.Array) -> jax.Array:
+        """Rows of `table`, without gradient for the padding row, which images look up too.
+
+        HF's embeddings are built with `padding_idx`, so that row trains through the head alone.
+        """
+        rows = table(tokens)
+        padding = (tokens == self.config.pad_token_id)[..., None]
+        return jnp.where(padding, jax.lax.stop_gradient(rows), rows)
 
     def _root(self, size: int) -> jax.Array:
         return jnp.asarray(math.sqrt(size), self.config.dtype)
@@ -125,7 +134,8 @@ class TextModel(nnx.Module):
         if not width:
             return None
         shape = (*tokens.shape, self.config.num_hidden_layers, width)
-        of_token = (self.embed_tokens_per_layer(tokens) * self._root(width)).reshape(shape)
+        of_token = self._rows(self.embed_tokens_per_layer, tokens) * self._root(width)
+        of_token = of_token.reshape(shape)
         of_context = self.per_layer_model_projection(x) * self.config.hidden_size**-0.5
         of_context = self.per_layer_projection_norm(of_context.reshape(shape))
         return (of_context + of_token) * 2**-0.5
