@@ -299,7 +299,7 @@ def _hf_config(model: nnx.Module, origin: Path | None, names: list[str]) -> dict
         sizes[np.dtype(variable.dtype).name] += variable.size
     ((result["dtype"], _),) = sizes.most_common(1)
     for key in ("text_config", "vision_config", "audio_config"):
-        if result.get(key) and "dtype" in result[key]:
+        if result.get(key) and result[key].get("dtype"):
             result[key]["dtype"] = result["dtype"]
     return result
 
