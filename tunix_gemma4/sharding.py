@@ -7,6 +7,7 @@ the mesh lacks or that does not divide the dimension is dropped, and that dimens
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
@@ -25,7 +26,9 @@ _MESH_AXIS = {
     "experts": None,
     "heads": "tp",
     "mlp": "tp",
-    "vocab": "tp",
+    # Over every chip: the two vocabulary tables are the largest tensors, their rows are looked up
+    # or scored where they lie, and neither they nor their gradients are ever gathered.
+    "vocab": ("fsdp", "tp"),
 }
 
 
@@ -42,13 +45,19 @@ def _fitting_spec(axes: tuple, shape: tuple[int, ...], mesh: Any) -> PartitionSp
     """`axes` without those that `mesh` lacks or that do not divide `shape`."""
     if len(axes) > len(shape):
         return PartitionSpec()
-    fitting = [
-        axis if axis in mesh.shape and size % mesh.shape[axis] == 0 else None
-        for axis, size in zip(axes, shape, strict=False)
-    ]
+    fitting = [_fitting_axis(axis, size, mesh) for axis, size in zip(axes, shape, strict=False)]
     while fitting and fitting[-1] is None:
         fitting.pop()
     return PartitionSpec(*fitting)
+
+
+def _fitting_axis(axis: str | tuple[str, ...] | None, size: int, mesh: Any) -> Any:
+    """The mesh axes of `axis` that exist and together divide `size`; None if there are none."""
+    names = (axis,) if isinstance(axis, str) else axis or ()
+    names = tuple(name for name in names if name in mesh.shape)
+    if not names or size % math.prod(mesh.shape[name] for name in names):
+        return None
+    return names[0] if len(names) == 1 else names
 
 
 def param_shardings(state: Any, mesh: Mesh) -> Any:

@@ -102,7 +102,11 @@ class Gemma4ForConditionalGeneration(nnx.Module):
     def compute_final_logits(self, hidden: jax.Array) -> jax.Array:
         """Soft-capped logits, float32 [..., V], of final hidden states [..., D]."""
         table = self.language_model.embed_tokens.embedding[...].astype(self.config.dtype)
+        # Every chip scores its own words for all rows: gathering states is cheaper than the table.
+        unsharded = (None,) * (hidden.ndim - 1)
+        hidden = constrain(hidden, *unsharded, None)
         logits = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
+        logits = constrain(logits, *unsharded, "vocab")
         cap = self.config.final_logit_softcapping
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 

@@ -123,7 +123,8 @@ class TextModel(nnx.Module):
         """
         rows = table(tokens)
         padding = (tokens == self.config.pad_token_id)[..., None]
-        return jnp.where(padding, jax.lax.stop_gradient(rows), rows)
+        rows = jnp.where(padding, jax.lax.stop_gradient(rows), rows)
+        return constrain(rows, "batch", None, None)
 
     def _root(self, size: int) -> jax.Array:
         return jnp.asarray(math.sqrt(size), self.config.dtype)
@@ -137,6 +138,7 @@ class TextModel(nnx.Module):
         of_token = self._rows(self.embed_tokens_per_layer, tokens) * self._root(width)
         of_token = of_token.reshape(shape)
         of_context = self.per_layer_model_projection(x) * self.config.hidden_size**-0.5
+        of_context = constrain(of_context, "batch", None, None)
         of_context = self.per_layer_projection_norm(of_context.reshape(shape))
         return (of_context + of_token) * 2**-0.5
 
