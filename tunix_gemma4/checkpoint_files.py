@@ -33,7 +33,7 @@ FLOATS = {
 }
 _CODES = {dtype: code for code, dtype in FLOATS.items()}
 _MARK = "tunix_gemma4"  # In the metadata of every file written here: this output may be replaced.
-_BLOCK_BYTES = 32 * 2**20
+_BLOCK_BYTES = 8 * 2**20
 _LONGEST_HEADER = 100 * 10**6  # The limit of the safetensors package.
 
 
