@@ -33,6 +33,9 @@ def random_model(preset: str, *, seed: int = 0, **fields) -> Gemma4ForConditiona
         swap = path[-1] == "kernel" or "experts" in path
         shape = variable.shape
         array = value(path, (*shape[:-2], shape[-1], shape[-2]) if swap else shape)
+        if path == ("language_model", "norm", "weight"):
+            # With positive signs alone the tied head answers each token with itself.
+            array = array * np.sign(np.random.default_rng(seed).standard_normal(shape))
         variable[...] = jnp.asarray(np.swapaxes(array, -1, -2) if swap else array, variable.dtype)
     nnx.update(model, state)
     for path, module in nnx.iter_modules(model):

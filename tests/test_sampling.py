@@ -214,21 +214,25 @@ def test_generate_does_not_depend_on_the_other_rows_or_on_padding():
     assert generate(model, alone, max_new_tokens=8, stop_ids=[]).rows() == together[1:]
 
 
-MESH_SETTINGS = {"max_new_tokens": 8, "stop_ids": []}
-
-
-@pytest.mark.parametrize(
-    "shape",
-    [(8, 1), (1, 8), pytest.param((4, 2), marks=pytest.mark.slow)],
-    ids=["fsdp", "tp", "fsdp-tp"],
-)
-def test_generate_gives_the_same_tokens_on_a_mesh(shape):
-    expected = generate(random_model("e2b"), image_prompts(tiny_config("e2b"), 4), **MESH_SETTINGS)
+def _same_tokens_on_a_mesh(shape, **settings) -> None:
+    settings = {"max_new_tokens": 8, "stop_ids": []} | settings
+    batch = image_prompts(tiny_config("e2b"), copies=4)
+    expected = generate(random_model("e2b"), batch, **settings)
     mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(shape), ("fsdp", "tp"))
-    model = shard_model(random_model("e2b"), mesh)
-    found = generate(model, image_prompts(model.config, 4), **MESH_SETTINGS)
+    found = generate(shard_model(random_model("e2b"), mesh), batch, **settings)
     assert found.rows() == expected.rows()
+    assert len({token for row in found.rows() for token in row}) > 4
     assert len(found.tokens.sharding.device_set) == 8
+
+
+@pytest.mark.parametrize("shape", [(8, 1), (1, 8)], ids=["fsdp", "tp"])
+def test_generate_gives_the_same_tokens_on_a_mesh(shape):
+    _same_tokens_on_a_mesh(shape)
+
+
+@pytest.mark.slow
+def test_generate_draws_the_same_tokens_on_a_mesh():
+    _same_tokens_on_a_mesh((4, 2), temperature=0.7, top_k=20, top_p=0.9)
 
 
 @pytest.mark.parametrize("quantize", [None, "nf4"])
