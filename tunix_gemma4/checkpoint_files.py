@@ -16,7 +16,7 @@ import shutil
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -263,12 +263,17 @@ def _write_file(file: Path | None, shard: list[NewTensor]) -> None:
         if stream is not None:
             stream.write(struct.pack("<Q", len(text)) + text)
         for tensor in shard:
-            for block in tensor.blocks():
-                if stream is not None:
-                    stream.write(block.data)
+            _write_blocks(stream, tensor)
         if stream is not None:
             stream.flush()
             os.fsync(stream.fileno())
+
+
+def _write_blocks(stream: BinaryIO | None, tensor: NewTensor) -> None:
+    # A function of its own: its last block must not keep one tensor while the next is made.
+    for block in tensor.blocks():
+        if stream is not None:
+            stream.write(block.data)
 
 
 def _width(code: str) -> int:
