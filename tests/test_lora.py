@@ -213,7 +213,7 @@ def test_a_rank_equal_to_a_kernel_size_is_not_dropped(rank, quantize):
     assert np.abs(perturb(model).language_model(x) - before).max() > 0.1
 
 
-@pytest.mark.parametrize("quantize", QUANTIZE)
+@pytest.mark.parametrize("quantize", [None, "nf4", pytest.param("int8", marks=pytest.mark.slow)])
 def test_a_bfloat16_model_keeps_its_activations_and_gets_float32_adapters(quantize):
     model = plain(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
     lora = perturb(apply_lora(model, LoraConfig(targets="all", quantize=quantize)))
@@ -234,19 +234,27 @@ def test_float32_gradients_of_a_bfloat16_input_keep_its_dtype():
     assert gradient.dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize("quantize", QUANTIZE)
-def test_remat_changes_neither_loss_nor_gradients(quantize):
+@pytest.mark.parametrize(
+    "remat, quantize",
+    [
+        ("decoder", None),
+        ("block", "nf4"),
+        ("decoder", "int8"),
+        pytest.param("block", None, marks=pytest.mark.slow),
+        pytest.param("decoder", "nf4", marks=pytest.mark.slow),
+        pytest.param("block", "int8", marks=pytest.mark.slow),
+    ],
+)
+def test_remat_changes_neither_loss_nor_gradients(remat, quantize):
     config = LoraConfig(rank=4, targets="all", quantize=quantize)
-    batch = inputs(plain())
-    loss, gradients = loss_and_gradients(perturb(apply_lora(plain(), config)), **batch)
-    for remat in ("block", "decoder"):
-        lora = perturb(apply_lora(plain(remat_config=remat), config))
-        found, found_gradients = loss_and_gradients(lora, **batch)
-        np.testing.assert_allclose(found, loss, rtol=1e-6)
-        assert_trees_close(found_gradients, gradients, 1e-5)
+    model = plain(remat_config=remat)
+    found, found_gradients = loss_and_gradients(perturb(apply_lora(model, config)), **inputs(model))
+    loss, gradients = loss_and_gradients(perturb(apply_lora(plain(), config)), **inputs(model))
+    np.testing.assert_allclose(found, loss, rtol=1e-6)
+    assert_trees_close(found_gradients, gradients, 1e-5)
 
 
-@pytest.mark.parametrize("quantize", QUANTIZE)
+@pytest.mark.parametrize("quantize", [None, "nf4", pytest.param("int8", marks=pytest.mark.slow)])
 def test_a_mesh_changes_neither_loss_nor_gradients(quantize):
     config = LoraConfig(rank=4, targets="all", quantize=quantize)
     model = plain(remat_config="decoder")
