@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings of a run: defaults, overrides and what a mistake is answered with."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tunix_gemma4.recipes.run_config import RunConfig, load_run_config, to_yaml
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text):
+        path = tmp_path / "run.yaml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+MINIMAL = "model: m\noutput_dir: out\ndata: {path: train.jsonl}\n"
+
+
+def test_overrides_take_precedence_over_the_file_and_the_file_over_defaults(write):
+    path = write(MINIMAL + "learning_rate: 1e-3\nbatch_size: 4\n")
+    config = load_run_config(path, ["batch_size=8", "data.max_length=1024", "lora.rank=8"])
+    assert (config.learning_rate, config.batch_size) == (1e-3, 8)
+    assert (config.data.max_length, config.data.max_soft_tokens) == (1024, 280)
+    assert (config.lora.rank, config.lora.alpha) == (8, 32.0)
+
+
+def test_null_switches_lora_off(write):
+    assert load_run_config(write(MINIMAL + "lora: {rank: 4}\n"), ["lora=null"]).lora is None
+
+
+def test_settings_survive_being_written_and_read(write):
+    config = load_run_config(write(MINIMAL), ["lora.quantize=nf4", "max_grad_norm=null"])
+    assert load_run_config(write(to_yaml(config))) == config
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("learning_rat", "learning_rate"),
+        ("lora.rnk", "lora.rank"),
+        ("lora.r", "lora.rank"),
+        ("data.max_len", "data.max_length"),
+        ("max_length", "data.max_length"),
+        ("per_device_train_batch_size", "batch_size"),
+        ("lora_alpha", "lora.alpha"),
+        ("rank", "lora.rank"),
+        ("mesh.tensor", "mesh.tp"),
+    ],
+)
+def test_unknown_key_is_answered_with_the_nearest(write, key, nearest):
+    with pytest.raises(ValueError, match=rf"unknown key '{key}'; did you mean '{nearest}'\?"):
+        load_run_config(write(MINIMAL), [f"{key}=1"])
+
+
+def test_unknown_key_of_the_file_names_the_file(write):
+    path = write(MINIMAL + "bach_size: 2\n")
+    with pytest.raises(ValueError, match=rf"{re.escape(str(path))}: .*did you mean 'batch_size'"):
+        load_run_config(path)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("batch_size=many", r"batch_size: .*'many'.*Integer"),
+        ("lora.rank=1.5", r"lora\.rank: .*'1\.5'.*Integer"),
+        ("learning_rate=[1]", r"learning_rate"),
+        ("lora=8", r"the command line: .*8"),
+        ("batch_size=0", r"batch_size: expected at least 1, found 0"),
+        ("mesh.tp=0", r"mesh\.tp: expected at least 1, found 0"),
+        ("remat=all", r"remat_config: expected one of none"),
+        ("dtype=float16", r"dtype: expected one of null, bfloat16, float32, found 'float16'"),
+        ("lr_scheduler_type=step", r"lr_scheduler_type: expected one of constant, linear, cosine"),
+        ("num_train_epochs=null", r"max_steps, num_train_epochs: both are null"),
+        ("merge=true", r"merge: true needs lora"),
+        ("batch_size", r"'batch_size': expected key=value"),
+    ],
+)
+def test_wrong_value_is_named(write, override, message):
+    with pytest.raises(ValueError, match=message):
+        load_run_config(write(MINIMAL), [override])
+
+
+def test_what_must_be_given_is_named(write):
+    with pytest.raises(ValueError, match=r"data\.path, model must be given, .* data\.path=\.\.\."):
+        load_run_config(write("output_dir: out\n"))
+
+
+def test_missing_file_and_broken_yaml_are_named(write, tmp_path):
+    with pytest.raises(ValueError, match=r"none\.yaml: there is no such file"):
+        load_run_config(tmp_path / "none.yaml")
+    with pytest.raises(ValueError, match="not readable as YAML"):
+        load_run_config(write("a: [1"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_shipped_config_opens_with_the_command_that_runs_it(path):
+    command = path.read_text().splitlines()[1]
+    assert command.startswith(f"#   tunix-gemma4 sft configs/sft/{path.name}")
+    overrides = [word for word in command.split() if "=" in word]
+    load_run_config(path, overrides)
+
+
+def test_every_setting_is_documented():
+    from tunix_gemma4.recipes import run_config
+
+    for section in (RunConfig, *run_config._SECTIONS.values()):
+        documented = set(re.findall(r"\b\w+(?=[,:])", section.__doc__))
+        assert set(section.__dataclass_fields__) <= documented

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: `tunix-gemma4 COMMAND ...` or `python -m tunix_gemma4 COMMAND ...`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit code; 2 for what the user can mend."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except ValueError as error:
+        print(f"tunix-gemma4 {options.command}: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tunix-gemma4", description="Fine-tune Gemma 4 on text and images in JAX."
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    demo = commands.add_parser("demo", help="teach a tiny model to read digits, in minutes")
+    demo.add_argument("--output-dir", default="outputs/demo", help="a number is added if it exists")
+    demo.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings of both stages")
+    demo.set_defaults(run=_demo)
+
+    sft = commands.add_parser(
+        "sft",
+        help="fine-tune on conversations",
+        description="Settings and their defaults: tunix_gemma4.recipes.run_config.RunConfig.",
+    )
+    sft.add_argument("config", help="a YAML file, such as configs/sft/e2b_lora_image.yaml")
+    sft.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as lora.rank=32")
+    sft.set_defaults(run=_sft)
+
+    parity = commands.add_parser(
+        "parity", help="compare a checkpoint with transformers, layer by layer", add_help=False
+    )
+    parity.add_argument("rest", nargs=argparse.REMAINDER)
+    parity.set_defaults(run=_parity)
+
+    generate = commands.add_parser("generate", help="answer a prompt")
+    generate.add_argument("model", help="a checkpoint directory with a chat template")
+    generate.add_argument("prompt", help="what the user says")
+    generate.add_argument("--image", action="append", default=[], help="a file; may be repeated")
+    generate.add_argument("--adapter", help="a directory that save_adapter or PEFT wrote")
+    generate.add_argument("--max-new-tokens", type=int, default=256)
+    generate.add_argument("--max-soft-tokens", type=int, default=280, help="most tokens per image")
+    generate.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token")
+    generate.add_argument("--top-k", type=int)
+    generate.add_argument("--top-p", type=float)
+    generate.add_argument("--seed", type=int, default=0)
+    generate.set_defaults(run=_generate)
+    return parser
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from .recipes import demo
+
+    return demo.run(options.output_dir, tuple(options.overrides))
+
+
+def _sft(options: argparse.Namespace) -> int:
+    from .recipes import run_config, sft
+
+    sft.run(run_config.load_run_config(options.config, options.overrides))
+    return 0
+
+
+def _parity(options: argparse.Namespace) -> int:
+    from . import parity
+
+    return parity.main(options.rest)
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from .checkpoint import load_checkpoint
+    from .lora import load_adapter
+    from .processor import Processor
+    from .sampling import generate
+
+    processor = Processor.from_pretrained(options.model, options.max_soft_tokens)
+    content = [{"type": "image", "image": path} for path in options.image]
+    content.append({"type": "text", "text": options.prompt})
+    prompt = processor([[{"role": "user", "content": content}]], add_generation_prompt=True)
+    # An adapter may reach the vision tower even where this prompt has no image.
+    text_only = not options.image and options.adapter is None
+    model = load_checkpoint(options.model, text_only=text_only)
+    if options.adapter is not None:
+        model = load_adapter(model, options.adapter)
+    said = generate(
+        model,
+        prompt,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=options.seed,
+        stop_ids=processor.stop_ids,
+    )
+    print(processor.decode(said.rows()[0]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

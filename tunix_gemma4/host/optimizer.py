@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AdamW with a schedule, and a record of each step's gradient norm and learning rate."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+SCHEDULES = ("constant", "linear", "cosine")
+
+
+class StepRecord(NamedTuple):
+    """What `record_step` keeps in the optimizer's state.
+
+    Attributes:
+        count: optimizer steps taken.
+        gradient_norm: of the last step's whole gradient, before clipping.
+        learning_rate: of the last step.
+    """
+
+    count: jax.Array
+    gradient_norm: jax.Array
+    learning_rate: jax.Array
+
+
+def record_step(schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Changes nothing and remembers the norm of what passes and the schedule's value.
+
+    As the first of a chain it sees the mean over all micro-batches of a step, whose norm is not
+    the mean of their norms, which Tunix logs.
+    """
+
+    def init(params: Any) -> StepRecord:
+        del params
+        return StepRecord(jnp.zeros((), jnp.int32), jnp.zeros(()), jnp.zeros(()))
+
+    def update(updates: Any, state: StepRecord, params: Any = None) -> tuple[Any, StepRecord]:
+        del params
+        norm = optax.global_norm(updates).astype(jnp.float32)
+        rate = jnp.asarray(schedule(state.count), jnp.float32)
+        return updates, StepRecord(state.count + 1, norm, rate)
+
+    return optax.GradientTransformation(init, update)
+
+
+def find_record(opt_state: Any) -> StepRecord | None:
+    """The `StepRecord` within an optimizer's state, or None."""
+
+    def is_record(node: Any) -> bool:
+        return isinstance(node, StepRecord)
+
+    found = [node for node in jax.tree.leaves(opt_state, is_leaf=is_record) if is_record(node)]
+    return found[0] if found else None
+
+
+def make_schedule(
+    kind: str, *, learning_rate: float, warmup_steps: int, total_steps: int
+) -> optax.Schedule:
+    """Linear warm-up, whose first step is not zero, then constant or down to zero.
+
+    Args:
+        kind: one of `SCHEDULES`.
+        learning_rate: the highest.
+        warmup_steps: optimizer steps below it.
+        total_steps: optimizer steps after which "linear" and "cosine" have reached zero.
+    """
+    decay_steps = max(total_steps - warmup_steps, 1)
+    if kind == "constant":
+        after = optax.constant_schedule(learning_rate)
+    elif kind == "linear":
+        after = optax.linear_schedule(learning_rate, 0.0, decay_steps)
+    elif kind == "cosine":
+        after = optax.cosine_decay_schedule(learning_rate, decay_steps)
+    else:
+        raise ValueError(f"lr_scheduler_type: expected one of {SCHEDULES}, found {kind!r}")
+    if not warmup_steps:
+        return after
+    first = learning_rate / (warmup_steps + 1)
+    warmup = optax.linear_schedule(first, learning_rate, warmup_steps)
+    return optax.join_schedules([warmup, after], [warmup_steps])
+
+
+def make_optimizer(
+    schedule: optax.Schedule,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    max_grad_norm: float | None = 1.0,
+) -> optax.GradientTransformation:
+    """AdamW behind gradient clipping and `record_step`; only matrices are decayed."""
+    steps = [record_step(schedule)]
+    if max_grad_norm is not None:
+        steps.append(optax.clip_by_global_norm(max_grad_norm))
+
+    def matrices(params: Any) -> Any:
+        return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+
+    adamw = optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=matrices)
+    return optax.chain(*steps, adamw)

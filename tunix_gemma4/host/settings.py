@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tunix's training configuration, from settings in the words of other trainers."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import orbax.checkpoint as ocp
+from tunix.sft.metrics_logger import MetricsLoggerOptions, TensorboardBackend, WandbBackend
+from tunix.sft.peft_trainer import TrainingConfig
+
+CHECKPOINTS = "checkpoints"
+TENSORBOARD = "tensorboard"
+
+
+def make_training_config(
+    output_dir: str | Path,
+    *,
+    max_steps: int | None,
+    gradient_accumulation_steps: int = 1,
+    eval_steps: int = 100,
+    save_steps: int = 100,
+    save_total_limit: int = 3,
+    report_to: str = "tensorboard",
+) -> TrainingConfig:
+    """A configuration that saves and logs below `output_dir`.
+
+    Args:
+        output_dir: gets `checkpoints/` and `tensorboard/`.
+        max_steps, gradient_accumulation_steps, eval_steps, save_steps: in optimizer steps, and
+            micro-batches of one.
+        save_total_limit: checkpoints that are kept.
+        report_to: "tensorboard", "wandb" or "none".
+    """
+    output_dir = Path(output_dir).absolute()
+    return TrainingConfig(
+        max_steps=max_steps,
+        eval_every_n_steps=eval_steps,
+        # With one micro-batch the host would still keep a sum of gradients, as large as these.
+        gradient_accumulation_steps=(
+            gradient_accumulation_steps if gradient_accumulation_steps > 1 else None
+        ),
+        checkpoint_root_directory=str(output_dir / CHECKPOINTS),
+        checkpointing_options=ocp.CheckpointManagerOptions(
+            save_interval_steps=save_steps, max_to_keep=save_total_limit
+        ),
+        metrics_logging_options=_metrics_options(output_dir, report_to),
+    )
+
+
+def _metrics_options(output_dir: Path, report_to: str) -> MetricsLoggerOptions | None:
+    """One backend. Tunix's own choice would also start a wandb run wherever wandb is installed."""
+    directory = str(output_dir / TENSORBOARD)
+    backends = {
+        "tensorboard": functools.partial(TensorboardBackend, log_dir=directory),
+        "wandb": functools.partial(WandbBackend, project="tunix-gemma4", name=output_dir.name),
+    }
+    if report_to == "none":
+        return None
+    if report_to not in backends:
+        raise ValueError(f"report_to: expected tensorboard, wandb or none, found {report_to!r}")
+    return MetricsLoggerOptions(
+        log_dir=directory, backend_kwargs={"custom_backend": [backends[report_to]]}
+    )

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scans of handwritten digits as conversations, on disk as a user's own data would be."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+NUM_HELD_OUT = 360
+NUM_CURVE = 120  # held-out scans that are looked at while training
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A question about each scan.
+
+    Attributes:
+        name: of its files.
+        question: the user's words.
+        answer: from the digit that was written to the assistant's words.
+    """
+
+    name: str
+    question: str
+    answer: Callable[[int], str]
+
+
+DIGIT = Task("digit", "What digit is this?", str)
+MINUS = Task("nine_minus", "What is nine minus this digit?", lambda digit: str(9 - digit))
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskData:
+    """One task's files and rows.
+
+    Attributes:
+        train, curve: JSONL files; `curve` is the beginning of what is held out.
+        held_out: all rows that are held out.
+    """
+
+    train: Path
+    curve: Path
+    held_out: list[dict]
+
+
+def write_scans(directory: Path) -> tuple[list[Path], list[int]]:
+    """Writes scikit-learn's 1,797 scans of 8 x 8 pixels as PNG files, in a fixed random order.
+
+    Returns:
+        Their paths and the digits that were written.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ValueError(
+            "the demo needs scikit-learn for its images: pip install 'tunix-gemma4[demo]'"
+        ) from error
+    scans = load_digits()
+    folder = directory / "scans"
+    folder.mkdir(parents=True)
+    order = np.random.default_rng(0).permutation(len(scans.images))
+    paths = []
+    for number, index in enumerate(order):
+        pixels = (scans.images[index] * (255 / 16)).astype(np.uint8)
+        paths.append(folder / f"{number:04}.png")
+        Image.fromarray(pixels).save(paths[-1])
+    return paths, scans.target[order].tolist()
+
+
+def write_task(directory: Path, task: Task, scans: list[Path], digits: list[int]) -> TaskData:
+    """Writes one task's training rows and the curve's, and returns what is held out."""
+    rows = [conversation(task, scan, digit) for scan, digit in zip(scans, digits, strict=True)]
+    held_out, train = rows[:NUM_HELD_OUT], rows[NUM_HELD_OUT:]
+    files = {"train": train, "curve": held_out[:NUM_CURVE]}
+    paths = {name: directory / f"{task.name}_{name}.jsonl" for name in files}
+    for name, path in paths.items():
+        path.write_text("".join(json.dumps(row) + "\n" for row in files[name]), "utf-8")
+    return TaskData(held_out=held_out, **paths)
+
+
+def conversation(task: Task, scan: Path, digit: int) -> dict:
+    """One row: a scan and a question, and the answer."""
+    question = [
+        {"type": "image", "image": str(scan.absolute())},
+        {"type": "text", "text": task.question},
+    ]
+    return {
+        "messages": [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": task.answer(digit)},
+        ]
+    }
