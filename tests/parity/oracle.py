@@ -174,6 +174,10 @@ def _random(name: str, tensor: torch.Tensor, generator: torch.Generator) -> torc
         return normal
     if name.endswith("router.proj.weight"):
         return normal * 2.0
+    if "per_layer_input_gate" in name:
+        # Its input is not normed. Far out on GELU's negative side all digits of 1 + tanh cancel,
+        # and the norm behind it would blow up what the two libraries' tanh round differently.
+        return normal * 0.3 / math.sqrt(tensor.shape[-1])
     if "q_norm" in name or "k_norm" in name:
         # Sharper attention only raises the noise floor.
         return 0.3 + 0.5 * torch.rand(tensor.shape, generator=generator)
@@ -399,6 +403,11 @@ def noise_floor(run, model, reference: np.ndarray) -> float:
     return floor
 
 
+def log(line: str) -> None:
+    """Says what was measured; shown by pytest --log-cli-level=INFO."""
+    logging.getLogger(__name__).info(line)
+
+
 def assert_agrees(what: str, ours: np.ndarray, theirs: np.ndarray, *, noise: float) -> None:
     """Within 1e-4 of the largest value, or three times the noise floor where that is larger."""
     assert ours.shape == theirs.shape, (what, ours.shape, theirs.shape)
@@ -409,5 +418,5 @@ def assert_agrees(what: str, ours: np.ndarray, theirs: np.ndarray, *, noise: flo
         f"{what}: max |difference| {difference:.2e}, relative {difference / largest:.2e}, "
         f"noise floor {noise:.2e}, largest {largest:.3g}"
     )
-    logging.getLogger(__name__).info(line)  # Shown by pytest --log-cli-level=INFO.
+    log(line)
     assert difference <= max(RELATIVE * largest, 3 * noise), line

@@ -85,7 +85,7 @@ def test_logits_leave_the_head_in_float32_and_are_capped_there():
 
 
 @pytest.mark.parametrize(("size", "images"), [("e2b", True), ("26b_a4b", False), ("31b", True)])
-def test_bf16_logits_are_as_near_to_float32_as_transformers_are(size, images, record_property):
+def test_bf16_logits_are_as_near_to_float32_as_transformers_are(size, images):
     config, hf, ours = bf16_pair(size, images=images)
     inputs = oracle.image_inputs() if images else oracle.text_inputs()
     theirs = oracle.hf_logits(hf, config, inputs)
@@ -93,7 +93,11 @@ def test_bf16_logits_are_as_near_to_float32_as_transformers_are(size, images, re
     result = oracle.our_logits(ours, inputs)
 
     our_error, their_error = np.abs(result - exact), np.abs(theirs - exact)
-    record_property("ours_to_float32", float(our_error.max()))
-    record_property("theirs_to_float32", float(their_error.max()))
-    record_property("ours_to_theirs", float(np.abs(result - theirs).max()))
-    assert our_error.mean() <= 1.1 * their_error.mean()
+    oracle.log(
+        f"{size} bf16: median |difference| ours to float32 {np.median(our_error):.4f}, "
+        f"theirs to float32 {np.median(their_error):.4f}, "
+        f"ours to theirs {np.median(np.abs(result - theirs)):.4f}; largest "
+        f"{our_error.max():.3f}, {their_error.max():.3f}, {np.abs(result - theirs).max():.3f}"
+    )
+    # The median, because an expert chosen differently moves single tokens far, on either side.
+    assert np.median(our_error) <= 1.1 * np.median(their_error)
