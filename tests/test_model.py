@@ -20,6 +20,7 @@ from small_models import (
 
 from tunix_gemma4.config import RematConfig
 from tunix_gemma4.model import masks
+from tunix_gemma4.sharding import shard_model
 from tunix_gemma4.tiny import tiny_config
 
 # Two conversations and what they look like packed into one row, padding behind.
@@ -350,6 +351,12 @@ def test_a_mask_of_the_wrong_shape_is_refused():
     with pytest.raises(ValueError, match=r"expected shape \(2, 6, 9\), found \(2, 6, 6\)"):
         cache = model.init_cache(2, 9, jnp.float32)
         model(tokens, cache=cache, attention_mask=jnp.ones((2, 6, 6), bool))
+
+
+def test_a_mesh_with_explicit_axes_is_refused_before_anything_moves():
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+    with pytest.raises(ValueError, match="mesh: expected Auto axes.*pass it axis_types="):
+        shard_model(random_model("12b"), mesh)
 
 
 # ---- What the host asks for.

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 with warnings.catch_warnings():
     # Deprecated, but the only public name of the mesh that `with mesh:` sets and Tunix reads.
@@ -66,7 +66,15 @@ def param_shardings(state: Any, mesh: Mesh) -> Any:
     Args:
         state: an `nnx.State`, or any tree of `nnx.Variable`, of arrays or shapes.
         mesh: the mesh to place it on.
+
+    Raises:
+        ValueError: for a mesh with explicit axes, whose shardings the model does not spell out.
     """
+    if any(kind is not AxisType.Auto for kind in mesh.axis_types):
+        raise ValueError(
+            f"mesh: expected Auto axes, found {mesh.axis_types}, which jax.make_mesh makes by "
+            "default; pass it axis_types=(jax.sharding.AxisType.Auto,) * len(axis_names)"
+        )
 
     def of_variable(variable: nnx.Variable) -> nnx.Variable:
         axes = tuple(variable.get_metadata().get("out_sharding") or ())
