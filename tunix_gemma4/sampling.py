@@ -81,9 +81,7 @@ def generate(
     config = model.config
     _check_settings(max_new_tokens, temperature, top_k, top_p)
     _check_prompts(config, batch)
-    if stop_ids is None:
-        eos = config.eos_token_id
-        stop_ids = [eos] if isinstance(eos, int) else eos
+    stops = config.eos_token_id if stop_ids is None else stop_ids
     graphdef, state = nnx.split(model)
     with _mesh_of(state):
         tokens, lengths = _generate(
@@ -92,11 +90,13 @@ def generate(
             jnp.asarray(batch.tokens),
             jnp.asarray(batch.padding_mask) != 0,
             batch.images,
-            stop_ids=jnp.asarray(stop_ids, jnp.int32),
-            pad_id=jnp.int32(config.pad_token_id if pad_id is None else pad_id),
-            key=jax.random.key(seed),
-            temperature=jnp.float32(temperature) if temperature else None,
-            top_p=None if top_p is None else jnp.float32(top_p),
+            _Rules(
+                stop_ids=jnp.asarray(stops, jnp.int32).ravel(),
+                pad_id=jnp.int32(config.pad_token_id if pad_id is None else pad_id),
+                key=jax.random.key(seed),
+                temperature=jnp.float32(temperature) if temperature else None,
+                top_p=None if top_p is None else jnp.float32(top_p),
+            ),
             top_k=None if top_k is None else min(top_k, config.vocab_size),
             max_new_tokens=max_new_tokens,
         )
@@ -157,6 +157,16 @@ def _check_settings(
         )
 
 
+class _Rules(NamedTuple):
+    """Settings that the compiled program takes as arguments; see `generate`. None: not used."""
+
+    stop_ids: jax.Array
+    pad_id: jax.Array
+    key: jax.Array
+    temperature: jax.Array | None
+    top_p: jax.Array | None
+
+
 class _Loop(NamedTuple):
     """What the decode loop carries.
 
@@ -182,16 +192,12 @@ def _generate(
     tokens: jax.Array,
     padding: jax.Array,
     images: jax.Array | None,
+    rules: _Rules,
     *,
-    stop_ids: jax.Array,
-    pad_id: jax.Array,
-    key: jax.Array,
-    temperature: jax.Array | None,
-    top_p: jax.Array | None,
     top_k: int | None,
     max_new_tokens: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """Prefill, then decode until every row is done. `temperature=None` is greedy."""
+    """Prefill, then decode until every row is done: tokens and lengths."""
     B, T = tokens.shape
     tokens, padding = constrain(tokens, "batch", None), constrain(padding, "batch", None)
     # The last token is never fed back and needs no slot.
@@ -211,27 +217,15 @@ def _generate(
         )
         return _without_media(logits[:, -1].astype(jnp.float32), model.config), cache
 
-    def append(loop, logits, cache):
-        draw = jax.random.fold_in(key, loop.step)
-        token = sample(logits, key=draw, temperature=temperature, top_k=top_k, top_p=top_p)
-        token = jnp.where(loop.done, pad_id, token)
-        return _Loop(
-            step=loop.step + 1,
-            tokens=loop.tokens.at[:, loop.step].set(token),
-            lengths=loop.lengths + ~loop.done,
-            done=loop.done | jnp.isin(token, stop_ids),
-            cache=cache,
-        )
-
     def decode(loop):
         token = jax.lax.dynamic_slice_in_dim(loop.tokens, loop.step - 1, 1, axis=1)
         before = T + loop.step - 1
         logits, cache = call(loop.cache, token, positions[:, -1:] + loop.step, before)
-        return append(loop, logits, cache)
+        return _append(loop, logits, cache, rules, top_k)
 
     empty = _Loop(
         step=jnp.int32(0),
-        tokens=jnp.full((B, max_new_tokens), pad_id),
+        tokens=jnp.full((B, max_new_tokens), rules.pad_id),
         lengths=jnp.zeros(B, jnp.int32),
         done=jnp.zeros(B, bool),
         cache={},
@@ -240,9 +234,28 @@ def _generate(
     loop = jax.lax.while_loop(
         lambda loop: (loop.step < max_new_tokens) & ~loop.done.all(),
         decode,
-        append(empty, logits, cache),
+        _append(empty, logits, cache, rules, top_k),
     )
     return loop.tokens, loop.lengths
+
+
+def _append(loop: _Loop, logits: jax.Array, cache: dict, rules: _Rules, top_k: int | None) -> _Loop:
+    """`loop` with one token more in each row, drawn from logits [B, V]."""
+    token = sample(
+        logits,
+        key=jax.random.fold_in(rules.key, loop.step),
+        temperature=rules.temperature,
+        top_k=top_k,
+        top_p=rules.top_p,
+    )
+    token = jnp.where(loop.done, rules.pad_id, token)
+    return _Loop(
+        step=loop.step + 1,
+        tokens=loop.tokens.at[:, loop.step].set(token),
+        lengths=loop.lengths + ~loop.done,
+        done=loop.done | jnp.isin(token, rules.stop_ids),
+        cache=cache,
+    )
 
 
 def _without_media(logits: jax.Array, config: ModelConfig) -> jax.Array:
