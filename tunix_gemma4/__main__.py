@@ -10,7 +10,11 @@ from collections.abc import Sequence
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code; 2 for what the user can mend."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, options.rest = parser.parse_known_args(arguments)
+    # `parity` reads its own arguments; argparse's REMAINDER would refuse an option put first.
+    if options.rest and options.command != "parity":
+        parser.error(f"unrecognized arguments: {' '.join(options.rest)}")
     try:
         return options.run(options)
     except ValueError as error:
@@ -41,7 +45,6 @@ def _parser() -> argparse.ArgumentParser:
     parity = commands.add_parser(
         "parity", help="compare a checkpoint with transformers, layer by layer", add_help=False
     )
-    parity.add_argument("rest", nargs=argparse.REMAINDER)
     parity.set_defaults(run=_parity)
 
     generate = commands.add_parser("generate", help="answer a prompt")
