@@ -117,13 +117,7 @@ _VISION_CHANGES: dict[str, dict[str, Any]] = {
     "e4b": {"use_clipped_linears": True},
     "26b_a4b": {"standardize": True},
     "31b": {"standardize": True},
-    "demo": {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "pooling_kernel_size": 2,
-    },
+    "demo": {"intermediate_size": 64, "pooling_kernel_size": 2},
 }
 _AUDIO = {
     "model_type": "gemma4_audio",

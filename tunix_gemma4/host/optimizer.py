@@ -39,7 +39,7 @@ def record_step(schedule: optax.Schedule) -> optax.GradientTransformation:
 
     def update(updates: Any, state: StepRecord, params: Any = None) -> tuple[Any, StepRecord]:
         del params
-        norm = optax.global_norm(updates).astype(jnp.float32)
+        norm = optax.tree.norm(updates).astype(jnp.float32)
         rate = jnp.asarray(schedule(state.count), jnp.float32)
         return updates, StepRecord(state.count + 1, norm, rate)
 

@@ -235,7 +235,7 @@ class Gemma4Trainer(peft_trainer.PeftTrainer):
             if self._mesh is not None:
                 _pin(model, self._wrt, self._mesh)
                 _pin(optimizer, nnx.optimizer.OptState, self._mesh)
-            return loss, nnx.pure(find_record(optimizer.opt_state)), gradient_norm
+            return loss, nnx.as_pure(find_record(optimizer.opt_state)), gradient_norm
 
         return train_step
 
