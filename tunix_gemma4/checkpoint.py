@@ -12,7 +12,6 @@ import collections
 import dataclasses
 import functools
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +29,6 @@ from .checkpoint_check import AUDIO, TIED_HEAD, VISION, check_tensors
 from .config import ModelConfig
 from .model.gemma4 import Gemma4ForConditionalGeneration
 from .sharding import param_shardings
-
-# What comes along from the source of a saved model besides weights and configuration.
-_COPIED = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template*",
-    "additional_chat_templates",
-    "processor_config.json",
-    "*preprocessor_config.json",
-    "generation_config.json",
-)
 
 
 def abstract_model(config: ModelConfig) -> Gemma4ForConditionalGeneration:
@@ -208,7 +193,7 @@ def save_checkpoint(
             files.write_tensors(new, tensors, max_shard_bytes=max_shard_bytes)
             (new / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
             if origin is not None:
-                _copy_side_files(origin, new)
+                files.copy_companions(origin, new)
     else:
         files.write_tensors(None, tensors, max_shard_bytes=max_shard_bytes)
     if jax.process_count() > 1:
@@ -302,11 +287,3 @@ def _hf_config(model: nnx.Module, origin: Path | None, names: list[str]) -> dict
         if result.get(key) and result[key].get("dtype"):
             result[key]["dtype"] = result["dtype"]
     return result
-
-
-def _copy_side_files(origin: Path, new: Path) -> None:
-    for found in sorted({path for pattern in _COPIED for path in origin.glob(pattern)}):
-        if found.is_dir():
-            shutil.copytree(found, new / found.name)
-        else:
-            shutil.copy(found, new / found.name)

@@ -31,6 +31,18 @@ FLOATS = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+# What comes along from the source of a saved model or adapter; each is copied if it is there.
+_COMPANIONS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template*",
+    "additional_chat_templates",
+    "*processor_config.json",
+    "generation_config.json",
+)
 _CODES = {dtype: code for code, dtype in FLOATS.items()}
 _MARK = "tunix_gemma4"  # In the metadata of every file written here: this output may be replaced.
 _BLOCK_BYTES = 8 * 2**20
@@ -339,3 +351,12 @@ def replacing(directory: Path) -> Iterator[Path]:
         shutil.rmtree(new, ignore_errors=True)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def copy_companions(origin: Path, new: Path) -> None:
+    """Copies tokenizer, chat template, processor and generation files of `origin` into `new`."""
+    for found in sorted({path for pattern in _COMPANIONS for path in origin.glob(pattern)}):
+        if found.is_dir():
+            shutil.copytree(found, new / found.name)
+        else:
+            shutil.copy(found, new / found.name)

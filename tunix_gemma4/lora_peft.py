@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,14 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from safetensors.numpy import save_file
 
-from .checkpoint_files import FLOATS, StoredTensor, listing, read_header, replacing
+from .checkpoint_files import (
+    FLOATS,
+    StoredTensor,
+    copy_companions,
+    listing,
+    read_header,
+    replacing,
+)
 from .lora_layers import LoraConfig, LoraLinear, adapted, add_adapters, describe
 from .lora_targets import as_regex, linears
 from .weights import module_name
@@ -32,16 +38,6 @@ CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _WRITER = {"writer": "tunix_gemma4"}
-
-# Whoever runs the adapter needs these of its base; each is copied if the base has it.
-_COMPANIONS = (
-    "added_tokens.json",
-    "chat_template*",
-    "generation_config.json",
-    "*processor_config.json",
-    "special_tokens_map.json",
-    "tokenizer*",
-)
 
 # Settings of PEFT that do not change what a trained adapter computes, whatever their value.
 _HARMLESS = {
@@ -90,9 +86,8 @@ def save_adapter(
     with replacing(directory) as new:
         (new / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
         save_file(tensors, new / TENSORS, {"format": "pt"} | _WRITER)
-        for pattern in _COMPANIONS if source is not None else ():
-            for file in filter(Path.is_file, Path(source).glob(pattern)):
-                shutil.copyfile(file, new / file.name)
+        if source is not None:
+            copy_companions(Path(source), new)
         written = len(read_header(new / TENSORS)[0])
         if written != trained:
             raise RuntimeError(f"{written} tensors were written of {trained} trained; not saved")
