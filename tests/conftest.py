@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Eight fake CPU devices, quick compiles, and tiny checkpoints that are built once."""
 
+import gc
 import importlib.util
 import os
 
@@ -24,6 +25,20 @@ def pytest_report_header():
     if not _HAS_TORCH:
         return "tests/parity is not collected: torch is not installed (extra `parity`)"
     return None
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_programs_go_with_their_file():
+    """Frees what a file compiled.
+
+    Each program maps several pieces of memory, and a process may map some 65,000: the whole suite
+    in one process ran out of them and crashed inside the compiler.
+    """
+    yield
+    import jax
+
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")
