@@ -25,16 +25,16 @@ from tunix_gemma4.sharding import shard_model
 
 ROWS = 8
 STEPS = 3
-RATE = 0.05
+RATE = 1e-3
 
 
-def draw_batches(config, *, steps=STEPS, micro_batches=1, rows=ROWS):
+def draw_batches(config, *, steps=STEPS, micro_batches=1, rows=ROWS, new_rows=True):
     """Batches of rows with and without an image, some padded, of unequal supervision.
 
-    The rows of a step do not depend on `micro_batches`.
+    The rows of a step do not depend on `micro_batches`; `new_rows=False` repeats the first ones.
     """
     result = []
-    for step in range(steps):
+    for step in range(steps) if new_rows else [0] * steps:
         drawn = ["(iiii)tttttttt" if row % 2 else "tttttttttttt.." for row in range(rows)]
         tokens, padding = draw_tokens(config, *drawn, seed=step)
         shapes = [[(2, 2)] if row % 2 else [] for row in range(rows)]
@@ -101,6 +101,19 @@ def test_cover_is_pairwise():
         assert {(case[first], case[second]) for case in COVER} == pairs
 
 
+class Watched(Gemma4Trainer):
+    """Keeps the gradient of the first step."""
+
+    first_gradient = None
+
+    def _post_process_train_step(self, aux):
+        super()._post_process_train_step(aux)
+        steps = self.config.get_with_default("gradient_accumulation_steps", 1)
+        if self.iter_steps + 1 == steps:
+            trace = optax.tree.get(self.optimizer.opt_state, "trace")
+            self.first_gradient = jax.tree.map(np.array, jax.tree.leaves(trace))
+
+
 def train(mode, micro_batches, remat, on_mesh):
     """A trainer that has made `STEPS` steps of plain gradient descent.
 
@@ -112,14 +125,16 @@ def train(mode, micro_batches, remat, on_mesh):
         shard_model(model, mesh)
     if MODES[mode] is not None:
         model = apply_lora(model, MODES[mode])
-    optimizer = optax.chain(record_step(optax.constant_schedule(RATE)), optax.sgd(RATE))
+    # A trace without decay holds the whole step's gradient.
+    watch = (record_step(optax.constant_schedule(RATE)), optax.trace(decay=0.0))
+    optimizer = optax.chain(*watch, optax.sgd(RATE))
     config = TrainingConfig(
         eval_every_n_steps=100,
         gradient_accumulation_steps=micro_batches if micro_batches > 1 else None,
     )
-    trainer = Gemma4Trainer(model, optimizer, config, log=lambda line: None)
+    trainer = Watched(model, optimizer, config, log=lambda line: None)
     before = jax.tree.map(lambda leaf: leaf.sharding, nnx.state(model))
-    trainer.train(draw_batches(model.config, micro_batches=micro_batches))
+    trainer.train(draw_batches(model.config, micro_batches=micro_batches, new_rows=False))
     assert jax.tree.map(lambda leaf: leaf.sharding, nnx.state(model)) == before
     assert trainer._jitted_train_step_fn.func.jitted_fn._cache_size() == 1
     return trainer
@@ -153,14 +168,12 @@ def test_every_arrangement_trains_alike(mode, micro_batches, remat, on_mesh, pla
     np.testing.assert_allclose(found.history("loss"), losses, rtol=1e-5)
     np.testing.assert_allclose(found.history("grad_norm"), expected.history("grad_norm"), rtol=1e-4)
     assert found.history("supervised_tokens") == expected.history("supervised_tokens")
-    wrt = nnx.Param if MODES[mode] is None else nnx.LoRAParam
-    for path, leaf in nnx.to_flat_state(nnx.state(found.model, wrt)):
-        other = expected.model
-        for name in path:
-            other = other[name] if isinstance(name, int) else getattr(other, name)
-        # 1e-5 of the tensor's largest value.
-        scale = np.abs(other[...]).max()
-        np.testing.assert_allclose(leaf[...] / scale, other[...] / scale, atol=1e-5)
+    # Micro-batches and remat keep to the promised 1e-5. On a mesh the sums of the whole model run
+    # in another order, for which its general tolerance is 1e-4.
+    tolerance = 1e-4 if on_mesh else 1e-5
+    assert any(leaf.any() for leaf in expected.first_gradient)
+    for ours, theirs in zip(found.first_gradient, expected.first_gradient, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance * np.abs(theirs).max())
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training example is short and runs; `test_sampling` runs the other one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tunix_gemma4.checkpoint import load_checkpoint
+from tunix_gemma4.lora import load_adapter
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
+def test_example_is_under_a_hundred_lines(path):
+    assert len(path.read_text().splitlines()) < 100
+
+
+def test_sft_images_trains_an_adapter_and_goes_on_from_its_checkpoint(tiny_checkpoint, tmp_path):
+    rows = []
+    for index in range(4):
+        pixels = np.random.default_rng(index).integers(0, 255, (8, 8), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{index}.png")
+        content = [
+            {"type": "image", "image": f"{index}.png"},
+            {"type": "text", "text": "What digit is this?"},
+        ]
+        messages = [
+            {"role": "user", "content": content},
+            {"role": "assistant", "content": str(index)},
+        ]
+        rows.append(json.dumps({"messages": messages}))
+    (tmp_path / "train.jsonl").write_text("\n".join(rows))
+    model, output = tiny_checkpoint("demo"), tmp_path / "out"
+
+    def run(steps):
+        return subprocess.run(
+            [
+                *(sys.executable, EXAMPLES / "sft_images.py", f"--model={model}"),
+                *(f"--data={tmp_path / 'train.jsonl'}", f"--output={output}", "--rank=4"),
+                *(f"--steps={steps}", "--micro_batches=2", "--max_length=96"),
+                "--max_soft_tokens=70",
+            ],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "XLA_FLAGS": ""},
+            check=True,
+        ).stdout
+
+    printed = run(1)
+    assert "SUPERVISED" in printed
+    assert "step 1/1" in printed
+    assert printed.endswith(f"adapter: {output / 'adapter'}\n")
+    assert "step 2/2" in run(2)
+    load_adapter(load_checkpoint(model, text_only=False), output / "adapter")

@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The supervised recipe: what it leaves on disk, what it refuses, where it goes on."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+
+from tunix_gemma4.checkpoint import load_checkpoint
+from tunix_gemma4.config import ModelConfig
+from tunix_gemma4.lora import load_adapter, merge_lora
+from tunix_gemma4.recipes import sft
+from tunix_gemma4.recipes.run_config import DataConfig, LoraSettings, MeshConfig, RunConfig
+
+ROWS = 12
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A JSONL file of questions about images, and one without images."""
+    folder = tmp_path_factory.mktemp("data")
+    draw = np.random.default_rng(0)
+    kinds = {"images": [], "text": []}
+    for index in range(ROWS):
+        Image.fromarray(draw.integers(0, 255, (8, 8), np.uint8)).save(folder / f"{index}.png")
+        image = {"type": "image", "image": f"{index}.png"}
+        words = {"type": "text", "text": "What digit is this?"}
+        for kind, content in (("images", [image, words]), ("text", [words])):
+            messages = [
+                {"role": "user", "content": content},
+                {"role": "assistant", "content": str(index % 10)},
+            ]
+            kinds[kind].append(json.dumps({"messages": messages}))
+    for kind, lines in kinds.items():
+        (folder / f"{kind}.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture
+def settings(tiny_checkpoint, data, tmp_path):
+    """`settings(**changes)`: a short run on the tiny model."""
+
+    def make(**changes):
+        source = DataConfig(
+            path=str(data / "images.jsonl"),
+            max_length=96,
+            bucket_lengths=[96],
+            max_soft_tokens=70,
+            image_buckets=[0, 1],
+        )
+        defaults = {
+            "model": str(tiny_checkpoint("demo")),
+            "output_dir": str(tmp_path / "run"),
+            "data": source,
+            "batch_size": 4,
+            "max_steps": 2,
+            "save_steps": 1,
+            "learning_rate": 1e-2,
+            "remat": "none",
+            "report_to": "none",
+        }
+        return RunConfig(**(defaults | changes))
+
+    return make
+
+
+def parameters(model):
+    return {path: np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(nnx.state(model))}
+
+
+def assert_same_parameters(found, expected):
+    found, expected = parameters(found), parameters(expected)
+    assert found.keys() == expected.keys()
+    for path, array in expected.items():
+        np.testing.assert_array_equal(found[path], array, err_msg=str(path))
+
+
+def test_lora_run_leaves_adapter_merged_model_checkpoints_and_curves(settings, data, tmp_path):
+    config = settings(lora=LoraSettings(rank=4, alpha=8), merge=True, report_to="tensorboard")
+    config.data.eval_path = str(data / "text.jsonl")
+    result = sft.run(config)
+    output = tmp_path / "run"
+    assert {path.name for path in output.iterdir()} == {
+        *("adapter", "model", "checkpoints", "tensorboard", "run_config.yaml"),
+    }
+    assert list((output / "tensorboard").iterdir())
+    adapted = load_adapter(load_checkpoint(config.model, text_only=False), output / "adapter")
+    assert_same_parameters(adapted, result.model)
+    merged = load_checkpoint(output / "model", text_only=False)
+    assert_same_parameters(merged, merge_lora(adapted))
+    losses = result.trainer.history("loss", "eval")
+    assert len(losses) == 2
+    assert losses[1] < losses[0]
+
+
+def test_full_run_trains_in_float32_and_saves_in_the_dtype_of_the_source(
+    settings, tiny_checkpoint, tmp_path
+):
+    source = tmp_path / "bfloat16"
+    shutil.copytree(tiny_checkpoint("demo"), source)
+    described = json.loads((source / "config.json").read_text())
+    described["dtype"] = described["text_config"]["dtype"] = "bfloat16"
+    (source / "config.json").write_text(json.dumps(described))
+
+    result = sft.run(settings(model=str(source), learning_rate=1e-3))
+    moments = nnx.state(result.trainer.optimizer)
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(moments) if leaf.ndim} == {"float32"}
+    saved = tmp_path / "run" / "model"
+    assert ModelConfig.from_hf(saved).param_dtype == "bfloat16"
+    model = load_checkpoint(saved, text_only=False)
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(nnx.state(model))} == {"bfloat16"}
+    assert (saved / "tokenizer.json").is_file()
+
+
+def test_run_prints_what_is_learnt_and_where_it_was_saved(settings, capsys, tmp_path):
+    sft.run(settings(lora=LoraSettings(rank=4), max_steps=1))
+    printed = capsys.readouterr().out
+    assert "SUPERVISED" in printed
+    assert "'0<turn|>'" in printed
+    assert "Trainable parameters: " in printed
+    assert "step 1/1  loss " in printed
+    assert printed.endswith(f"Saved: {tmp_path / 'run' / 'adapter'}\n")
+
+
+def test_finished_run_is_not_overwritten(settings, tmp_path):
+    (tmp_path / "run" / "adapter").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"run: it holds a finished run \(adapter/\)"):
+        sft.run(settings())
+
+
+def test_broken_off_run_goes_on_by_itself(settings, tmp_path, capsys):
+    config = settings(lora=LoraSettings(rank=4))
+    sft.run(config)
+    shutil.rmtree(tmp_path / "run" / "adapter")
+    config.max_steps = 3
+    result = sft.run(config)
+    assert "Resuming after step 2" in capsys.readouterr().out
+    assert result.trainer.train_steps == 3
+    assert len(result.trainer.history("loss")) == 1
+
+
+@pytest.fixture
+def broken_off(settings, tmp_path):
+    """Settings of a run that left a checkpoint, which need not be a real one here."""
+    config = settings()
+    sft.prepare_output(config)
+    (tmp_path / "run" / "checkpoints" / "1").mkdir(parents=True)
+    return config
+
+
+def test_checkpoints_are_not_mixed_with_a_run_of_other_settings(broken_off):
+    broken_off.batch_size, broken_off.learning_rate = 2, 1.0
+    with pytest.raises(ValueError, match=r"a run with another batch_size \(see .*yaml\)"):
+        sft.run(broken_off)
+
+
+def test_checkpoints_are_not_overwritten_without_resuming(broken_off):
+    broken_off.resume_from_checkpoint = False
+    with pytest.raises(ValueError, match="there are checkpoints, and resume_from_checkpoint"):
+        sft.run(broken_off)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mesh": MeshConfig(fsdp=64)}, "fsdp 64 x tp 1 is 64 devices, and there are 8"),
+        ({"mesh": MeshConfig(fsdp=8)}, "batch_size: expected a multiple of mesh.fsdp=8, found 4"),
+        ({"max_steps": None, "num_train_epochs": None}, "both are null"),
+        ({"text_only": True}, "text_only=False"),
+        ({"lora": LoraSettings(targets="nothing_like_it")}, "nothing_like_it"),
+        ({"lora": LoraSettings(quantize="int3")}, "quantize: .*'int3'"),
+    ],
+)
+def test_mistake_is_answered_with_a_clear_error(settings, changes, message):
+    with pytest.raises(ValueError, match=message):
+        sft.run(settings(**changes))
+
+
+def test_mesh_has_the_named_axes(settings):
+    mesh = sft.make_mesh(settings(mesh=MeshConfig(fsdp=4, tp=2)))
+    assert dict(mesh.shape) == {"fsdp": 4, "tp": 2}
+    assert sft.make_mesh(settings()) is None
+
+
+def test_run_on_a_mesh_saves_what_a_single_device_loads(settings, tmp_path):
+    result = sft.run(settings(mesh=MeshConfig(fsdp=2, tp=2), max_steps=1))
+    model = load_checkpoint(tmp_path / "run" / "model", text_only=False)
+    assert_same_parameters(model, result.model)
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        ({"max_steps": 7, "num_train_epochs": None}, 7),
+        ({"max_steps": None, "num_train_epochs": 3}, 9),
+        ({"max_steps": 7, "num_train_epochs": 2}, 6),
+    ],
+)
+def test_learning_rate_ends_with_the_steps_or_the_epochs(settings, limits, expected):
+    config = settings(gradient_accumulation_steps=2, **limits)
+    assert sft.total_steps(config, num_rows=20) == expected
+
+
+def test_epochs_end_the_run(settings):
+    config = settings(max_steps=None, num_train_epochs=1, lora=LoraSettings(rank=4))
+    assert sft.run(config).trainer.train_steps == 3
