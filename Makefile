@@ -1,8 +1,13 @@
 # Every target builds what it needs in .venv; a stamp per set of extras keeps a second run from
-# installing again. `make test PYTHON=python3.12` picks the interpreter, PYTEST_ARGS adds arguments.
+# installing again. `make test PYTHON=python3.12` picks the interpreter, PYTEST_ARGS adds arguments,
+# WORKERS=0 tests in one process.
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
+# Two processes, a file each at a time: half the time on two cores, and compiled programs are kept
+# no longer than their file.
+PARALLEL ?= -n 2 --dist loadfile
+WORKERS ?= 2
 DEMO_ARGS ?=
 # The CPU is the default so that a test run never takes an accelerator by accident.
 JAX_PLATFORMS ?= cpu
@@ -10,7 +15,7 @@ export JAX_PLATFORMS
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
-PYTEST := $(BIN)/python -m pytest $(PYTEST_ARGS)
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 PACKAGING := setup.cfg pyproject.toml
 
 .PHONY: demo test parity slow aot lint format clean
@@ -19,14 +24,15 @@ demo: $(VENV)/.demo
 	$(BIN)/tunix-gemma4 demo $(DEMO_ARGS)
 
 test: $(VENV)/.test
-	$(PYTEST) -m "not parity and not slow and not aot and not accelerator"
+	$(PYTEST) $(PARALLEL) -m "not parity and not slow and not aot and not accelerator"
 
 parity: $(VENV)/.parity
-	$(PYTEST) -m "parity and not slow and not aot and not accelerator"
+	$(PYTEST) $(PARALLEL) -m "parity and not slow and not aot and not accelerator"
 
 slow: $(VENV)/.parity
-	$(PYTEST) -m "slow and not aot and not accelerator"
+	$(PYTEST) $(PARALLEL) -m "slow and not aot and not accelerator"
 
+# One process: libtpu locks the machine.
 aot: $(VENV)/.aot
 	$(PYTEST) -m "aot and not accelerator"
 
