@@ -1,13 +1,12 @@
 # Every target builds what it needs in .venv; a stamp per set of extras keeps a second run from
 # installing again. `make test PYTHON=python3.12` picks the interpreter, PYTEST_ARGS adds arguments,
-# WORKERS=0 tests in one process.
+# PARALLEL= tests in one process.
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
 # Two processes, a file each at a time: half the time on two cores, and compiled programs are kept
 # no longer than their file.
 PARALLEL ?= -n 2 --dist loadfile
-WORKERS ?= 2
 DEMO_ARGS ?=
 # The CPU is the default so that a test run never takes an accelerator by accident.
 JAX_PLATFORMS ?= cpu
@@ -15,7 +14,7 @@ export JAX_PLATFORMS
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
-PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+PYTEST := $(BIN)/python -m pytest $(PYTEST_ARGS)
 PACKAGING := setup.cfg pyproject.toml
 
 .PHONY: demo test parity slow aot lint format clean
