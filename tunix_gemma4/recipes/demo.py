@@ -35,7 +35,7 @@ class Stage:
         title: for the table.
         before, after: share of held-out questions answered right.
         most_before, least_after: what these may and must be.
-        steps, losses: of training.
+        losses: of each training step.
         curve: (step, share of the first held-out questions answered right).
         answers: the trained model's, to the held-out questions.
     """
@@ -183,7 +183,7 @@ def _unused(path: Path) -> Path:
 
 
 def draw(stages: list[Stage], data: list[TaskData], path: Path) -> None:
-    """Loss and accuracy curves of each stage, and some scans with question and answer."""
+    """Loss and accuracy curves of each stage, and scans of some digits with the answers given."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -203,9 +203,12 @@ def draw(stages: list[Stage], data: list[TaskData], path: Path) -> None:
         right.plot(*zip(*stage.curve, strict=True), marker="o")
         right.axhline(stage.least_after, linestyle="--", color="grey")
         right.set(title="held out", xlabel="step", ylabel="accuracy", ylim=(-0.02, 1.02))
-        for column in range(columns):
-            message = rows.held_out[column]["messages"][0]
+        first_of = {}
+        for index, example in enumerate(rows.held_out):
+            first_of.setdefault(example["messages"][1]["content"], index)
+        for column, index in enumerate(list(first_of.values())[:columns]):
+            scan = rows.held_out[index]["messages"][0]["content"][0]["image"]
             axes = figure.add_subplot(grid[2 * row + 1, column])
-            axes.imshow(Image.open(message["content"][0]["image"]), cmap="gray_r")
-            axes.set(xticks=[], yticks=[], xlabel=f"says {stage.answers[column]!r}")
+            axes.imshow(Image.open(scan), cmap="gray_r")
+            axes.set(xticks=[], yticks=[], xlabel=f"says {stage.answers[index]!r}")
     figure.savefig(path, dpi=100)
