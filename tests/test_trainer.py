@@ -3,6 +3,7 @@
 
 import itertools
 import re
+import sys
 
 import jax
 import numpy as np
@@ -174,6 +175,36 @@ def test_every_arrangement_trains_alike(mode, micro_batches, remat, on_mesh, pla
     assert any(leaf.any() for leaf in expected.first_gradient)
     for ours, theirs in zip(found.first_gradient, expected.first_gradient, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance * np.abs(theirs).max())
+
+
+def test_restored_arrays_lie_where_they_did_on_a_mesh_without_all_axes(tmp_path):
+    mesh = Mesh(np.array(jax.devices()[:4]), ("fsdp",))
+    model = shard_model(random_model("demo"), mesh)
+    config = make_training_config(tmp_path, max_steps=1, report_to="none")
+    first = Gemma4Trainer(model, optax.adamw(1e-3), config, log=lambda line: None)
+    first.train(draw_batches(model.config, steps=1))
+    model = shard_model(random_model("demo"), mesh)
+    second = Gemma4Trainer(model, optax.adamw(1e-3), config)
+    assert second.train_steps == 1
+    for restored, trained in ((second.model, first.model), (second.optimizer, first.optimizer)):
+        leaves = jax.tree.leaves(nnx.state(restored, (nnx.Param, nnx.optimizer.OptState)))
+        others = jax.tree.leaves(nnx.state(trained, (nnx.Param, nnx.optimizer.OptState)))
+        for ours, theirs in zip(leaves, others, strict=True):
+            assert ours.sharding.is_equivalent_to(theirs.sharding, ours.ndim)
+            np.testing.assert_array_equal(ours, theirs)
+
+
+def test_terminal_shows_a_bar_and_no_lines(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    model = random_model("demo")
+    lines = []
+    config = TrainingConfig(eval_every_n_steps=1, max_steps=2)
+    trainer = Gemma4Trainer(model, optax.sgd(0.0), config, logging_steps=1, log=lines.append)
+    trainer.train(draw_batches(model.config, steps=2), draw_batches(model.config, steps=1))
+    shown = capsys.readouterr()
+    assert "Training: 100%" in shown.err
+    assert "eval  step 2" in shown.out
+    assert lines == [line for line in lines if line.startswith("eval  step 0")]
 
 
 @pytest.fixture(scope="module")

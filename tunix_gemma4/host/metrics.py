@@ -36,7 +36,7 @@ class StepMetrics:
     def __init__(self, *, log: Callable[[str], None], logging_steps: int):
         if logging_steps < 1:
             raise ValueError(f"logging_steps: expected at least 1, found {logging_steps}")
-        self.log = log
+        self._log = log
         self._logging_steps = logging_steps
         self._tokens = self._supervised = 0  # of the current step and of this process
         self._since = time.perf_counter()
@@ -101,7 +101,7 @@ class StepMetrics:
         ]
         peak = trainer.history("peak_memory_bytes")
         parts += [f"peak {peak[-1] / 2**30:.2f} GiB"] if peak else []
-        self.log("  ".join(parts))
+        self._log("  ".join(parts))
 
 
 def _last(values: list[Any]) -> Any:

@@ -117,9 +117,11 @@ class Gemma4Trainer(peft_trainer.PeftTrainer):
         self._shard_optimizer(self._mesh)
         self._restore()
         self.with_loss_fn(next_token_loss).with_gen_model_input_fn(model_input)
+        self._log = log
         self._metrics = StepMetrics(log=log, logging_steps=logging_steps)
         self._after_eval = after_eval
         self._eval_ds: Iterable[Batch] | None = None
+        self._jitted_eval: Callable[..., Any] | None = None
         self._evaluated_at: int | None = None
 
     def _restore(self) -> None:
@@ -259,12 +261,18 @@ class Gemma4Trainer(peft_trainer.PeftTrainer):
 
     def _may_update_pbar(self, metrics, step=None, loss=None) -> None:
         super()._may_update_pbar(metrics, step, loss)
-        has_bar = self._pbar is not None and not self._pbar.tqdm_bar.disable
-        if self._mode == Mode.TRAIN and not has_bar:
+        if self._mode == Mode.TRAIN and self._visible_bar() is None:
             self._metrics.report(self, step)
+
+    def _visible_bar(self) -> Any | None:
+        """The host's progress bar, where it shows: on a terminal, if `max_steps` is known."""
+        if self._pbar is None or self._pbar.tqdm_bar.disable:
+            return None
+        return self._pbar.tqdm_bar
 
     def _run_eval(self, eval_ds: Iterable[Batch], eval_step_fn: Callable[..., Any]) -> None:
         """Mean loss over all supervised tokens of `eval_ds`; the host's is a mean over batches."""
+        self._jitted_eval = eval_step_fn
         losses, weights = [], []
         with self._metrics.paused(), self._switch_mode(Mode.EVAL):
             for batch in eval_ds:
@@ -275,7 +283,9 @@ class Gemma4Trainer(peft_trainer.PeftTrainer):
                 raise ValueError("eval_ds: it has no supervised token; nothing can be evaluated")
             loss = float(np.dot(jax.device_get(losses), weights) / sum(weights))
             self._log_metrics(loss=loss, step=self._train_steps)
-            self._metrics.log(f"eval  step {self._train_steps}  loss {loss:.4f}")
+            bar = self._visible_bar()
+            say = self._log if bar is None else bar.write
+            say(f"eval  step {self._train_steps}  loss {loss:.4f}")
             if self.training_hooks:
                 self.training_hooks.on_eval_step_end(self, loss)
             if self._after_eval is not None:
@@ -285,8 +295,8 @@ class Gemma4Trainer(peft_trainer.PeftTrainer):
     def close(self) -> None:
         """Evaluates if there were steps since, then as the host's."""
         self._write_train_metrics()
-        if self._eval_ds is not None and self._evaluated_at not in (None, self._train_steps):
-            self._run_eval(self._eval_ds, self._jitted_eval_step_fn)
+        if self._jitted_eval is not None and self._evaluated_at != self._train_steps:
+            self._run_eval(self._eval_ds, self._jitted_eval)
         super().close()
 
     def history(self, name: str, mode: str = "train") -> list[float]:
