@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from small_models import draw_images, draw_tokens, random_model
 from tunix.sft import peft_trainer
 
@@ -102,6 +102,11 @@ def test_cover_is_pairwise():
         assert {(case[first], case[second]) for case in COVER} == pairs
 
 
+def shardings(node):
+    """Where each array of a model or an optimizer lies, by path."""
+    return {path: leaf[...].sharding for path, leaf in nnx.to_flat_state(nnx.state(node))}
+
+
 class Watched(Gemma4Trainer):
     """Keeps the gradient of the first step."""
 
@@ -134,9 +139,9 @@ def train(mode, micro_batches, remat, on_mesh):
         gradient_accumulation_steps=micro_batches if micro_batches > 1 else None,
     )
     trainer = Watched(model, optimizer, config, log=lambda line: None)
-    before = jax.tree.map(lambda leaf: leaf.sharding, nnx.state(model))
+    before = shardings(model)
     trainer.train(draw_batches(model.config, micro_batches=micro_batches, new_rows=False))
-    assert jax.tree.map(lambda leaf: leaf.sharding, nnx.state(model)) == before
+    assert shardings(model) == before
     assert trainer._jitted_train_step_fn.func.jitted_fn._cache_size() == 1
     return trainer
 
@@ -192,6 +197,27 @@ def test_restored_arrays_lie_where_they_did_on_a_mesh_without_all_axes(tmp_path)
         for ours, theirs in zip(leaves, others, strict=True):
             assert ours.sharding.is_equivalent_to(theirs.sharding, ours.ndim)
             np.testing.assert_array_equal(ours, theirs)
+
+
+def test_parameters_stay_on_their_shards_whatever_the_step_prefers():
+    mesh = Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ("fsdp", "tp"))
+    model = shard_model(random_model("demo"), mesh)
+
+    def spread(updates, params):
+        # What XLA sometimes chooses for the norms, made certain.
+        wish = NamedSharding(mesh, PartitionSpec("fsdp"))
+        return jax.tree.map(
+            lambda leaf: jax.lax.with_sharding_constraint(leaf, wish) if leaf.ndim == 1 else leaf,
+            updates,
+        )
+
+    optimizer = optax.chain(optax.stateless(spread), optax.adam(1e-3))
+    config = TrainingConfig(eval_every_n_steps=100)
+    trainer = Gemma4Trainer(model, optimizer, config, log=lambda line: None)
+    before = shardings(model), shardings(trainer.optimizer)
+    trainer.train(draw_batches(model.config))
+    assert (shardings(model), shardings(trainer.optimizer)) == before
+    assert trainer._jitted_train_step_fn.func.jitted_fn._cache_size() == 1
 
 
 def test_terminal_shows_a_bar_and_no_lines(monkeypatch, capsys):
