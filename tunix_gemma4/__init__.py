@@ -21,8 +21,10 @@ _HOME = {
     "load_checkpoint": "checkpoint",
     "make_dataset": "data",
     "merge_lora": "lora",
+    "register": "host.register",
     "save_adapter": "lora",
     "save_checkpoint": "checkpoint",
+    "unregister": "host.register",
 }
 _MODULES = ("checkpoint", "config", "data", "losses", "lora", "processor", "sampling", "sharding")
 

@@ -7,6 +7,7 @@ few columns of the batch at a time, forward and backward.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import jax
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 # Tokens whose logits exist at once: 1 GiB of float32 over the whole mesh for the released sizes.
 CHUNK_TOKENS = 1024
 
+# A logit with no probability in float32; finite, so that masked-out targets stay numbers.
+_NO_PROBABILITY = -1e30
+
 
 def per_token_logps(
     model: Gemma4ForConditionalGeneration,
@@ -25,6 +29,7 @@ def per_token_logps(
     targets: jax.Array,
     *,
     temperature: float | jax.Array = 1.0,
+    suppressed: Sequence[int] = (),
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probability of each target and entropy of each distribution, in float32.
 
@@ -33,11 +38,14 @@ def per_token_logps(
         hidden: final hidden states [B, T, D], as with `skip_lm_head=True`.
         targets: int [B, T], the token that each state predicts.
         temperature: divides the soft-capped logits.
+        suppressed: ids that have no probability, as where a sampler never draws them.
 
     Returns:
         Log-probabilities [B, T] and entropies [B, T] in nats.
     """
-    return _chunked(model, hidden, targets, temperature, with_entropy=True)
+    return _chunked(
+        model, hidden, targets, temperature, with_entropy=True, suppressed=tuple(suppressed)
+    )
 
 
 def next_token_loss(
@@ -85,7 +93,7 @@ def next_token_loss(
     return total / loss_denominator.astype(jnp.float32).mean()
 
 
-def _chunked(model, hidden, targets, temperature, *, with_entropy):
+def _chunked(model, hidden, targets, temperature, *, with_entropy, suppressed=()):
     """Log-probabilities and, if asked for, entropies, a few columns at a time."""
     batch, length = targets.shape
     columns = min(length, max(1, CHUNK_TOKENS // batch))
@@ -95,6 +103,9 @@ def _chunked(model, hidden, targets, temperature, *, with_entropy):
     @jax.checkpoint
     def chunk(hidden, targets):
         logits = model.compute_final_logits(hidden) / temperature
+        if suppressed:
+            words = jnp.isin(jnp.arange(logits.shape[-1]), jnp.array(suppressed))
+            logits = jnp.where(words, _NO_PROBABILITY, logits)
         normaliser = jax.nn.logsumexp(logits, axis=-1)
         chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         if not with_entropy:

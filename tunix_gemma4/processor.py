@@ -208,6 +208,28 @@ class Processor:
             loss_mask += [int(segment.supervised)] * len(ids)
         return Example(np.array(tokens, np.int32), np.array(loss_mask, np.int32), images)
 
+    def encode_templated(self, text: str, images: Sequence[Any]) -> Example:
+        """A prompt that already follows the chat template, `<|image|>` standing for each image.
+
+        Unlike in `encode`, special tokens in `text` are special. The first token is the tokenizer's
+        `<bos>`, whether `text` begins with it or not.
+        """
+        packed, counts = self._pack(Conversation([], list(images), []))
+        pieces = text.split(self._image_token)
+        if len(pieces) - 1 != len(counts):
+            raise ValueError(
+                f"the prompt has {len(pieces) - 1} times {self._image_token} and {len(counts)} "
+                "images; write one where each image goes, or give the prompt as a list of messages"
+            )
+        tokens = [] if text.startswith(self.tokenizer.bos_token) else [self.tokenizer.bos_token_id]
+        for piece, count in zip(pieces, [*counts, None], strict=True):
+            tokens += self.tokenizer.encode(piece, add_special_tokens=False)
+            if count is not None:
+                soft = [self.image_token_id] * count
+                tokens += [self.boi_token_id, *soft, self.eoi_token_id]
+        ids = np.array(tokens, np.int32)
+        return Example(ids, np.zeros_like(ids), packed)
+
     def _pack(self, read: Conversation) -> tuple[Float[np.ndarray, "I M C"] | None, list[int]]:
         if not read.images:
             return None, []

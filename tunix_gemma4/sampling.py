@@ -32,10 +32,14 @@ class Generated:
     Attributes:
         tokens: int32 [B, max_new_tokens]; after its stop token a row holds the pad token.
         lengths: int32 [B], tokens that each row generated, its stop token included.
+        logps: float32 [B, max_new_tokens], log-probability of each token among all that may be
+            drawn, at the temperature (1 when greedy), before `top_k` and `top_p`; 0 after the
+            stop token.
     """
 
     tokens: jax.Array
     lengths: jax.Array
+    logps: jax.Array
 
     def rows(self) -> list[list[int]]:
         """The generated tokens of each row, without padding."""
@@ -53,6 +57,7 @@ def generate(
     top_p: float | None = None,
     stop_ids: Sequence[int] | None = None,
     pad_id: int | None = None,
+    suppress_ids: Sequence[int] = (),
     seed: int = 0,
 ) -> Generated:
     """Continues every row of `batch` until one of `stop_ids` or `max_new_tokens`.
@@ -72,6 +77,7 @@ def generate(
         stop_ids: a row ends with the first of these. Default: the config's `eos_token_id`;
             prefer `Processor.stop_ids`, which an instruction-tuned checkpoint needs.
         pad_id: fills rows that have ended. Default: the config's `pad_token_id`.
+        suppress_ids: tokens that are never drawn, besides `media_ids`.
         seed: of the random draws, which do not depend on how the batch is sharded.
 
     Raises:
@@ -84,7 +90,7 @@ def generate(
     stops = config.eos_token_id if stop_ids is None else stop_ids
     graphdef, state = nnx.split(model)
     with _mesh_of(state):
-        tokens, lengths = _generate(
+        tokens, lengths, logps = _generate(
             graphdef,
             state,
             jnp.asarray(batch.tokens),
@@ -93,6 +99,7 @@ def generate(
             _Rules(
                 stop_ids=jnp.asarray(stops, jnp.int32).ravel(),
                 pad_id=jnp.int32(config.pad_token_id if pad_id is None else pad_id),
+                suppressed=jnp.array([*media_ids(config), *suppress_ids], jnp.int32),
                 key=jax.random.key(seed),
                 temperature=jnp.float32(temperature) if temperature else None,
                 top_p=None if top_p is None else jnp.float32(top_p),
@@ -100,7 +107,13 @@ def generate(
             top_k=None if top_k is None else min(top_k, config.vocab_size),
             max_new_tokens=max_new_tokens,
         )
-    return Generated(tokens, lengths)
+    return Generated(tokens, lengths, logps)
+
+
+def media_ids(config: ModelConfig) -> tuple[int, ...]:
+    """Placeholders of images, videos and audio, which no sampler may draw."""
+    ids = (config.image_token_id, config.video_token_id, config.audio_token_id)
+    return tuple(token for token in ids if token is not None and token < config.vocab_size)
 
 
 def _mesh_of(state: nnx.State) -> contextlib.AbstractContextManager:
@@ -162,6 +175,7 @@ class _Rules(NamedTuple):
 
     stop_ids: jax.Array
     pad_id: jax.Array
+    suppressed: jax.Array
     key: jax.Array
     temperature: jax.Array | None
     top_p: jax.Array | None
@@ -173,6 +187,7 @@ class _Loop(NamedTuple):
     Attributes:
         step: tokens sampled so far.
         tokens: int32 [B, max_new_tokens].
+        logps: float32 [B, max_new_tokens].
         lengths: int32 [B].
         done: bool [B], rows that have stopped.
         cache: keys and values of the prompt and of all sampled tokens but the last.
@@ -180,6 +195,7 @@ class _Loop(NamedTuple):
 
     step: jax.Array
     tokens: jax.Array
+    logps: jax.Array
     lengths: jax.Array
     done: jax.Array
     cache: dict
@@ -196,8 +212,8 @@ def _generate(
     *,
     top_k: int | None,
     max_new_tokens: int,
-) -> tuple[jax.Array, jax.Array]:
-    """Prefill, then decode until every row is done: tokens and lengths."""
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Prefill, then decode until every row is done: tokens, lengths and log-probabilities."""
     B, T = tokens.shape
     tokens, padding = constrain(tokens, "batch", None), constrain(padding, "batch", None)
     # The last token is never fed back and needs no slot.
@@ -215,7 +231,8 @@ def _generate(
         logits, cache = model(
             tokens, positions, cache, visible, decode_only_last_token=True, **inputs
         )
-        return _without_media(logits[:, -1].astype(jnp.float32), model.config), cache
+        logits = logits[:, -1].astype(jnp.float32)
+        return logits.at[:, rules.suppressed].set(-jnp.inf), cache
 
     def decode(loop):
         token = jax.lax.dynamic_slice_in_dim(loop.tokens, loop.step - 1, 1, axis=1)
@@ -226,6 +243,7 @@ def _generate(
     empty = _Loop(
         step=jnp.int32(0),
         tokens=jnp.full((B, max_new_tokens), rules.pad_id),
+        logps=jnp.zeros((B, max_new_tokens), jnp.float32),
         lengths=jnp.zeros(B, jnp.int32),
         done=jnp.zeros(B, bool),
         cache={},
@@ -236,7 +254,7 @@ def _generate(
         decode,
         _append(empty, logits, cache, rules, top_k),
     )
-    return loop.tokens, loop.lengths
+    return loop.tokens, loop.lengths, loop.logps
 
 
 def _append(loop: _Loop, logits: jax.Array, cache: dict, rules: _Rules, top_k: int | None) -> _Loop:
@@ -248,20 +266,17 @@ def _append(loop: _Loop, logits: jax.Array, cache: dict, rules: _Rules, top_k: i
         top_k=top_k,
         top_p=rules.top_p,
     )
+    scores = jax.nn.log_softmax(logits if rules.temperature is None else logits / rules.temperature)
+    logp = jnp.take_along_axis(scores, token[:, None], axis=1)[:, 0]
     token = jnp.where(loop.done, rules.pad_id, token)
     return _Loop(
         step=loop.step + 1,
         tokens=loop.tokens.at[:, loop.step].set(token),
+        logps=loop.logps.at[:, loop.step].set(jnp.where(loop.done, 0.0, logp)),
         lengths=loop.lengths + ~loop.done,
         done=loop.done | jnp.isin(token, rules.stop_ids),
         cache=cache,
     )
-
-
-def _without_media(logits: jax.Array, config: ModelConfig) -> jax.Array:
-    """`logits` [B, V] with the placeholders of images, videos and audio made impossible."""
-    media = jnp.array([config.image_token_id, config.video_token_id, config.audio_token_id])
-    return logits.at[:, media].set(-jnp.inf, mode="drop")
 
 
 def sample(

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The batch that a learner has in work, for functions whose arguments do not carry it.
+
+Between a learner and the log-probabilities lie host functions that know prompts and completions
+alone. A context variable carries the rest past them; each thread has its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+
+@dataclasses.dataclass
+class Bound:
+    """What belongs to the rows in work.
+
+    Attributes:
+        images: [B, I, M, C] of all rows, or None.
+        temperature: of the rollout; used wherever the host forgets to pass it on.
+        suppressed: ids that the sampler never draws, so that no policy gives them probability.
+        prompts: the prompts as the user gave them, for reward functions.
+        rollout_logps: for each row, log-probabilities of the sampled tokens, as sampled.
+        logps, entropy: [B, T] of the last computation, as a loss function sees them.
+    """
+
+    images: np.ndarray | jax.Array | None = None
+    temperature: float = 1.0
+    suppressed: tuple[int, ...] = ()
+    prompts: list[Any] | None = None
+    rollout_logps: list[np.ndarray] = dataclasses.field(default_factory=list)
+    logps: jax.Array | None = None
+    entropy: jax.Array | None = None
+    _next: int = 0
+
+    def rows(self, count: int) -> np.ndarray | jax.Array | None:
+        """Images of the next `count` rows.
+
+        The host passes over the rows again and again (rollout, reference, old policy), each time
+        in order and in whole, in micro-batches of any size.
+        """
+        if self.images is None:
+            return None
+        total = self.images.shape[0]
+        start, end = self._next, self._next + count
+        if end > total:
+            raise RuntimeError(
+                f"images: rows {start} to {end} of {total} were asked for; a pass over the batch "
+                "did not end where the batch ends"
+            )
+        self._next = end % total
+        return self.images if count == total else self.images[start:end]
+
+
+_BOUND: contextvars.ContextVar[Bound | None] = contextvars.ContextVar("bound", default=None)
+
+
+def bound() -> Bound | None:
+    """The batch in work; None outside a learner."""
+    return _BOUND.get()
+
+
+@contextlib.contextmanager
+def bind(batch: Bound) -> Iterator[Bound]:
+    """Makes `batch` the one in work."""
+    token = _BOUND.set(batch)
+    try:
+        yield batch
+    finally:
+        _BOUND.reset(token)

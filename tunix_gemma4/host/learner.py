@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tunix's learners on Gemma 4: images from data set to gradient, and what a step shows.
+
+The learners are the host's own; these wrappers stand around the methods through which a batch
+goes. `docs/explanation/rl_images.md` follows one on its way.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import flax
+import jax.numpy as jnp
+import numpy as np
+from tunix.rl.rl_cluster import Mode
+
+from ..model.gemma4 import Gemma4ForConditionalGeneration
+from ..processor import Processor
+from .binding import Bound, bind, bound
+from .prompts import IMAGE_COLUMNS, Prompt, PromptReader, unwrap
+from .rewards import checked
+from .rollout import Rollout
+
+# Rollouts of evaluation draw from streams that no training step has.
+_EVAL_STREAM = 1 << 32
+AGREEMENT = "rollout_agreement"
+METRICS = {"entropy": np.mean, f"{AGREEMENT}/mean": np.mean, f"{AGREEMENT}/max": np.max}
+
+
+def set_processor(rl_cluster: Any, processor: Processor) -> None:
+    """Makes `processor` the one that reads this cluster's conversations and images.
+
+    Raises:
+        ValueError: if the cluster's rollout is not Gemma 4's; see `tunix_gemma4.register`.
+    """
+    rollout = _gemma4_rollout(rl_cluster)
+    if rollout is None:
+        raise ValueError(
+            f"the cluster's rollout is a {type(rl_cluster.rollout).__name__}; processors belong to "
+            'rollout_engine="vanilla" of a Gemma 4 actor, made after tunix_gemma4.register()'
+        )
+    rollout.processor = processor
+
+
+def _gemma4_rollout(rl_cluster: Any) -> Rollout | None:
+    rollout = rl_cluster.rollout
+    return rollout if isinstance(rollout, Rollout) and rollout.is_gemma4 else None
+
+
+class InWork:
+    """Marks examples that carry what `_extended` adds."""
+
+
+@functools.cache
+def _extended(kind: type) -> type:
+    """The host's example `kind` with what the loss needs besides."""
+
+    @flax.struct.dataclass
+    class Example(kind, InWork):
+        images: Any = None
+        rollout_logps: Any = None
+        temperature: float = flax.struct.field(pytree_node=False, default=1.0)
+        suppressed: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())
+
+    return Example
+
+
+def wrap_init(original: Callable) -> Callable:
+    """Checks rewards, and gives metric functions what the data set gave."""
+
+    @functools.wraps(original)
+    def init(self, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        if _gemma4_rollout(self.rl_cluster) is None:
+            return
+        manager = self.reward_manager
+        manager.reward_fns = [checked(reward_fn) for reward_fn in manager.reward_fns]
+        self.metric_fns = [_given_columns(metric_fn) for metric_fn in self.metric_fns]
+
+    return init
+
+
+def _given_columns(metric_fn: Callable) -> Callable:
+    @functools.wraps(metric_fn)
+    def metric(**columns: Any) -> Any:
+        return metric_fn(**{name: _plain(value) for name, value in columns.items()})
+
+    return metric
+
+
+def _plain(value: Any) -> Any:
+    """A column as the data set gave it; arrays of numbers stay arrays."""
+    if isinstance(value, list) or (isinstance(value, np.ndarray) and value.dtype == object):
+        return unwrap(value)
+    return value
+
+
+def wrap_train(original: Callable) -> Callable:
+    """Reads prompts and images of the data sets before the host moves them about."""
+
+    @functools.wraps(original)
+    def train(self, train_ds: Iterable, eval_ds: Iterable | None = None, *args, **kwargs) -> None:
+        cluster = self.rl_cluster
+        rollout = _gemma4_rollout(cluster)
+        if rollout is None:
+            if isinstance(cluster.actor_trainer.model, Gemma4ForConditionalGeneration):
+                train_ds = _WithoutImages(train_ds, type(cluster.rollout).__name__)
+            return original(self, train_ds, eval_ds, *args, **kwargs)
+        if not _packs(self):
+            trainer = cluster.actor_trainer
+            trainer.with_rl_metrics_to_log(trainer.rl_metrics_to_log | METRICS)
+        read = {}
+        for mode, dataset in ((Mode.TRAIN, train_ds), (Mode.EVAL, eval_ds)):
+            read[mode] = (
+                None if dataset is None else _Read(dataset, _reader(cluster, rollout, mode))
+            )
+        return original(self, read[Mode.TRAIN], read[Mode.EVAL], *args, **kwargs)
+
+    return train
+
+
+def _reader(rl_cluster: Any, rollout: Rollout, mode: Mode) -> PromptReader:
+    length = _rollout_config(rl_cluster, mode).max_prompt_length
+    return PromptReader(rollout.tokenize, lambda: rollout.processor, length)
+
+
+def _rollout_config(rl_cluster: Any, mode: Mode) -> Any:
+    """The mode's settings, or those of training where evaluation has none of its own."""
+    settings = rl_cluster.cluster_config.rollout_config
+    return settings.get(mode, settings[Mode.TRAIN]) if isinstance(settings, dict) else settings
+
+
+def _packs(learner: Any) -> bool:
+    return learner._training_config.max_seq_token_per_tpu is not None
+
+
+class _Read:
+    """A data set whose batches are read as they are taken, as often as it can be iterated."""
+
+    def __init__(self, dataset: Iterable, reader: PromptReader):
+        self._dataset, self._reader = dataset, reader
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        return self._reader.batches(self._dataset)
+
+
+class _WithoutImages:
+    """A data set for a rollout engine that would drop its images."""
+
+    def __init__(self, dataset: Iterable, engine: str):
+        self._dataset, self._engine = dataset, engine
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        for batch in self._dataset:
+            found = [name for name in IMAGE_COLUMNS if name in batch]
+            if found:
+                raise ValueError(
+                    f"column {found[0]!r}: {self._engine} would drop the images; call "
+                    'tunix_gemma4.register() and make the cluster with rollout_engine="vanilla"'
+                )
+            yield batch
+
+
+def wrap_compute_rewards(original: Callable) -> Callable:
+    """Hands reward functions what the data set gave, and reports the spread of rewards."""
+
+    @functools.wraps(original)
+    def compute_rewards(self, prompts, completions, mode, step=None, **columns):
+        if not any(isinstance(prompt, Prompt) for prompt in prompts):
+            return original(self, prompts, completions, mode, step, **columns)
+        work = bound()
+        if work is not None:
+            work.prompts = unwrap(list(prompts))
+        # The host logs prompts, so it gets their texts.
+        texts = [prompt.text for prompt in prompts]
+        columns = {name: _plain(value) for name, value in columns.items()}
+        rewards = original(self, texts, completions, mode, step, **columns)
+        groups = np.reshape(rewards, (-1, self._num_generations()))
+        spread = {"rewards/score/std": (np.std(rewards), np.mean)}
+        if groups.shape[1] > 1:
+            flat = np.mean(groups.std(axis=1) == 0)
+            spread["rewards/groups_without_spread"] = (flat, np.mean)
+        self.rl_cluster.buffer_metrics(spread, mode=mode)
+        return rewards
+
+    return compute_rewards
+
+
+def wrap_generate_and_compute_advantage(original: Callable) -> Callable:
+    """Keeps a batch's images at hand for rollout and log-probabilities, and in its example."""
+
+    @functools.wraps(original)
+    def generate_and_compute_advantage(self, training_input, mode=Mode.TRAIN):
+        rollout = _gemma4_rollout(self.rl_cluster)
+        prompts = list(training_input["prompts"])
+        if rollout is None or not all(isinstance(prompt, Prompt) for prompt in prompts):
+            return original(self, training_input, mode)
+        is_train = mode == Mode.TRAIN
+        rollout.begin(self._iter_steps if is_train else _EVAL_STREAM + self._eval_iter_steps)
+        batch = Bound(
+            images=rollout.images([prompt.example for prompt in prompts]),
+            temperature=_rollout_config(self.rl_cluster, mode).temperature or 1.0,
+            # The host's packed examples could not tell the loss.
+            suppressed=() if _packs(self) else rollout.suppressed,
+        )
+        if _packs(self) and batch.images is not None:
+            raise ValueError(
+                "max_seq_token_per_tpu: the host's packing drops images; leave it None, and shape "
+                "batches with train_micro_batch_size instead"
+            )
+        with bind(batch):
+            example = original(self, training_input, mode)
+        return example if _packs(self) else _with_batch(example, batch)
+
+    return generate_and_compute_advantage
+
+
+def _with_batch(example: Any, batch: Bound) -> Any:
+    """`example` with the images and the sampler's log-probabilities, padded like completions."""
+    logps = np.zeros(example.completion_ids.shape, np.float32)
+    for row, sampled in enumerate(batch.rollout_logps):
+        logps[row, : len(sampled)] = sampled
+    fields = {field.name: getattr(example, field.name) for field in dataclasses.fields(example)}
+    return _extended(type(example))(
+        **fields,
+        images=batch.images,
+        rollout_logps=logps,
+        temperature=batch.temperature,
+        suppressed=batch.suppressed,
+    )
+
+
+def wrap_with_loss_fn(original: Callable) -> Callable:
+    """Gives losses the images of their example, and measures how the sampler agrees."""
+
+    @functools.wraps(original)
+    def with_loss_fn(self, loss_fn: Callable, has_aux: bool = False) -> Any:
+        return original(self, _with_images(loss_fn) if has_aux else loss_fn, has_aux)
+
+    return with_loss_fn
+
+
+def _with_images(loss_fn: Callable) -> Callable:
+    @functools.wraps(loss_fn)
+    def loss(model: Any, train_example: Any, *args: Any, **kwargs: Any) -> tuple[Any, dict]:
+        if not isinstance(train_example, InWork):
+            return loss_fn(model, train_example, *args, **kwargs)
+        batch = Bound(
+            images=train_example.images,
+            temperature=train_example.temperature,
+            suppressed=train_example.suppressed,
+        )
+        with bind(batch):
+            value, aux = loss_fn(model, train_example, *args, **kwargs)
+        return value, _agreement(batch, train_example) | aux
+
+    return loss
+
+
+def _agreement(batch: Bound, example: Any) -> dict[str, Any]:
+    """How far the trainer's log-probabilities of sampled tokens are from the sampler's.
+
+    Those of the policy that sampled: the old ones where the host keeps them; otherwise the current
+    ones, which are the same until a second update on the same rollout.
+    """
+    if batch.logps is None:
+        return {}
+    mask = example.completion_mask.astype(jnp.float32)
+    count = jnp.maximum(mask.sum(), 1)
+    trainer = batch.logps if example.old_per_token_logps is None else example.old_per_token_logps
+    difference = jnp.abs(trainer - example.rollout_logps) * mask
+    return {
+        "entropy": (batch.entropy * mask).sum() / count,
+        f"{AGREEMENT}/mean": difference.sum() / count,
+        f"{AGREEMENT}/max": difference.max(),
+    }

@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Log-probabilities, entropies and scores: what the host computes, without its gaps.
+
+For Gemma 4 nothing of size [B, T, V] exists; images, temperature and suppressed ids of the batch
+in work are used where the host's call cannot carry them. Other models keep the host's functions;
+those that do not know `segment_ids` are no longer given them.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from tunix.rl import common
+from tunix.sft import sharding_utils
+
+from ..losses import per_token_logps
+from ..model.gemma4 import Gemma4ForConditionalGeneration
+from ..sharding import active_mesh
+from .binding import bound
+
+# Where a wrapper keeps the model whose call it passes keyword arguments on to.
+_INNER = ("transformer", "base_model", "base", "model", "module", "inner")
+
+
+def model_accepts_segment_ids(model: Any) -> bool:
+    """Whether a call of `model` may be given `segment_ids`.
+
+    Read from the signature; a `**kwargs` passes on what the wrapped model takes. Without a wrapped
+    model to look at, `**kwargs` is believed.
+    """
+    try:
+        parameters = inspect.signature(model.__call__).parameters
+    except (TypeError, ValueError):
+        return False
+    if "segment_ids" in parameters:
+        return True
+    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return False
+    held = vars(model)
+    inner = [held[name] for name in _INNER if callable(held.get(name))]
+    return model_accepts_segment_ids(inner[0]) if inner else True
+
+
+class _WithoutSegmentIds(nnx.Module):
+    """A model that is not told about padding or packing by `segment_ids`."""
+
+    def __init__(self, model: nnx.Module):
+        self.model = model
+
+    def __call__(self, *args: Any, segment_ids: Any = None, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+
+def _refuse_packing(model: Any, segment_ids: jax.Array | None) -> None:
+    if segment_ids is not None:
+        raise ValueError(
+            f"segment_ids: {type(model).__name__} takes none, so packed sequences would see each "
+            "other; give its call a `segment_ids` parameter, or leave packing off "
+            "(max_seq_token_per_tpu=None)"
+        )
+
+
+def wrap_compute_per_token_logps(original: Callable) -> Callable:
+    """Chunked for Gemma 4, with the images in work; gated for other models."""
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def compute_per_token_logps(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs)
+        call = given.arguments
+        model = nnx.merge(call["graphdef"], call["state"])
+        if isinstance(model, Gemma4ForConditionalGeneration):
+            given.apply_defaults()
+            return _logps(given.arguments, temperature_given="temperature" in kwargs)
+        if not model_accepts_segment_ids(model):
+            _refuse_packing(model, call.get("segment_ids"))
+            call["graphdef"], call["state"] = nnx.split(_WithoutSegmentIds(model))
+        return original(*given.args, **given.kwargs)
+
+    return compute_per_token_logps
+
+
+def _logps(call: dict[str, Any], *, temperature_given: bool) -> Any:
+    batch = bound()
+    rows = call["completion_tokens"].shape[0]
+    images, temperature, suppressed = call["images"], call["temperature"], ()
+    if batch is not None:
+        images = _placed(batch.rows(rows)) if images is None else images
+        temperature = temperature if temperature_given else batch.temperature
+        suppressed = batch.suppressed
+    logps, entropy = _chunked_logps(
+        call["graphdef"],
+        call["state"],
+        call["prompt_tokens"],
+        call["completion_tokens"],
+        images,
+        call["segment_ids"],
+        call["segment_positions"],
+        # The host takes 0, which is greedy, for 1.
+        jnp.float32(temperature or 1.0),
+        pad_id=call["pad_id"],
+        eos_id=call["eos_id"],
+        suppressed=suppressed,
+    )
+    if batch is not None:
+        batch.logps, batch.entropy = logps, entropy
+    if call["stop_gradient"]:
+        logps, entropy = jax.lax.stop_gradient((logps, entropy))
+    # In place of logits goes what they are asked for: see `wrap_compute_entropy_from_logits`.
+    return (logps, entropy) if call["return_logits"] else logps
+
+
+def _placed(images: Any) -> Any:
+    """Rows of images on the host's mesh, split like its own inputs."""
+    mesh = active_mesh()
+    if images is None or isinstance(images, jax.core.Tracer) or mesh is None:
+        return images
+    return sharding_utils.shard_input(images, ("fsdp",)) if "fsdp" in mesh.shape else images
+
+
+@functools.partial(jax.jit, static_argnames=("pad_id", "eos_id", "suppressed"))
+def _chunked_logps(
+    graphdef,
+    state,
+    prompt_tokens: jax.Array,
+    completion_tokens: jax.Array,
+    images: jax.Array | None,
+    segment_ids: jax.Array | None,
+    segment_positions: jax.Array | None,
+    temperature: jax.Array,
+    *,
+    pad_id: int,
+    eos_id: int,
+    suppressed: tuple[int, ...],
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probabilities and entropies float32 [B, completion], or [B, T] of packed rows."""
+    model = nnx.merge(graphdef, state)
+    tokens, positions, mask, padding = common.process_ids(
+        prompt_tokens, completion_tokens, pad_id, eos_id, segment_ids, segment_positions
+    )
+    hidden, _ = model(
+        tokens,
+        positions=positions,
+        attention_mask=mask,
+        segment_ids=padding if segment_ids is None else segment_ids,
+        images=images,
+        skip_lm_head=True,
+    )
+    packed = segment_ids is not None
+    count = tokens.shape[1] - 1 if packed else completion_tokens.shape[1]
+    result = per_token_logps(
+        model,
+        hidden[:, -count - 1 : -1],
+        tokens[:, -count:],
+        temperature=temperature,
+        suppressed=suppressed,
+    )
+    # Nothing predicts the first token of a packed row.
+    return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (1, 0))), result) if packed else result
+
+
+def wrap_compute_entropy_from_logits(original: Callable) -> Callable:
+    """Lets entropies [B, T] through, which Gemma 4 has in place of logits [B, T, V]."""
+
+    @functools.wraps(original)
+    def compute_entropy_from_logits(logits: jax.Array) -> jax.Array:
+        return logits if logits.ndim == 2 else original(logits)
+
+    return compute_entropy_from_logits
+
+
+def wrap_compute_score(original: Callable) -> Callable:
+    """Gives Gemma 4 its images; keeps `segment_ids` from models that take none."""
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def compute_score(*args: Any, **kwargs: Any) -> jax.Array:
+        from ..model.scores import Gemma4ForTokenScores
+
+        given = signature.bind(*args, **kwargs)
+        call = given.arguments
+        model, batch = call["model"], bound()
+        if isinstance(model, Gemma4ForTokenScores) and batch is not None:
+            images = _placed(batch.rows(call["completion_tokens"].shape[0]))
+            if images is not None:
+                call["model"] = _WithImages(model, images)
+        elif not model_accepts_segment_ids(model):
+            _refuse_packing(model, call.get("segment_ids"))
+            call["model"] = _WithoutSegmentIds(model)
+        return original(*given.args, **given.kwargs)
+
+    return compute_score
+
+
+class _Images(nnx.Variable):
+    """Images as a variable, so that a compiled function takes them as an argument."""
+
+
+class _WithImages(nnx.Module):
+    """A model that sees `images` in every call."""
+
+    def __init__(self, model: nnx.Module, images: jax.Array):
+        self.model, self.images = model, _Images(jnp.asarray(images))
+
+    def __call__(self, tokens: jax.Array, *, segment_ids: Any = None, **kwargs: Any) -> Any:
+        return self.model(tokens, segment_ids=segment_ids, images=self.images[...], **kwargs)
+
+
+def wrap_get_per_token_logps(original: Callable) -> Callable:
+    """DPO's log-probabilities, chunked for Gemma 4."""
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def get_per_token_logps(*args: Any, **kwargs: Any) -> jax.Array:
+        given = signature.bind(*args, **kwargs)
+        given.apply_defaults()
+        if not isinstance(given.arguments["model"], Gemma4ForConditionalGeneration):
+            return original(*args, **kwargs)
+        return _completion_logps(**given.arguments)
+
+    return get_per_token_logps
+
+
+@nnx.jit(static_argnames=("logits_to_keep",))
+def _completion_logps(model, input_tokens, positions, attn_mask, logits_to_keep, images):
+    """Log-probabilities float32 [B, logits_to_keep] of the last tokens."""
+    hidden, _ = model(input_tokens, positions, None, attn_mask, images=images, skip_lm_head=True)
+    targets = input_tokens[:, -logits_to_keep:]
+    logps, _ = per_token_logps(model, hidden[:, -logits_to_keep - 1 : -1], targets)
+    return logps

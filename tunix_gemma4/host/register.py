@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every wrapper on Tunix, in one table, and the switch.
+
+Nothing of the host changes before `register()`; `unregister()` puts everything back.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import warnings
+
+from . import learner, logps, rollout
+from .hooks import Hook, Installed
+
+TESTED = ("0.1.7",)
+
+_LOGPS_ARGUMENTS = (
+    *("graphdef", "state", "prompt_tokens", "completion_tokens", "pad_id", "eos_id", "images"),
+    *("stop_gradient", "return_logits", "segment_ids", "segment_positions", "temperature"),
+)
+
+HOOKS: tuple[Hook, ...] = (
+    Hook(
+        "tunix.rl.common:compute_per_token_logps",
+        logps.wrap_compute_per_token_logps,
+        _LOGPS_ARGUMENTS,
+        "log-probabilities without a [B, T, V] array, with the images in work, gated segment_ids",
+    ),
+    Hook(
+        "tunix.rl.algo_core:compute_entropy_from_logits",
+        logps.wrap_compute_entropy_from_logits,
+        ("logits",),
+        "the entropy comes with the chunked log-probabilities",
+    ),
+    Hook(
+        "tunix.rl.common:compute_score",
+        logps.wrap_compute_score,
+        ("model", "prompt_tokens", "completion_tokens", "segment_ids"),
+        "models without segment_ids can score; heads see the images in work",
+    ),
+    Hook(
+        "tunix.rl.common:get_per_token_logps",
+        logps.wrap_get_per_token_logps,
+        ("model", "input_tokens", "positions", "attn_mask", "logits_to_keep", "images"),
+        "DPO and ORPO without a [B, T, V] array",
+    ),
+    Hook(
+        "tunix.rl.rollout.vanilla_rollout:VanillaRollout",
+        rollout.wrap_vanilla_rollout,
+        (),
+        "rollouts see images, stop on the whole stop list and draw anew in each step",
+    ),
+    Hook(
+        "tunix.rl.rl_learner:RLLearner.__init__",
+        learner.wrap_init,
+        ("rl_cluster", "reward_fns", "metric_fns"),
+        "a reward that goes wrong stops the run and names the sample",
+    ),
+    Hook(
+        "tunix.rl.rl_learner:RLLearner.train",
+        learner.wrap_train,
+        ("train_ds", "eval_ds"),
+        "prompts and images of any form are read before the host moves them about",
+    ),
+    Hook(
+        "tunix.rl.rl_learner:RLLearner._compute_rewards",
+        learner.wrap_compute_rewards,
+        ("prompts", "completions", "mode", "step"),
+        "reward functions get the data set's own columns",
+    ),
+    Hook(
+        "tunix.rl.grpo.grpo_learner:GRPOLearner._generate_and_compute_advantage",
+        learner.wrap_generate_and_compute_advantage,
+        ("training_input", "mode"),
+        "images reach rollout, log-probabilities and example (GRPO, GSPO, Dr.GRPO, DAPO)",
+    ),
+    Hook(
+        "tunix.rl.ppo.ppo_learner:PPOLearner._generate_and_compute_advantage",
+        learner.wrap_generate_and_compute_advantage,
+        ("training_input", "mode"),
+        "images reach rollout, log-probabilities and example (PPO)",
+    ),
+    Hook(
+        "tunix.rl.trainer:Trainer.with_loss_fn",
+        learner.wrap_with_loss_fn,
+        ("loss_fn", "has_aux"),
+        "the loss sees the images of its example and measures rollout agreement",
+    ),
+)
+
+_INSTALLED = Installed()
+
+
+def register() -> None:
+    """Makes Tunix find and train this Gemma 4. A second call changes nothing.
+
+    Raises:
+        RuntimeError: on a Tunix whose functions are not those that are wrapped, naming them.
+    """
+    if _INSTALLED:
+        return
+    version = importlib.metadata.version("google-tunix")
+    if version not in TESTED:
+        warnings.warn(
+            f"google-tunix {version} is untested with tunix_gemma4; tested: {', '.join(TESTED)}",
+            stacklevel=2,
+        )
+    _INSTALLED.install(HOOKS)
+
+
+def unregister() -> None:
+    """Puts Tunix back as it was."""
+    _INSTALLED.restore()
+
+
+def status() -> str:
+    """What is wrapped at the moment, a line each."""
+    hooks = _INSTALLED.hooks()
+    if not hooks:
+        return "tunix_gemma4 is not registered"
+    return "\n".join(f"{hook.target}: {hook.why}" for hook in hooks)
