@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -231,6 +232,25 @@ def _with_batch(example: Any, batch: Bound) -> Any:
         temperature=batch.temperature,
         suppressed=batch.suppressed,
     )
+
+
+def wrap_run_global_step(original: Callable) -> Callable:
+    """Reports how long a step takes, and how much of it the rollout."""
+
+    @functools.wraps(original)
+    def run_global_step(self, *args: Any, **kwargs: Any) -> None:
+        rollout = _gemma4_rollout(self.rl_cluster)
+        if rollout is None:
+            return original(self, *args, **kwargs)
+        start, before = time.perf_counter(), rollout.seconds
+        original(self, *args, **kwargs)
+        times = {
+            "perf/step_time_sec": (time.perf_counter() - start, np.mean),
+            "perf/rollout_time_sec": (rollout.seconds - before, np.mean),
+        }
+        self.rl_cluster.buffer_metrics(times, mode=Mode.TRAIN)
+
+    return run_global_step
 
 
 def wrap_with_loss_fn(original: Callable) -> Callable:

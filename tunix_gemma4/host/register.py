@@ -81,6 +81,12 @@ HOOKS: tuple[Hook, ...] = (
         "images reach rollout, log-probabilities and example (PPO)",
     ),
     Hook(
+        "tunix.rl.rl_learner:RLLearner._run_global_step",
+        learner.wrap_run_global_step,
+        (),
+        "the time of a step and of its rollout among the metrics",
+    ),
+    Hook(
         "tunix.rl.trainer:Trainer.with_loss_fn",
         learner.wrap_with_loss_fn,
         ("loss_fn", "has_aux"),

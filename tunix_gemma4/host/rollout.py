@@ -8,6 +8,7 @@ keep it.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,6 +32,7 @@ class Rollout(vanilla_rollout.VanillaRollout):
         self._config = model.config if self.is_gemma4 else None
         self._processor: Processor | None = None
         self._step, self._draws, self._image_slots = 0, 0, 0
+        self.seconds = 0.0  # spent generating, in all
 
     @property
     def processor(self) -> Processor:
@@ -92,6 +94,7 @@ class Rollout(vanilla_rollout.VanillaRollout):
         """
         if not self.is_gemma4:
             return super().generate(prompts, rollout_config, **kwargs)
+        start = time.perf_counter()
         batch = self._batch(prompts, rollout_config.max_prompt_length)
         stops = self.stop_ids(rollout_config)
         top_k, top_p = rollout_config.top_k, rollout_config.top_p
@@ -108,7 +111,9 @@ class Rollout(vanilla_rollout.VanillaRollout):
             suppress_ids=(self.pad_id(),),
             seed=self._seed(rollout_config.seed),
         )
-        return self._output(batch, said, stops)
+        output = self._output(batch, said, stops)
+        self.seconds += time.perf_counter() - start
+        return output
 
     def _batch(self, prompts: Sequence[str | Prompt], length: int) -> Batch:
         """Left-padded to `length`, with the images in work."""
