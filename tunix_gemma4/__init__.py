@@ -9,6 +9,7 @@ from importlib import import_module
 _HOME = {
     "Batch": "processor",
     "Gemma4ForConditionalGeneration": "model.gemma4",
+    "Gemma4ForTokenScores": "model.scores",
     "LayerSpec": "config_parts",
     "LoraConfig": "lora",
     "ModelConfig": "config",

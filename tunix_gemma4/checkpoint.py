@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,15 +25,19 @@ from jax.sharding import Mesh, NamedSharding
 
 from . import checkpoint_files as files
 from . import weights
-from .checkpoint_check import AUDIO, TIED_HEAD, VISION, check_tensors
+from .checkpoint_check import AUDIO, SCORE_HEAD, TIED_HEAD, VISION, check_tensors
 from .config import ModelConfig
-from .model.gemma4 import Gemma4ForConditionalGeneration
+from .model.gemma4 import Gemma4ForConditionalGeneration, Gemma4Model
 from .sharding import param_shardings
 
+_Model = TypeVar("_Model", bound=Gemma4Model)
 
-def abstract_model(config: ModelConfig) -> Gemma4ForConditionalGeneration:
+
+def abstract_model(
+    config: ModelConfig, model_class: type[_Model] = Gemma4ForConditionalGeneration
+) -> _Model:
     """A model of shapes and dtypes only; costs no memory."""
-    return nnx.eval_shape(lambda: Gemma4ForConditionalGeneration(config, rngs=nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: model_class(config, rngs=nnx.Rngs(0)))
 
 
 # ---- Loading.
@@ -46,7 +50,8 @@ def load_checkpoint(
     dtype: Any = None,
     *,
     config: ModelConfig | None = None,
-) -> Gemma4ForConditionalGeneration:
+    model_class: type[_Model] = Gemma4ForConditionalGeneration,
+) -> _Model:
     """Reads a checkpoint directory as transformers writes it.
 
     Args:
@@ -58,6 +63,7 @@ def load_checkpoint(
             for activations that of `config.json`.
         config: of the model, where it is not to be read from the directory; its `text_only`
             counts.
+        model_class: `Gemma4ForTokenScores` for a directory that such a model was saved to.
 
     Returns:
         The model. `model.config.source_directory` remembers the directory for `save_checkpoint`.
@@ -69,7 +75,7 @@ def load_checkpoint(
     directory = Path(directory)
     stored = files.read_directory(directory)
     config = _settle_config(directory, text_only, dtype, config)
-    model = abstract_model(config)
+    model = abstract_model(config, model_class)
     skipped = check_tensors(directory, model, stored)
     if skipped:
         counts = ", ".join(f"{count} of {reason}" for reason, count in skipped.items())
@@ -115,7 +121,9 @@ def _fill_parameters(
     filled = []
     for path, variable in nnx.to_flat_state(state):
         view = weights.from_hf(path, stored[weights.hf_name(path)].view())
-        wanted = view.dtype if dtype is None else np.dtype(dtype)
+        # The head of scores stays in float32.
+        keeps = dtype is None or path[0] == weights.SCORE
+        wanted = view.dtype if keeps else np.dtype(dtype)
         # Waiting keeps transfers from piling up host copies of several tensors.
         array = jax.block_until_ready(_place(view, shardings.get(path), wanted))
         filled.append((path, variable.replace(array)))
@@ -152,7 +160,7 @@ def _detached(block: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def save_checkpoint(
-    model: Gemma4ForConditionalGeneration,
+    model: Gemma4Model,
     directory: str | Path,
     *,
     source: str | Path | None = None,
@@ -164,7 +172,8 @@ def save_checkpoint(
     Every parameter keeps its dtype. Tensors of the source that the model does not hold (audio;
     vision of a text-only model) are copied unchanged with their configuration, and so are the
     source's tokenizer, processor and generation files. Without a source the directory holds the
-    model alone. In a job of several processes all must call this; the first one writes.
+    model alone. Of a `Gemma4ForTokenScores` transformers loads the body; the head is
+    `score.weight`. In a job of several processes all must call this; the first one writes.
 
     Args:
         model: with plain parameters; merge adapters first.
@@ -220,7 +229,8 @@ def _read_origin(model: nnx.Module, origin: Path) -> dict[str, files.StoredTenso
         )
     stored = files.read_directory(origin)
     _settle_config(origin, text_only=model.config.text_only, dtype=None, config=model.config)
-    check_tensors(origin, model, stored)
+    # A head that the origin lacks was made here.
+    check_tensors(origin, model, stored, optional=(SCORE_HEAD,))
     return stored
 
 
@@ -276,6 +286,8 @@ def _hf_config(model: nnx.Module, origin: Path | None, names: list[str]) -> dict
     if origin is not None:
         config = dataclasses.replace(config, source=ModelConfig.from_hf(origin).source)
     result = config.to_hf()
+    if SCORE_HEAD in names:
+        result |= {"architectures": [type(model).__name__], "num_labels": 1}
     for key, prefixes in (("vision_config", VISION), ("audio_config", AUDIO)):
         if not any(name.startswith(prefixes) for name in names):
             result[key] = None

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import collections
+from collections.abc import Collection
 from pathlib import Path
 
 from flax import nnx
@@ -16,12 +17,23 @@ AUDIO = ("model.audio_tower.", "model.embed_audio.")
 # The 12B's patch embedder has the second name on disk and the third in transformers' modules.
 VISION = ("model.vision_tower.", "model.vision_embedder.", "model.embed_vision.")
 TIED_HEAD = "lm_head.weight"
+SCORE_HEAD = f"{weights.SCORE}.weight"
 
 
 def check_tensors(
-    directory: Path, model: nnx.Module, stored: dict[str, files.StoredTensor]
+    directory: Path,
+    model: nnx.Module,
+    stored: dict[str, files.StoredTensor],
+    *,
+    optional: Collection[str] = (),
 ) -> collections.Counter[str]:
     """Compares names, shapes and dtypes; raises one ValueError for all that is wrong.
+
+    Args:
+        directory: for messages.
+        model: what is wanted, abstract or not.
+        stored: what the directory holds.
+        optional: names of tensors that may be missing.
 
     Returns:
         How many tensors are left in the files on purpose, by reason.
@@ -29,7 +41,7 @@ def check_tensors(
     config = model.config
     expected = _expected_shapes(model)
     skipped, unexpected = _sort_out(config, [name for name in stored if name not in expected])
-    missing = [name for name in expected if name not in stored]
+    missing = [name for name in expected if name not in stored and name not in optional]
     wrong = []
     for name in sorted(expected.keys() & stored.keys()):
         tensor, where = stored[name], f"in {stored[name].file.name}"
@@ -50,10 +62,23 @@ def check_tensors(
             f"({config.model_type}, {config.num_hidden_layers} layers of width "
             f"{config.hidden_size}, {'with' if config.has_vision else 'without'} vision)."
             + "".join(problems)
-            + "\nIs config.json that of these weights? Save both with save_pretrained of "
-            "transformers; nothing was loaded."
+            + f"\n{_hint(missing, unexpected)}; nothing was loaded."
         )
     return skipped
+
+
+def _hint(missing: list[str], unexpected: list[str]) -> str:
+    if SCORE_HEAD in missing:
+        return (
+            "The directory has no score head; load it as a policy and give that one, with "
+            "Gemma4ForTokenScores.from_policy(load_checkpoint(directory))"
+        )
+    if SCORE_HEAD in unexpected:
+        return (
+            "The directory has a score head and is no policy's; pass "
+            "model_class=Gemma4ForTokenScores"
+        )
+    return "Is config.json that of these weights? Save both with save_pretrained of transformers"
 
 
 def _expected_shapes(model: nnx.Module) -> dict[str, tuple[int, ...]]:

@@ -12,7 +12,7 @@ from flax import nnx
 
 from .lora_layers import LoraConfig, LoraLinear, adapted, add_adapters, describe, merge
 from .lora_peft import load_adapter, save_adapter
-from .lora_targets import resolve
+from .lora_targets import resolve, with_head
 
 __all__ = [
     "LoraConfig",
@@ -31,7 +31,8 @@ def apply_lora(
 
     A starts random and B zero, so the model computes what it did (or what its quantised kernels
     do). Layers that reuse another layer's K/V have no `k_proj` and `v_proj`, and layers whose keys
-    double as values no `v_proj`; they get none.
+    double as values no `v_proj`; they get none. The head of a `Gemma4ForTokenScores` always gets
+    an adapter, whatever the targets: frozen at zero it would score everything alike.
 
     Args:
         model: left as it is; the result shares the arrays that are not quantised. Works on
@@ -47,7 +48,7 @@ def apply_lora(
             quantised, and a model that has adapters.
     """
     config = config or LoraConfig()
-    names = resolve(model, config.targets)
+    names = with_head(model, resolve(model, config.targets))
     model = add_adapters(model, names, config, rngs or nnx.Rngs(0))
     print(describe(model))
     return model

@@ -22,6 +22,7 @@ from flax import nnx
 
 from .lora_targets import grouped, linears
 from .sharding import param_shardings
+from .weights import SCORE
 
 QTYPES = ("nf4", "int8")
 TILE_SIZES = (64, 32, 16)
@@ -249,7 +250,8 @@ def add_adapters(
     projections = linears(model)
     if config.quantize is not None:
         for name in names:
-            tile_size(name, projections[name].in_features, config)
+            if name != SCORE:
+                tile_size(name, projections[name].in_features, config)
 
     keys = jax.random.split(rngs.params(), len(names))
 
@@ -257,7 +259,9 @@ def add_adapters(
         model = nnx.clone(model)
         projections = linears(model)
         for index, name in enumerate(names):
-            adapt(projections[name], name=name, config=config, key=keys[index])
+            # There is no memory to save in a head of one column.
+            one = dataclasses.replace(config, quantize=None) if name == SCORE else config
+            adapt(projections[name], name=name, config=one, key=keys[index])
         return model
 
     leaves = jax.tree.leaves(nnx.state(model))

@@ -32,7 +32,7 @@ from .checkpoint_files import (
 )
 from .lora_layers import LoraConfig, LoraLinear, adapted, add_adapters, describe
 from .lora_targets import as_regex, linears
-from .weights import module_name
+from .weights import SCORE, module_name
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -112,7 +112,8 @@ def _settings(modules: dict[str, LoraLinear], base: str | None) -> dict[str, Any
     alpha = float(config.alpha)
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        # PEFT would train the head of a task that it knows in another way.
+        "task_type": None if SCORE in modules else "CAUSAL_LM",
         "base_model_name_or_path": base,
         "inference_mode": True,
         "r": config.rank,

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 
 from flax import nnx
 
+from .weights import SCORE
+
 _SEVEN = r"(?:self_attn\.(?:q|k|v|o)_proj|mlp\.(?:gate|up|down)_proj)"
 _LANGUAGE = rf"language_model\.layers\.\d+\.{_SEVEN}"
 _VISION = rf"vision_tower\.encoder\.layers\.\d+\.{_SEVEN}\.linear"
@@ -78,6 +80,11 @@ def resolve(model: nnx.Module, targets: str) -> list[str]:
             f"targets={targets!r} matches no projection of this model.\n{_what_could_match(names)}"
         )
     return found
+
+
+def with_head(model: nnx.Module, names: list[str]) -> list[str]:
+    """`names` and, if `model` scores tokens, its head."""
+    return list(dict.fromkeys([*names, SCORE])) if SCORE in linears(model) else names
 
 
 def _own_names(name: str, names: list[str]) -> list[str]:

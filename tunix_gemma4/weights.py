@@ -19,6 +19,8 @@ from .model.layers import HasBuffers
 
 Path = tuple[str | int, ...]
 
+# The head of a `Gemma4ForTokenScores`. It stands beside HF's `model`, not in it.
+SCORE = "score"
 _PREFIX = "model"
 _LEAF = {"kernel": "weight", "embedding": "weight"}
 _EXPERTS = "experts"  # Their kernels keep HF's bare names, without `.weight`.
@@ -41,7 +43,8 @@ class Buffer(NamedTuple):
 
 def module_name(path: Path) -> str:
     """Name in the checkpoint of the module that owns the variable at `path`."""
-    return ".".join([_PREFIX, *map(str, path[:-1])])
+    prefix = [] if path[0] == SCORE else [_PREFIX]
+    return ".".join([*prefix, *map(str, path[:-1])])
 
 
 def hf_name(path: Path) -> str:

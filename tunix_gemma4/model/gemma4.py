@@ -23,8 +23,8 @@ from .text import TextModel
 from .vision import VisionProjector, VisionTower
 
 
-class Gemma4ForConditionalGeneration(nnx.Module):
-    """The model, with the call that Tunix's trainers and samplers make.
+class Gemma4Model(nnx.Module):
+    """Everything below the head: what a policy and a model of scores have in common.
 
     Args:
         config: what to build; every sub-module reads this one object.
@@ -38,7 +38,7 @@ class Gemma4ForConditionalGeneration(nnx.Module):
             self.vision_tower = VisionTower(config, rngs=rngs)
             self.embed_vision = VisionProjector(config, rngs=rngs)
 
-    def __call__(
+    def hidden_states(
         self,
         tokens: jax.Array,
         positions: jax.Array | None = None,
@@ -46,33 +46,12 @@ class Gemma4ForConditionalGeneration(nnx.Module):
         attention_mask: jax.Array | None = None,
         segment_ids: jax.Array | None = None,
         images: jax.Array | None = None,
-        decode_only_last_token: bool = False,
-        skip_lm_head: bool = False,
+        *,
         output_hidden_states: bool = False,
     ) -> tuple[jax.Array, Cache | None]:
-        """Runs the model.
+        """Final hidden states [B, T, D] and the new cache, or None without one.
 
-        Args:
-            tokens: int [B, T], images expanded to one placeholder per soft token.
-            positions: int [B, T]; None counts from 0 within each segment, or on from the cache.
-            cache: from `init_cache`; the new tokens are stored behind those in it.
-            attention_mask: bool or int [B, T, S], S = T or the cache's length: causal and not
-                padding. None means causal. Windows, segments and image blocks are added here.
-            segment_ids: int [B, T]; tokens see their own segment alone. Not with a cache.
-            images: float32 [B, I, M, 3 * patch_size**2 + 2], patches and their (x, y), (-1, -1)
-                for padding. The k-th placeholder of a row takes the row's k-th soft token. A row
-                whose counts differ raises, or under jit becomes NaN.
-            decode_only_last_token: logits of the last token alone.
-            skip_lm_head: return the final hidden states [B, T, D] in place of logits.
-            output_hidden_states: sow every layer's output as `all_hidden_states`, the final
-                normed one last.
-
-        Returns:
-            Logits float32 [B, T, V], soft-capped, and the new cache, or None without one.
-
-        Raises:
-            ValueError: for shapes that do not fit, images to a text-only model, or placeholders
-                and soft tokens that disagree.
+        Arguments and errors are those of `Gemma4ForConditionalGeneration`'s call.
         """
         config = self.config
         self._check_call(tokens, cache, attention_mask, segment_ids)
@@ -95,20 +74,7 @@ class Gemma4ForConditionalGeneration(nnx.Module):
         if output_hidden_states:
             for hidden in (*outputs[:-1], x):
                 self.sow(nnx.Intermediate, "all_hidden_states", hidden)
-        if decode_only_last_token:
-            x = x[:, -1:]
-        return (x if skip_lm_head else self.compute_final_logits(x)), cache
-
-    def compute_final_logits(self, hidden: jax.Array) -> jax.Array:
-        """Soft-capped logits, float32 [..., V], of final hidden states [..., D]."""
-        table = self.language_model.embed_tokens.embedding[...].astype(self.config.dtype)
-        # Every chip scores its own words for all rows: gathering states is cheaper than the table.
-        unsharded = (None,) * (hidden.ndim - 1)
-        hidden = constrain(hidden, *unsharded, None)
-        logits = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
-        logits = constrain(logits, *unsharded, "vocab")
-        cap = self.config.final_logit_softcapping
-        return logits if cap is None else cap * jnp.tanh(logits / cap)
+        return x, cache
 
     def encode_images(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Soft tokens [B, I * S, D] of images [B, I, M, C], and which are valid [B, I * S]."""
@@ -199,6 +165,70 @@ class Gemma4ForConditionalGeneration(nnx.Module):
             image = jnp.concatenate([patches, grid.reshape(-1, 2).astype(jnp.float32)], axis=-1)
             inputs["images"] = jnp.broadcast_to(image, (2, 1, *image.shape))
         return {"tokens": tokens, **inputs}
+
+
+class Gemma4ForConditionalGeneration(Gemma4Model):
+    """The policy, with the call that Tunix's trainers and samplers make."""
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        cache: Cache | None = None,
+        attention_mask: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        images: jax.Array | None = None,
+        decode_only_last_token: bool = False,
+        skip_lm_head: bool = False,
+        output_hidden_states: bool = False,
+    ) -> tuple[jax.Array, Cache | None]:
+        """Runs the model.
+
+        Args:
+            tokens: int [B, T], images expanded to one placeholder per soft token.
+            positions: int [B, T]; None counts from 0 within each segment, or on from the cache.
+            cache: from `init_cache`; the new tokens are stored behind those in it.
+            attention_mask: bool or int [B, T, S], S = T or the cache's length: causal and not
+                padding. None means causal. Windows, segments and image blocks are added here.
+            segment_ids: int [B, T]; tokens see their own segment alone. Not with a cache.
+            images: float32 [B, I, M, 3 * patch_size**2 + 2], patches and their (x, y), (-1, -1)
+                for padding. The k-th placeholder of a row takes the row's k-th soft token. A row
+                whose counts differ raises, or under jit becomes NaN.
+            decode_only_last_token: logits of the last token alone.
+            skip_lm_head: return the final hidden states [B, T, D] in place of logits.
+            output_hidden_states: sow every layer's output as `all_hidden_states`, the final
+                normed one last.
+
+        Returns:
+            Logits float32 [B, T, V], soft-capped, and the new cache, or None without one.
+
+        Raises:
+            ValueError: for shapes that do not fit, images to a text-only model, or placeholders
+                and soft tokens that disagree.
+        """
+        x, cache = self.hidden_states(
+            tokens,
+            positions,
+            cache,
+            attention_mask,
+            segment_ids,
+            images,
+            output_hidden_states=output_hidden_states,
+        )
+        if decode_only_last_token:
+            x = x[:, -1:]
+        return (x if skip_lm_head else self.compute_final_logits(x)), cache
+
+    def compute_final_logits(self, hidden: jax.Array) -> jax.Array:
+        """Soft-capped logits, float32 [..., V], of final hidden states [..., D]."""
+        table = self.language_model.embed_tokens.embedding[...].astype(self.config.dtype)
+        # Every chip scores its own words for all rows: gathering states is cheaper than the table.
+        unsharded = (None,) * (hidden.ndim - 1)
+        hidden = constrain(hidden, *unsharded, None)
+        logits = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
+        logits = constrain(logits, *unsharded, "vocab")
+        cap = self.config.final_logit_softcapping
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
 def _end_index(config: ModelConfig, cache: Cache) -> jax.Array:
