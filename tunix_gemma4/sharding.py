@@ -3,6 +3,7 @@
 
 Parameters are declared with logical axes (`metadata("embed", "heads")`); on a mesh, an axis that
 the mesh lacks or that does not divide the dimension is dropped, and that dimension is replicated.
+A dimension of heads is split between heads, never within one.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import warnings
 from typing import Any
 
 import jax
+from absl import logging
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -25,6 +27,8 @@ _MESH_AXIS = {
     "embed": "fsdp",
     "experts": None,
     "heads": "tp",
+    "kv_heads": "tp",
+    "vision_heads": "tp",
     "mlp": "tp",
     # Over every chip: the two vocabulary tables are the largest tensors, their rows are looked up
     # or scored where they lie, and neither they nor their gradients are ever gathered.
@@ -32,20 +36,36 @@ _MESH_AXIS = {
 }
 
 
-def metadata(*logical_axes: str | None) -> dict[str, Any]:
+# Of the axes of heads, what a mesh that does not divide their number leaves whole.
+_REPLICATED_HEADS = {"kv_heads": "key/value", "vision_heads": "vision"}
+
+
+def metadata(*logical_axes: str | None, heads: int | None = None) -> dict[str, Any]:
     """Keyword arguments that give an `nnx.Param` its sharding.
 
     Eager sharding is off: flax would otherwise need a mesh to create the parameter at all.
+
+    Args:
+        *logical_axes: one per dimension; None is never split.
+        heads: how many heads lie along the axis of heads, if there is one.
     """
     axes = tuple(None if axis is None else _MESH_AXIS[axis] for axis in logical_axes)
-    return {"out_sharding": axes, "eager_sharding": False}
+    result = {"out_sharding": axes, "eager_sharding": False}
+    if heads is None:
+        return result
+    (axis,) = (axis for axis in logical_axes if axis and axis.endswith("heads"))
+    return result | {"heads": (axis, heads)}
 
 
-def _fitting_spec(axes: tuple, shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
-    """`axes` without those that `mesh` lacks or that do not divide `shape`."""
+def _fitting_spec(
+    axes: tuple, shape: tuple[int, ...], mesh: Any, *, heads: int | None = None
+) -> PartitionSpec:
+    """`axes` without those that `mesh` lacks or that do not divide `shape`, or its heads."""
     if len(axes) > len(shape):
         return PartitionSpec()
     fitting = [_fitting_axis(axis, size, mesh) for axis, size in zip(axes, shape, strict=False)]
+    if heads is not None and heads % _head_parts(mesh):
+        fitting = [None if axis == _MESH_AXIS["heads"] else axis for axis in fitting]
     while fitting and fitting[-1] is None:
         fitting.pop()
     return PartitionSpec(*fitting)
@@ -60,27 +80,70 @@ def _fitting_axis(axis: str | tuple[str, ...] | None, size: int, mesh: Any) -> A
     return names[0] if len(names) == 1 else names
 
 
+def _head_parts(mesh: Any) -> int:
+    """Into how many parts `mesh` splits heads."""
+    return mesh.shape.get(_MESH_AXIS["heads"], 1)
+
+
+def _check_heads(state: Any, mesh: Mesh) -> None:
+    """Refuses query heads that `mesh` would cut; says once which others it leaves whole."""
+    axis, parts = _MESH_AXIS["heads"], _head_parts(mesh)
+    variables = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    found = {v.get_metadata().get("heads") for v in variables if isinstance(v, nnx.Variable)}
+    cut = sorted(pair for pair in found - {None} if pair[1] % parts)
+    for kind, count in cut:
+        if kind not in _REPLICATED_HEADS:
+            fitting = [str(size) for size in range(1, count + 1) if count % size == 0]
+            raise ValueError(
+                f"mesh: {count} query heads (num_attention_heads) cannot be split over {axis} of "
+                f"size {parts}; sizes of {axis} that work: {', '.join(fitting)}"
+            )
+    if cut:
+        whole = " and ".join(
+            f"{name} heads ({', '.join(str(count) for kind, count in cut if kind == of)})"
+            for of, name in _REPLICATED_HEADS.items()
+            if any(kind == of for kind, _ in cut)
+        )
+        logging.log_first_n(
+            logging.WARNING,
+            "mesh: %s cannot be split over %s of size %d; each part of %s has all of them.",
+            1,
+            whole,
+            axis,
+            parts,
+            axis,
+        )
+
+
 def param_shardings(state: Any, mesh: Mesh) -> Any:
     """The `NamedSharding` of every array of `state`, in the structure of `state`.
+
+    Key/value heads whose number `tp` does not divide are replicated, which is logged once.
 
     Args:
         state: an `nnx.State`, or any tree of `nnx.Variable`, of arrays or shapes.
         mesh: the mesh to place it on.
 
     Raises:
-        ValueError: for a mesh with explicit axes, whose shardings the model does not spell out.
+        ValueError: for a mesh with explicit axes, whose shardings the model does not spell out,
+            or with a `tp` that does not divide the query heads.
     """
     if any(kind is not AxisType.Auto for kind in mesh.axis_types):
         raise ValueError(
             f"mesh: expected Auto axes, found {mesh.axis_types}, which jax.make_mesh makes by "
             "default; pass it axis_types=(jax.sharding.AxisType.Auto,) * len(axis_names)"
         )
+    _check_heads(state, mesh)
 
     def of_variable(variable: nnx.Variable) -> nnx.Variable:
-        axes = tuple(variable.get_metadata().get("out_sharding") or ())
+        declared = variable.get_metadata()
+        axes = tuple(declared.get("out_sharding") or ())
+        _, heads = declared.get("heads") or (None, None)
         return variable.replace(
             jax.tree.map(
-                lambda leaf: NamedSharding(mesh, _fitting_spec(axes, leaf.shape, mesh)),
+                lambda leaf: NamedSharding(
+                    mesh, _fitting_spec(axes, leaf.shape, mesh, heads=heads)
+                ),
                 variable.get_raw_value(),
             )
         )

@@ -35,12 +35,11 @@ class Attention(nnx.Module):
 
     def __init__(self, config: ModelConfig, spec: LayerSpec, *, rngs: nnx.Rngs):
         self.config, self.spec = config, spec
-        size = config.hidden_size
-        q_size, kv_size = (
-            heads * spec.head_dim for heads in (config.num_attention_heads, spec.num_kv_heads)
-        )
-        split = {"axes": ("embed", "heads"), "config": config, "rngs": rngs}
-        self.q_proj = linear(size, q_size, **split)
+        size, heads, kv_heads = config.hidden_size, config.num_attention_heads, spec.num_kv_heads
+        q_size, kv_size = heads * spec.head_dim, kv_heads * spec.head_dim
+        make = {"config": config, "rngs": rngs}
+        split = {"axes": ("embed", "kv_heads"), "heads": kv_heads} | make
+        self.q_proj = linear(size, q_size, axes=("embed", "heads"), heads=heads, **make)
         self.q_norm = RMSNorm(spec.head_dim, config=config)
         if not spec.shares_kv:
             self.k_proj = linear(size, kv_size, **split)
@@ -48,7 +47,7 @@ class Attention(nnx.Module):
             if not spec.k_eq_v:
                 self.v_proj = linear(size, kv_size, **split)
             self.v_norm = RMSNorm(None, config=config)
-        self.o_proj = linear(q_size, size, axes=("heads", "embed"), config=config, rngs=rngs)
+        self.o_proj = linear(q_size, size, axes=("heads", "embed"), heads=heads, **make)
 
     def __call__(
         self,

@@ -34,15 +34,19 @@ def linear(
     config: ModelConfig,
     rngs: nnx.Rngs,
     dtype: jnp.dtype | None = None,
+    heads: int | None = None,
 ) -> nnx.Linear:
-    """A projection without bias; `kernel` is [in, out], HF's `weight` transposed."""
+    """A projection without bias; `kernel` is [in, out], HF's `weight` transposed.
+
+    `heads` is their number where one of `axes` is of heads.
+    """
     return nnx.Linear(
         in_features,
         out_features,
         use_bias=False,
         dtype=dtype or config.dtype,
         param_dtype=config.param_dtype,
-        kernel_metadata=metadata(*axes),
+        kernel_metadata=metadata(*axes, heads=heads),
         rngs=rngs,
     )
 
@@ -107,8 +111,11 @@ class ClippableLinear(nnx.Module, HasBuffers):
         axes: tuple[str | None, str | None],
         config: ModelConfig,
         rngs: nnx.Rngs,
+        heads: int | None = None,
     ):
-        self.linear = linear(in_features, out_features, axes=axes, config=config, rngs=rngs)
+        self.linear = linear(
+            in_features, out_features, axes=axes, config=config, rngs=rngs, heads=heads
+        )
         self.clipped = config.vision_config.use_clipped_linears
         self.input_min, self.input_max = -math.inf, math.inf
         self.output_min, self.output_max = -math.inf, math.inf

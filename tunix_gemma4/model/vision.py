@@ -47,12 +47,13 @@ class VisionAttention(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         vision = config.vision_config
         self.head_dim = vision.head_dim
-        size, inner = vision.hidden_size, vision.num_attention_heads * vision.head_dim
-        make = {"config": config, "rngs": rngs}
+        size, heads = vision.hidden_size, vision.num_attention_heads
+        inner = heads * vision.head_dim
+        make = {"config": config, "rngs": rngs, "heads": heads}
         for name in ("q_proj", "k_proj", "v_proj"):
-            projection = ClippableLinear(size, inner, axes=("embed", "heads"), **make)
+            projection = ClippableLinear(size, inner, axes=("embed", "vision_heads"), **make)
             setattr(self, name, projection)
-        self.o_proj = ClippableLinear(inner, size, axes=("heads", "embed"), **make)
+        self.o_proj = ClippableLinear(inner, size, axes=("vision_heads", "embed"), **make)
         self.q_norm, self.k_norm = (
             RMSNorm(self.head_dim, config=config, eps=vision.rms_norm_eps) for _ in range(2)
         )
