@@ -13,7 +13,7 @@ from PIL import Image
 from tunix_gemma4.checkpoint import load_checkpoint
 from tunix_gemma4.config import ModelConfig
 from tunix_gemma4.lora import load_adapter, merge_lora
-from tunix_gemma4.recipes import sft
+from tunix_gemma4.recipes import common, sft
 from tunix_gemma4.recipes.run_config import DataConfig, LoraSettings, MeshConfig, RunConfig
 
 ROWS = 12
@@ -147,7 +147,7 @@ def test_broken_off_run_goes_on_by_itself(settings, tmp_path, capsys):
 def broken_off(settings, tmp_path):
     """Settings of a run that left a checkpoint, which need not be a real one here."""
     config = settings()
-    sft.prepare_output(config)
+    common.prepare_output(config, ())
     (tmp_path / "run" / "checkpoints" / "1").mkdir(parents=True)
     return config
 

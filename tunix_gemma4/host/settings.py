@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import orbax.checkpoint as ocp
 from tunix.sft.metrics_logger import MetricsLoggerOptions, TensorboardBackend, WandbBackend
@@ -33,20 +34,39 @@ def make_training_config(
         save_total_limit: checkpoints that are kept.
         report_to: "tensorboard", "wandb" or "none".
     """
-    output_dir = Path(output_dir).absolute()
-    return TrainingConfig(
+    fields = training_fields(
+        output_dir,
         max_steps=max_steps,
-        eval_every_n_steps=eval_steps,
-        # With one micro-batch the host would still keep a sum of gradients, as large as these.
-        gradient_accumulation_steps=(
-            gradient_accumulation_steps if gradient_accumulation_steps > 1 else None
-        ),
-        checkpoint_root_directory=str(output_dir / CHECKPOINTS),
-        checkpointing_options=ocp.CheckpointManagerOptions(
+        eval_steps=eval_steps,
+        save_steps=save_steps,
+        save_total_limit=save_total_limit,
+        report_to=report_to,
+    )
+    # With one micro-batch the host would still keep a sum of gradients, as large as these.
+    micro_batches = gradient_accumulation_steps if gradient_accumulation_steps > 1 else None
+    return TrainingConfig(gradient_accumulation_steps=micro_batches, **fields)
+
+
+def training_fields(
+    output_dir: str | Path,
+    *,
+    max_steps: int | None,
+    eval_steps: int = 100,
+    save_steps: int = 100,
+    save_total_limit: int = 3,
+    report_to: str = "tensorboard",
+) -> dict[str, Any]:
+    """What the configurations of all of Tunix's trainers share; see `make_training_config`."""
+    output_dir = Path(output_dir).absolute()
+    return {
+        "max_steps": max_steps,
+        "eval_every_n_steps": eval_steps,
+        "checkpoint_root_directory": str(output_dir / CHECKPOINTS),
+        "checkpointing_options": ocp.CheckpointManagerOptions(
             save_interval_steps=save_steps, max_to_keep=save_total_limit
         ),
-        metrics_logging_options=_metrics_options(output_dir, report_to),
-    )
+        "metrics_logging_options": _metrics_options(output_dir, report_to),
+    }
 
 
 def _metrics_options(output_dir: Path, report_to: str) -> MetricsLoggerOptions | None:

@@ -21,6 +21,7 @@ from ..processor import Processor
 from ..sampling import generate
 from ..tiny import build_tiny_checkpoint
 from . import sft
+from .common import ADAPTER, MODEL
 from .digits import DIGIT, MINUS, NUM_CURVE, Task, TaskData, write_scans, write_task
 from .run_config import load_run_config
 
@@ -76,13 +77,13 @@ def run(output_dir: str | Path = "outputs/demo", overrides: tuple[str, ...] = ()
         most_before=0.2,
         least_after=0.9,
     )
-    trained = output / DIGIT.name / sft.MODEL
+    trained = output / DIGIT.name / MODEL
     second = _stage(
         *(MINUS, "LoRA: nine minus the digit", trained, data["nine_minus"], output, overrides),
         most_before=0.2,
         least_after=0.85,
     )
-    adapter = output / MINUS.name / sft.ADAPTER
+    adapter = output / MINUS.name / ADAPTER
     reloaded = load_adapter(load_checkpoint(trained, text_only=False), adapter)
     processor = _processor(trained)
     same = answers(reloaded, processor, data["nine_minus"].held_out) == second.answers

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lines of text about a run of reinforcement learning, from the host's metrics."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from tunix.rl.rl_cluster import RLCluster
+from tunix.sft import hooks
+
+from .grpo import ACTOR
+
+# Short name, and the metric's prefix and name. Means since the last line.
+_SHOWN = (
+    ("reward", "rewards", "score/mean"),
+    ("std", "rewards", "score/std"),
+    ("loss", ACTOR, "loss"),
+    ("kl", ACTOR, "kl"),
+    ("entropy", ACTOR, "entropy"),
+    ("clipped", ACTOR, "pg_clipfrac"),
+    ("length", "completions", "mean_length"),
+    ("agreement", ACTOR, "rollout_agreement/max"),
+    ("grad norm", ACTOR, "grad_norm"),
+    ("s/step", "perf", "step_time_sec"),
+)
+_SAMPLES, _SHOWN_LETTERS = 3, 300
+
+
+class Report(hooks.TrainingHooks):
+    """Writes a line every `logging_steps`, one for each evaluation, and samples if wanted.
+
+    Args:
+        cluster: the run's.
+        max_steps: optimizer steps of the run.
+        logging_steps: optimizer steps between lines.
+        updates_per_batch: optimizer steps of one rollout step.
+        log: takes the lines.
+        log_completions: show a few completions of the latest rollout step after each line.
+    """
+
+    def __init__(
+        self,
+        cluster: RLCluster,
+        *,
+        max_steps: int,
+        logging_steps: int,
+        updates_per_batch: int,
+        log: Callable[[str], None],
+        log_completions: bool,
+    ):
+        self._logger = cluster.actor_trainer.metrics_logger
+        self._max_steps, self._logging_steps = max_steps, logging_steps
+        self._updates, self._log = updates_per_batch, log
+        self._log_completions = log_completions
+        self._seen: dict[tuple[str, str], int] = {}
+        self._samples: list[str] = []
+        cluster.with_external_metrics_logger(self.take)
+        cluster.actor_trainer.with_training_hooks(self)
+
+    def take(self, buffer: Any) -> None:
+        """Receives the metrics of a rollout step when the host has logged them."""
+        if buffer.mode == "eval":
+            means = {
+                name: np.mean(np.concatenate([np.ravel(v) for v in buffer.metrics[key][0]]))
+                for name, key in (("reward", "rewards/sum"), ("length", "completions/mean_length"))
+                if key in buffer.metrics
+            }
+            step = buffer.global_steps * self._updates
+            parts = [f"{name} {value:.4g}" for name, value in means.items()]
+            self._log("  ".join([f"eval  step {step}", *parts]))
+        elif self._log_completions and "completions" in buffer.metrics:
+            self._samples = _samples(buffer.metrics)
+
+    def on_train_step_end(self, train_ctx: Any, train_step: int, train_loss: float) -> None:
+        """Called by the host when the metrics of an optimizer step are there."""
+        if train_step % self._logging_steps and train_step != self._max_steps:
+            return
+        parts = [f"step {train_step}/{self._max_steps}"]
+        for short, prefix, name in _SHOWN:
+            values = self._new(prefix, name)
+            if len(values):
+                parts.append(f"{short} {np.mean(values):.4g}")
+        self._log("  ".join(parts))
+        for sample in self._samples:
+            self._log(sample)
+        self._samples = []
+
+    def _new(self, prefix: str, name: str) -> np.ndarray:
+        """Values of a metric since the last call."""
+        if not self._logger.metric_exists(prefix, name, "train"):
+            return np.zeros(0)
+        values = np.asarray(self._logger.get_metric_history(prefix, name, "train"))
+        start = self._seen.get((prefix, name), 0)
+        self._seen[prefix, name] = len(values)
+        return values[start:]
+
+    def on_train_start(self, train_ctx: Any) -> None:
+        """Nothing: the host calls it once per micro-batch."""
+
+    def on_train_end(self, train_ctx: Any) -> None:
+        """Nothing, likewise."""
+
+    def on_train_step_start(self, train_ctx: Any) -> None:
+        """Nothing."""
+
+    def on_eval_step_start(self, train_ctx: Any) -> None:
+        """Nothing."""
+
+    def on_eval_step_end(self, train_ctx: Any, eval_loss: float) -> None:
+        """Nothing: the loss of completions to held-out prompts says little."""
+
+
+def _samples(metrics: dict[str, Any]) -> list[str]:
+    """Completions of the first prompts, with their rewards."""
+    prompts, completions = (
+        [text for part in metrics[name][0] for text in part] for name in ("prompts", "completions")
+    )
+    rewards = np.concatenate([np.ravel(part) for part in metrics["rewards/sum"][0]])
+    # Spread over the step, so that they are not all of one prompt.
+    chosen = np.linspace(0, len(completions) - 1, min(_SAMPLES, len(completions))).astype(int)
+    return [
+        f"  reward {rewards[index]:.3g}\n    prompt     {_short(prompts[index])}\n"
+        f"    completion {_short(completions[index])}"
+        for index in dict.fromkeys(chosen.tolist())
+    ]
+
+
+def _short(text: str) -> str:
+    """`text` on one line; a run of image placeholders as one, and the middle of what is long."""
+    text = repr(re.sub(r"(<\|image\|>)+", "<|image|>", text))
+    half = _SHOWN_LETTERS // 2
+    return text if len(text) <= _SHOWN_LETTERS else f"{text[:half]} ... {text[-half:]}"

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the recipes share: output directory, mesh, model, optimizer, saving."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from absl import logging
+from flax import nnx
+from jax.sharding import AxisType, Mesh
+
+from ..checkpoint import load_checkpoint, save_checkpoint
+from ..config import ModelConfig
+from ..host.optimizer import make_optimizer, make_schedule
+from ..host.settings import CHECKPOINTS
+from ..lora import LoraConfig, apply_lora, merge_lora, save_adapter
+from ..model.gemma4 import num_parameters
+from .load_config import load_config, to_yaml
+from .settings import MeshConfig, TrainSettings
+
+ADAPTER, MODEL, SETTINGS = "adapter", "model", "run_config.yaml"
+
+
+def prepare_output(config: TrainSettings, fixed: Sequence[str]) -> Path:
+    """Makes the output directory, unless it holds what must not be overwritten or mixed.
+
+    Args:
+        config: of the run.
+        fixed: settings that a run which is resumed must have had.
+    """
+    output = Path(config.output_dir)
+    finished = [name for name in (ADAPTER, MODEL) if (output / name).exists()]
+    if finished:
+        raise ValueError(
+            f"{output}: it holds a finished run ({', '.join(finished)}/). Choose another "
+            "output_dir, or remove these to train on from the last checkpoint"
+        )
+    checkpoints, settings = output / CHECKPOINTS, output / SETTINGS
+    # Supervised runs keep theirs in this directory, others in one of each model.
+    steps = (*checkpoints.glob("*"), *checkpoints.glob("*/*"))
+    if any(path.name.isdigit() for path in steps):
+        if not config.resume_from_checkpoint:
+            raise ValueError(
+                f"{checkpoints}: there are checkpoints, and resume_from_checkpoint is false. "
+                "Choose another output_dir, remove them, or resume"
+            )
+        if settings.is_file():
+            earlier = load_config(type(config), settings)
+            changed = [key for key in fixed if vars(earlier)[key] != vars(config)[key]]
+            if changed:
+                raise ValueError(
+                    f"{checkpoints}: they belong to a run with another {', '.join(changed)} (see "
+                    f"{settings}). Choose another output_dir, remove them, or set these back"
+                )
+    if jax.process_index() == 0:
+        output.mkdir(parents=True, exist_ok=True)
+        settings.write_text(to_yaml(config), "utf-8")
+    return output
+
+
+def device_mesh(
+    shape: MeshConfig, *, name: str = "mesh", devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """The first devices as fsdp x tp.
+
+    Args:
+        shape: of the mesh.
+        name: of the setting, for messages.
+        devices: to choose from; all if None.
+    """
+    devices = jax.devices() if devices is None else devices
+    count = shape.fsdp * shape.tp
+    if count > len(devices) or (jax.process_count() > 1 and count != len(devices)):
+        raise ValueError(
+            f"{name}: fsdp {shape.fsdp} x tp {shape.tp} is {count} devices, and there are "
+            f"{len(devices)} in {jax.process_count()} processes"
+        )
+    axis_types = (AxisType.Auto, AxisType.Auto)
+    return jax.make_mesh(
+        (shape.fsdp, shape.tp), ("fsdp", "tp"), axis_types=axis_types, devices=devices[:count]
+    )
+
+
+def warn_of_idle_devices(used: int) -> None:
+    """Says how many devices the mesh leaves out, if any."""
+    if used < len(jax.devices()):
+        logging.warning(
+            "%d of %d devices are used; mesh.fsdp and mesh.tp choose more.",
+            used,
+            len(jax.devices()),
+        )
+
+
+def load_base(config: TrainSettings, mesh: Mesh | None) -> nnx.Module:
+    """The checkpoint as it is."""
+    fields = {} if config.dtype is None else {"dtype": config.dtype}
+    model_config = ModelConfig.from_hf(
+        config.model, text_only=config.text_only, remat_config=config.remat, **fields
+    )
+    return load_checkpoint(config.model, mesh, config.text_only, config=model_config)
+
+
+def add_lora(config: TrainSettings, model: nnx.Module) -> nnx.Module:
+    """The model with adapters, sharing its arrays."""
+    return apply_lora(model, LoraConfig(**vars(config.lora)), rngs=nnx.Rngs(config.seed))
+
+
+def in_float32(model: nnx.Module) -> nnx.Module:
+    """The model, in place, for training all of it: bfloat16 would lose small updates."""
+    say(f"Trainable parameters: {num_parameters(model):,}, all of them, in float32")
+    return cast(model, jnp.float32)
+
+
+def cast(model: nnx.Module, dtype: Any) -> nnx.Module:
+    """Turns every parameter into `dtype`, in place; activations keep theirs."""
+    state = nnx.state(model, nnx.Param)
+    nnx.update(model, jax.tree.map(lambda leaf: leaf.astype(dtype), state))
+    return model
+
+
+def optimizer_of(config: TrainSettings, total_steps: int) -> optax.GradientTransformation:
+    """AdamW whose learning rate ends with the run."""
+    schedule = make_schedule(
+        config.lr_scheduler_type,
+        learning_rate=config.learning_rate,
+        warmup_steps=config.warmup_steps,
+        total_steps=total_steps,
+    )
+    return make_optimizer(
+        schedule,
+        b1=config.adam_beta1,
+        b2=config.adam_beta2,
+        eps=config.adam_epsilon,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+    )
+
+
+def total_steps(config: TrainSettings, num_rows: int, rows_per_step: int) -> int:
+    """Optimizer steps until `max_steps` or the end of the epochs, whichever comes first."""
+    limits = [] if config.max_steps is None else [config.max_steps]
+    if config.num_train_epochs is not None:
+        limits.append(math.ceil(num_rows / rows_per_step) * config.num_train_epochs)
+    return min(limits)
+
+
+def save(config: TrainSettings, model: nnx.Module, output: Path) -> list[Path]:
+    """Writes adapter/, or model/, or both."""
+    if config.lora is None:
+        stored = ModelConfig.from_hf(config.model, text_only=config.text_only).param_dtype
+        save_checkpoint(cast(model, stored), output / MODEL)
+        return [output / MODEL]
+    save_adapter(model, output / ADAPTER)
+    if not config.merge:
+        return [output / ADAPTER]
+    save_checkpoint(merge_lora(model), output / MODEL)
+    return [output / ADAPTER, output / MODEL]
+
+
+def say(text: str) -> None:
+    """Prints once, however many processes there are."""
+    if jax.process_index() == 0:
+        print(text, flush=True)

@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GRPO, GSPO, Dr.GRPO and DAPO: a checkpoint, prompts and rewards in, an adapter out.
+
+tunix-gemma4 grpo configs/grpo/e2b_gsm8k_gpu.yaml model=gemma-4-E2B-it data.path=train.jsonl
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from ..host.grpo import (
+    Sizes,
+    checkpoint_directory,
+    make_cluster,
+    make_learner,
+    make_rollout_config,
+)
+from ..host.register import register
+from ..host.rl_report import Report
+from ..processor import Processor
+from . import common
+from .common import say
+from .prompts import Batches, PromptRows
+from .rewards import RewardFn, load_reward, weighted
+from .rl_config import GrpoRunConfig
+
+# What a checkpoint depends on: a run that is resumed must have the same.
+_FIXED = (
+    *("model", "data", "lora", "text_only", "dtype", "batch_size", "mini_batch_size"),
+    *("train_micro_batch_size", "num_iterations", "seed"),
+)
+
+
+@dataclasses.dataclass
+class Result:
+    """What a run leaves.
+
+    Attributes:
+        model: trained, as it was trained.
+        processor: for its prompts.
+        steps: optimizer steps taken, those before a resumption included.
+        saved: directories that were written.
+        metrics: the host's logger; see `history`.
+    """
+
+    model: nnx.Module
+    processor: Processor
+    steps: int
+    saved: list[Path]
+    metrics: object
+
+    def history(self, name: str, mode: str = "train") -> list[float]:
+        """Every logged value of a metric, such as "rewards/score/mean" or "actor/loss"."""
+        prefix, name = name.split("/", 1)
+        if not self.metrics.metric_exists(prefix, name, mode):
+            return []
+        return np.asarray(self.metrics.get_metric_history(prefix, name, mode)).tolist()
+
+
+def run(config: GrpoRunConfig) -> Result:
+    """Trains as `config` says, resuming a run that was broken off."""
+    config.validate()
+    register()
+    output = common.prepare_output(config, _FIXED)
+    mesh, rollout_mesh = make_meshes(config)
+    processor = Processor.from_pretrained(config.model, config.data.max_soft_tokens)
+    rows = prompt_rows(config.data.path, processor, config)
+    eval_ds = eval_batches(config, processor)
+    say(f"{len(rows)} prompts in {config.data.path}. The first:")
+    say(first_prompt(rows, processor))
+
+    policy, reference = load_models(config, mesh)
+    steps = total_steps(config, len(rows))
+    cluster = make_cluster(
+        policy,
+        reference,
+        processor,
+        optimizer=common.optimizer_of(config, steps),
+        mesh=mesh,
+        rollout_mesh=rollout_mesh,
+        sizes=sizes_of(config),
+        rollout=rollout_of(config),
+        output_dir=config.output_dir,
+        max_steps=steps,
+        eval_steps=config.eval_steps,
+        save_steps=config.save_steps,
+        save_total_limit=config.save_total_limit,
+        report_to=config.report_to,
+    )
+    trainer = cluster.actor_trainer
+    Report(
+        cluster,
+        max_steps=steps,
+        logging_steps=config.logging_steps,
+        updates_per_batch=config.updates_per_batch,
+        log=say,
+        log_completions=config.log_completions,
+    )
+    if trainer.train_steps:
+        directory = checkpoint_directory(output)
+        say(f"Resuming after step {trainer.train_steps} from {directory}.")
+    if trainer.train_steps < steps:
+        learner = make_learner(
+            cluster,
+            config.loss_type,
+            reward_functions(config),
+            num_generations=config.num_generations,
+            num_iterations=config.num_iterations,
+            beta=config.beta,
+            epsilon=config.epsilon,
+            epsilon_high=config.epsilon_high,
+        )
+        learner.train(train_batches(config, rows, trainer.train_steps), eval_ds)
+
+    saved = common.save(config, trainer.model, output)
+    say(f"{trainer.train_steps} steps done. Saved: {', '.join(map(str, saved))}")
+    return Result(trainer.model, processor, trainer.train_steps, saved, trainer.metrics_logger)
+
+
+def make_meshes(config: GrpoRunConfig) -> tuple[Mesh, Mesh | None]:
+    """The mesh to train on, and that of sampling where it is another, on the devices behind."""
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"there are {jax.process_count()} processes; the host would feed each the same rows, "
+            "so reinforcement learning runs in one"
+        )
+    mesh = common.device_mesh(config.mesh)
+    if config.rollout_mesh is None:
+        common.warn_of_idle_devices(mesh.size)
+        return mesh, None
+    others = jax.devices()[mesh.size :]
+    rollout_mesh = common.device_mesh(config.rollout_mesh, name="rollout_mesh", devices=others)
+    common.warn_of_idle_devices(mesh.size + rollout_mesh.size)
+    return mesh, rollout_mesh
+
+
+# ---- Data.
+
+
+def prompt_rows(path: str, processor: Processor, config: GrpoRunConfig) -> PromptRows:
+    """The prompts of a file; says how many are too long."""
+    rows = PromptRows(path, processor, config.data)
+    if rows.dropped:
+        say(
+            f"{path}: {rows.dropped} of {len(rows) + rows.dropped} prompts are left out, longer "
+            f"than data.max_prompt_length={config.data.max_prompt_length}"
+        )
+    return rows
+
+
+def first_prompt(rows: PromptRows, processor: Processor) -> str:
+    """The first prompt as the model sees it."""
+    row = rows[0]
+    given = {"messages": row["prompts"], "images": row.get("images") or []}
+    return processor.explain(processor([given], add_generation_prompt=True))
+
+
+def train_batches(config: GrpoRunConfig, rows: PromptRows, steps_done: int) -> Batches:
+    """Batches from where a run stands after `steps_done` optimizer steps."""
+    # The host skips a batch for each step, also where several steps shared one.
+    return Batches(
+        rows,
+        config.batch_size,
+        seed=config.seed if config.data.shuffle else None,
+        skipped=steps_done * config.mini,
+        start=steps_done // config.num_iterations * config.mini,
+    )
+
+
+def eval_batches(config: GrpoRunConfig, processor: Processor) -> Batches | None:
+    """Held-out prompts in batches of the size that one forward pass of training has."""
+    if config.data.eval_path is None:
+        return None
+    rows = prompt_rows(config.data.eval_path, processor, config)
+    whole = len(rows) // config.micro * config.micro
+    if not whole:
+        raise ValueError(
+            f"data.eval_path: expected at least {config.micro} prompts, those of one forward "
+            f"pass, found {len(rows)}"
+        )
+    if whole < len(rows):
+        say(f"{config.data.eval_path}: {whole} of {len(rows)} prompts are used, in whole batches")
+    return Batches(rows, config.micro, seed=None, limit=whole)
+
+
+def total_steps(config: GrpoRunConfig, num_rows: int) -> int:
+    """Optimizer steps until `max_steps` or the end of the epochs, in whole rollout steps."""
+    limits = [] if config.max_steps is None else [config.max_steps]
+    if config.num_train_epochs is not None:
+        batches = max(num_rows * config.num_train_epochs // config.batch_size, 1)
+        limits.append(batches * config.updates_per_batch)
+    return min(limits)
+
+
+# ---- Model and algorithm.
+
+
+def load_models(config: GrpoRunConfig, mesh: Mesh) -> tuple[nnx.Module, nnx.Module | None]:
+    """The policy, and for the KL penalty the model it starts from.
+
+    With adapters the reference is the base, whose arrays the policy shares. Without, it keeps the
+    checkpoint's own dtype, and the policy is its copy in float32.
+    """
+    base = common.load_base(config, mesh)
+    reference = base if config.beta else None
+    if config.lora is not None:
+        return common.add_lora(config, base), reference
+    return common.in_float32(nnx.clone(base) if config.beta else base), reference
+
+
+def sizes_of(config: GrpoRunConfig) -> Sizes:
+    """The batch sizes of a step's parts."""
+    return Sizes(
+        mini=config.mini,
+        train_micro=config.micro,
+        rollout_micro=config.rollout_micro_batch_size,
+        logps_micro=config.compute_logps_micro_batch_size,
+        updates_per_batch=config.updates_per_batch,
+    )
+
+
+def rollout_of(config: GrpoRunConfig):
+    """How completions are sampled."""
+    return make_rollout_config(
+        max_prompt_length=config.data.max_prompt_length,
+        max_completion_length=config.max_completion_length,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=config.top_k,
+        seed=config.seed,
+    )
+
+
+def reward_functions(config: GrpoRunConfig) -> list[RewardFn]:
+    """The reward functions that the settings name, weighted."""
+    weights = config.reward_weights or itertools.repeat(1.0)
+    return [
+        load_reward(spec) if weight == 1 else weighted(load_reward(spec), weight)
+        for spec, weight in zip(config.reward_functions, weights, strict=False)
+    ]

@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reward functions with TRL's signature: `f(prompts, completions, **columns) -> list[float]`.
+
+Completions are strings; a column is a list with one value per completion. A function names the
+columns that it reads. The run checks every result: see `host.rewards.checked`.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib
+import importlib.util
+import inspect
+import re
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+RewardFn = Callable[..., list[float]]
+
+_NUMBER = re.compile(r"[-+]?(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)")
+_FINAL = re.compile(r"####\s*([-+]?[0-9.,]+)")
+_LONGEST_NUMBER = 100  # characters; a policy may write digits without end
+
+
+# ---- Whether the answer is right. Each reads the column `answer`, or else `solution`.
+
+
+def exact_answer(
+    prompts: Sequence[Any],
+    completions: Sequence[str],
+    answer: Sequence[Any] | None = None,
+    solution: Sequence[Any] | None = None,
+) -> list[float]:
+    """1 where the completion is the answer to the letter, but for space around it."""
+    wanted = _wanted(answer, solution)
+    return [
+        float(said.strip() == str(right).strip())
+        for said, right in zip(completions, wanted, strict=True)
+    ]
+
+
+def numeric_answer(
+    prompts: Sequence[Any],
+    completions: Sequence[str],
+    answer: Sequence[Any] | None = None,
+    solution: Sequence[Any] | None = None,
+) -> list[float]:
+    """1 where the completion's number equals the answer's.
+
+    The number is the last one behind `####`, as GSM8K writes it, or else the last of the text;
+    thousands may have commas, and 42, 42.0 and $42 are the same.
+    """
+    rewards = []
+    for said, right in zip(completions, _wanted(answer, solution), strict=True):
+        number = read_number(right) if isinstance(right, str) else Fraction(str(right))
+        if number is None:
+            raise ValueError(f"there is no number in the answer {right!r}")
+        rewards.append(float(read_number(said) == number))
+    return rewards
+
+
+def read_number(text: str) -> Fraction | None:
+    """The number that a solution ends in, exactly; None if there is none."""
+    text = text.replace("$", "").replace("\N{MINUS SIGN}", "-")
+    finals = _FINAL.findall(text)
+    found = _NUMBER.findall(finals[-1] if finals else _separated(text))
+    if not found or len(found[-1]) > _LONGEST_NUMBER:
+        return None
+    return Fraction(found[-1].replace(",", ""))
+
+
+def _separated(text: str) -> str:
+    """`text` where a sign or comma between numbers is no part of them: 3-4, (1, 2)."""
+    text = re.sub(r"(?<=[\w)])[-+](?=[0-9.])", " ", text)
+    return re.sub(r",(?![0-9]{3}(?![0-9]))", " ", text)
+
+
+def multiple_choice(
+    prompts: Sequence[Any],
+    completions: Sequence[str],
+    answer: Sequence[Any] | None = None,
+    solution: Sequence[Any] | None = None,
+) -> list[float]:
+    """1 where the completion chooses the answer's letter.
+
+    That is a capital letter A to J that stands alone, the first behind the last word "answer" or,
+    where there is none, the first of all: "B", "(B)", "B. Paris", "The answer is B."
+    """
+    rewards = []
+    for said, right in zip(completions, _wanted(answer, solution), strict=True):
+        letter = read_choice(str(right))
+        if letter is None:
+            raise ValueError(f"there is no letter A to J in the answer {right!r}")
+        rewards.append(float(read_choice(said) == letter))
+    return rewards
+
+
+def read_choice(text: str) -> str | None:
+    """The letter that an answer to a multiple-choice question gives; None if there is none."""
+    behind = re.split("answer", text, flags=re.IGNORECASE)[-1]
+    for part in (behind, text):
+        # "A" and "I" are words where others follow without a mark.
+        chosen = re.search(r"(?<![A-Za-z'])(?:[B-HJ]|[AI](?!\s+[a-z]))(?![A-Za-z'])", part)
+        if chosen:
+            return chosen[0]
+    return None
+
+
+def _wanted(answer: Sequence[Any] | None, solution: Sequence[Any] | None) -> Sequence[Any]:
+    wanted = solution if answer is None else answer
+    if wanted is None:
+        raise ValueError("the data has neither a column 'answer' nor 'solution'")
+    return wanted
+
+
+# ---- How the answer is written.
+
+
+def final_answer_format(prompts: Sequence[Any], completions: Sequence[str]) -> list[float]:
+    """1 where the last line is `####` and a number."""
+    pattern = re.compile(r"(?:^|\n)#### ?\$?[-+]?[\d.,]*\d\s*$")
+    return [float(pattern.search(said) is not None) for said in completions]
+
+
+def matches(pattern: str) -> RewardFn:
+    """1 where the whole completion, but for space around it, matches the regular expression."""
+    try:
+        compiled = re.compile(pattern, re.DOTALL)
+    except re.error as error:
+        raise ValueError(f"pattern={pattern!r}: not a regular expression ({error})") from error
+
+    def matches(prompts: Sequence[Any], completions: Sequence[str]) -> list[float]:
+        return [float(compiled.fullmatch(said.strip()) is not None) for said in completions]
+
+    return matches
+
+
+def soft_overlong(max_length: int, buffer: int) -> RewardFn:
+    """A penalty for length: 0 up to `max_length - buffer` characters, then down to -1.
+
+    Args:
+        max_length: characters from which on it is -1.
+        buffer: characters over which it falls.
+    """
+    if not 0 < buffer <= max_length:
+        raise ValueError(
+            f"soft_overlong: expected 0 < buffer <= max_length, found buffer={buffer}, "
+            f"max_length={max_length}"
+        )
+
+    def soft_overlong(prompts: Sequence[Any], completions: Sequence[str]) -> list[float]:
+        over = [len(said) - (max_length - buffer) for said in completions]
+        return [-min(max(excess / buffer, 0.0), 1.0) for excess in over]
+
+    return soft_overlong
+
+
+# ---- By name.
+
+PLAIN = {
+    function.__name__: function
+    for function in (exact_answer, numeric_answer, multiple_choice, final_answer_format)
+}
+WITH_ARGUMENTS = {function.__name__: function for function in (matches, soft_overlong)}
+
+
+def load_reward(spec: str) -> RewardFn:
+    """The reward function that a setting names.
+
+    Args:
+        spec: "numeric_answer", "soft_overlong(max_length=1200, buffer=300)",
+            "package.module:function" or "path/to/file.py:function".
+
+    Raises:
+        ValueError: what is unknown or missing, and what there is.
+    """
+    if spec in PLAIN:
+        return PLAIN[spec]
+    if "(" in spec and spec.endswith(")") and spec.split("(")[0].strip().isidentifier():
+        return _called(spec)
+    if spec in WITH_ARGUMENTS:
+        raise ValueError(f"{spec!r} needs arguments: {_form(spec)}")
+    place, separator, name = spec.rpartition(":")
+    if not separator or not place or not name.isidentifier():
+        raise ValueError(
+            f"there is no reward function {spec!r}; there are {', '.join(PLAIN)}, "
+            f"{', '.join(WITH_ARGUMENTS)} with arguments, and your own as package.module:function "
+            "or path/to/file.py:function"
+        )
+    module = _module(place)
+    if name not in vars(module):
+        functions = [key for key, value in vars(module).items() if inspect.isfunction(value)]
+        raise ValueError(f"{place}: it has no {name!r}; its functions are {', '.join(functions)}")
+    function = vars(module)[name]
+    if not callable(function):
+        raise ValueError(f"{spec!r}: expected a function, found {type(function).__name__}")
+    return function
+
+
+def _called(spec: str) -> RewardFn:
+    """`name(key=value, ...)`, with literal values."""
+    try:
+        call = ast.parse(spec, mode="eval").body
+        name = call.func.id
+        arguments = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+        positional = len(call.args)
+    except (SyntaxError, ValueError, AttributeError) as error:
+        raise ValueError(f"{spec!r}: expected name(key=value, ...)") from error
+    if name not in WITH_ARGUMENTS:
+        raise ValueError(
+            f"{spec!r}: {name} takes no arguments here; those that do are "
+            f"{', '.join(WITH_ARGUMENTS)}"
+        )
+    maker = WITH_ARGUMENTS[name]
+    if positional or arguments.keys() != inspect.signature(maker).parameters.keys():
+        raise ValueError(f"{spec!r}: expected {_form(name)}")
+    return maker(**arguments)
+
+
+def _form(name: str) -> str:
+    parameters = inspect.signature(WITH_ARGUMENTS[name]).parameters
+    return f"{name}({', '.join(f'{parameter}=...' for parameter in parameters)})"
+
+
+def _module(place: str) -> Any:
+    if place.endswith(".py"):
+        path = Path(place)
+        if not path.is_file():
+            raise ValueError(f"{path}: there is no such file (current folder: {Path.cwd()})")
+        module_spec = importlib.util.spec_from_file_location(path.stem, path)
+        module = importlib.util.module_from_spec(module_spec)
+        module_spec.loader.exec_module(module)
+        return module
+    try:
+        return importlib.import_module(place)
+    except ImportError as error:
+        raise ValueError(f"{place}: cannot be imported: {error}") from error
+
+
+def weighted(reward_fn: RewardFn, weight: float) -> RewardFn:
+    """`weight` times the function's rewards, under its name and with its signature."""
+
+    @functools.wraps(reward_fn)
+    def reward(*args: Any, **columns: Any) -> list[float]:
+        return [weight * value for value in reward_fn(*args, **columns)]
+
+    return reward
