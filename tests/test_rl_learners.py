@@ -145,3 +145,24 @@ def test_agentic_grpo_trains_on_text(directory):
     learner.train(batches)
     assert cluster.actor_trainer.train_steps >= STEPS
     assert np.isfinite(history(cluster, "loss")).all()
+
+
+def test_grpo_evaluates_on_images_and_trains_on_packed_text(directory):
+    """Evaluation sees images in one run; another packs its text, which needs no padding."""
+    cluster = make_cluster(directory, steps=2)
+    cluster.cluster_config.training_config.eval_every_n_steps = 1
+    learner = grpo_learner.GRPOLearner(rl_cluster=cluster, algo_config=grpo(), reward_fns=[low_ids])
+    learner.train([mixed_batch(seed) for seed in range(2)], [mixed_batch(7)])
+    logger = cluster.actor_trainer.metrics_logger
+    losses = logger.get_metric_history("actor", "loss", "eval")
+    agreement = logger.get_metric_history("actor", "rollout_agreement/max", "eval")
+    assert np.isfinite(losses).all() and 0 < np.max(agreement) < 1e-3
+
+    packed = make_cluster(directory, text_only=True)
+    packed.cluster_config.training_config.max_seq_token_per_tpu = 128
+    batches = [text_batch(seed) for seed in range(STEPS)]
+    before, after = train(packed, grpo_learner.GRPOLearner, grpo(num_iterations=2), batches)
+    assert packed.actor_trainer.train_steps >= STEPS
+    assert any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (before, after)), strict=True))
+    ratios = history(packed, "pg_clipfrac")
+    assert np.isfinite(history(packed, "loss")).all() and np.isfinite(ratios).all()
