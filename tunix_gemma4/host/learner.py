@@ -78,7 +78,8 @@ def wrap_init(original: Callable) -> Callable:
         if _gemma4_rollout(self.rl_cluster) is None:
             return
         manager = self.reward_manager
-        manager.reward_fns = [checked(reward_fn) for reward_fn in manager.reward_fns]
+        # PPO with a reward model has None for its one reward function.
+        manager.reward_fns = [checked(fn) for fn in manager.reward_fns if fn is not None]
         self.metric_fns = [_given_columns(metric_fn) for metric_fn in self.metric_fns]
 
     return init
