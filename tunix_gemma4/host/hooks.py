@@ -19,12 +19,15 @@ class Hook:
         wrap: from the original to its wrapper, which passes everything else on.
         parameters: parameters of the original that the wrapper relies on.
         why: one sentence, for `register.status` and the documentation.
+        optional: the host may lack the target. `wrap` then gets None, and the name goes away again
+            with the hook.
     """
 
     target: str
     wrap: Callable[[Any], Any]
     parameters: tuple[str, ...]
     why: str
+    optional: bool = False
 
     def place(self) -> tuple[Any, str]:
         """The module or class that holds the target, and the attribute's name."""
@@ -60,8 +63,9 @@ class Installed:
             )
         for hook in hooks:
             holder, name = hook.place()
-            original = getattr(holder, name)
-            # A method that a class inherits goes back to being inherited.
+            original = getattr(holder, name, None)
+            # A method that a class inherits goes back to being inherited, and what the host lacks
+            # to being absent.
             own = name in vars(holder)
             setattr(holder, name, hook.wrap(original))
             self._replaced.append((hook, holder, name, original, own))
@@ -83,6 +87,8 @@ def _problem(hook: Hook) -> str | None:
     """What about the target is not as the wrapper expects; None if nothing."""
     try:
         holder, name = hook.place()
+        if hook.optional and not hasattr(holder, name):
+            return None
         original = getattr(holder, name)
     except (ImportError, AttributeError) as error:
         return f"{hook.target}: {error}"

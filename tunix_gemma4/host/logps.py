@@ -3,67 +3,101 @@
 
 For Gemma 4 nothing of size [B, T, V] exists; images, temperature and suppressed ids of the batch
 in work are used where the host's call cannot carry them. Other models keep the host's functions;
-those that do not know `segment_ids` are no longer given them.
+those that do not take `segment_ids` are no longer given them, and with packed rows are refused.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 from flax import nnx
 from tunix.rl import common
 from tunix.sft import sharding_utils
 
 from ..losses import per_token_logps
 from ..model.gemma4 import Gemma4ForConditionalGeneration
+from ..model.scores import Gemma4ForTokenScores
 from ..sharding import active_mesh
 from .binding import bound
 
-# Where a wrapper keeps the model whose call it passes keyword arguments on to.
+# Where a wrapper usually keeps the model whose call it passes keyword arguments on to.
 _INNER = ("transformer", "base_model", "base", "model", "module", "inner")
+# What a call takes that might be a language model's.
+_TELLING = {"tokens", "positions", "attention_mask", "segment_ids"}
 
 
 def model_accepts_segment_ids(model: Any) -> bool:
     """Whether a call of `model` may be given `segment_ids`.
 
-    Read from the signature; a `**kwargs` passes on what the wrapped model takes. Without a wrapped
-    model to look at, `**kwargs` is believed.
+    Read from the signature, which adapters of Qwix keep. A `**kwargs` passes on what the wrapped
+    model takes; without a wrapped model to look at, it is believed.
     """
-    try:
-        parameters = inspect.signature(model.__call__).parameters
-    except (TypeError, ValueError):
-        return False
-    if "segment_ids" in parameters:
+    return _accepts(model, "segment_ids")
+
+
+def _accepts(model: Any, name: str) -> bool:
+    parameters = _parameters(model)
+    if name in parameters:
         return True
     if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         return False
     held = vars(model)
-    inner = [held[name] for name in _INNER if callable(held.get(name))]
-    return model_accepts_segment_ids(inner[0]) if inner else True
+    inner = [held[attribute] for attribute in _INNER if callable(held.get(attribute))][:1]
+    inner = inner or [value for value in held.values() if _TELLING & set(_parameters(value))]
+    return any(_accepts(value, name) for value in inner) if inner else True
 
 
-class _WithoutSegmentIds(nnx.Module):
-    """A model that is not told about padding or packing by `segment_ids`."""
-
-    def __init__(self, model: nnx.Module):
-        self.model = model
-
-    def __call__(self, *args: Any, segment_ids: Any = None, **kwargs: Any) -> Any:
-        return self.model(*args, **kwargs)
+def _parameters(model: Any) -> Mapping[str, inspect.Parameter]:
+    """Parameters of a call of `model`; none if it cannot be called, or does not say."""
+    try:
+        return inspect.signature(model).parameters
+    except (TypeError, ValueError):
+        return {}
 
 
-def _refuse_packing(model: Any, segment_ids: jax.Array | None) -> None:
-    if segment_ids is not None:
+class _Without(nnx.Module):
+    """A model that is not given some of the keyword arguments that the host passes."""
+
+    def __init__(self, model: nnx.Module, dropped: tuple[str, ...]):
+        self.model, self.dropped = model, dropped
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **{k: v for k, v in kwargs.items() if k not in self.dropped})
+
+
+def _gated(model: Any, segment_ids: jax.Array | None = None) -> Any:
+    """`model`, kept from arguments that it does not take.
+
+    Raises:
+        ValueError: if `segment_ids`, as the caller gave them, are among those.
+    """
+    dropped = [name for name in ("segment_ids", "attention_mask") if not _accepts(model, name)]
+    if segment_ids is not None and "segment_ids" in dropped:
         raise ValueError(
             f"segment_ids: {type(model).__name__} takes none, so packed sequences would see each "
             "other; give its call a `segment_ids` parameter, or leave packing off "
             "(max_seq_token_per_tpu=None)"
         )
+    if "attention_mask" in dropped:
+        logging.log_first_n(
+            logging.WARNING,
+            "%s takes no attention_mask: it is not told which tokens are padding.",
+            1,
+            type(model).__name__,
+        )
+    return _Without(model, tuple(dropped)) if dropped else model
+
+
+def wrap_model_accepts_segment_ids(original: Callable | None) -> Callable:
+    """Ours in place of the host's, if it has one: that looks through fewer wrappers."""
+    del original
+    return model_accepts_segment_ids
 
 
 def wrap_compute_per_token_logps(original: Callable) -> Callable:
@@ -76,11 +110,12 @@ def wrap_compute_per_token_logps(original: Callable) -> Callable:
         call = given.arguments
         model = nnx.merge(call["graphdef"], call["state"])
         if isinstance(model, Gemma4ForConditionalGeneration):
+            temperature_given = "temperature" in call
             given.apply_defaults()
-            return _logps(given.arguments, temperature_given="temperature" in kwargs)
-        if not model_accepts_segment_ids(model):
-            _refuse_packing(model, call.get("segment_ids"))
-            call["graphdef"], call["state"] = nnx.split(_WithoutSegmentIds(model))
+            return _logps(given.arguments, temperature_given=temperature_given)
+        gated = _gated(model, call.get("segment_ids"))
+        if gated is not model:
+            call["graphdef"], call["state"] = nnx.split(gated)
         return original(*given.args, **given.kwargs)
 
     return compute_per_token_logps
@@ -176,13 +211,11 @@ def wrap_compute_entropy_from_logits(original: Callable) -> Callable:
 
 
 def wrap_compute_score(original: Callable) -> Callable:
-    """Gives Gemma 4 its images; keeps `segment_ids` from models that take none."""
+    """Gives Gemma 4 its images; gated for other models."""
     signature = inspect.signature(original)
 
     @functools.wraps(original)
     def compute_score(*args: Any, **kwargs: Any) -> jax.Array:
-        from ..model.scores import Gemma4ForTokenScores
-
         given = signature.bind(*args, **kwargs)
         call = given.arguments
         model, batch = call["model"], bound()
@@ -190,9 +223,8 @@ def wrap_compute_score(original: Callable) -> Callable:
             images = _placed(batch.rows(call["completion_tokens"].shape[0]))
             if images is not None:
                 call["model"] = _WithImages(model, images)
-        elif not model_accepts_segment_ids(model):
-            _refuse_packing(model, call.get("segment_ids"))
-            call["model"] = _WithoutSegmentIds(model)
+        else:
+            call["model"] = _gated(model, call.get("segment_ids"))
         return original(*given.args, **given.kwargs)
 
     return compute_score
@@ -213,16 +245,18 @@ class _WithImages(nnx.Module):
 
 
 def wrap_get_per_token_logps(original: Callable) -> Callable:
-    """DPO's log-probabilities, chunked for Gemma 4."""
+    """DPO's log-probabilities, chunked for Gemma 4; gated for other models."""
     signature = inspect.signature(original)
 
     @functools.wraps(original)
     def get_per_token_logps(*args: Any, **kwargs: Any) -> jax.Array:
         given = signature.bind(*args, **kwargs)
-        given.apply_defaults()
-        if not isinstance(given.arguments["model"], Gemma4ForConditionalGeneration):
-            return original(*args, **kwargs)
-        return _completion_logps(**given.arguments)
+        model = given.arguments["model"]
+        if isinstance(model, Gemma4ForConditionalGeneration):
+            given.apply_defaults()
+            return _completion_logps(**given.arguments)
+        given.arguments["model"] = _gated(model)
+        return original(*given.args, **given.kwargs)
 
     return get_per_token_logps
 

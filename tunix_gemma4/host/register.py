@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import warnings
 
-from . import learner, logps, rollout
+from . import learner, logps, ppo, rollout
 from .hooks import Hook, Installed
 
 TESTED = ("0.1.7",)
@@ -25,6 +25,13 @@ HOOKS: tuple[Hook, ...] = (
         logps.wrap_compute_per_token_logps,
         _LOGPS_ARGUMENTS,
         "log-probabilities without a [B, T, V] array, with the images in work, gated segment_ids",
+    ),
+    Hook(
+        "tunix.rl.common:_model_accepts_segment_ids",
+        logps.wrap_model_accepts_segment_ids,
+        (),
+        "one answer for all: newer hosts have a gate of their own, 0.1.7 none under this name",
+        optional=True,
     ),
     Hook(
         "tunix.rl.algo_core:compute_entropy_from_logits",
@@ -79,6 +86,12 @@ HOOKS: tuple[Hook, ...] = (
         learner.wrap_generate_and_compute_advantage,
         ("training_input", "mode"),
         "images reach rollout, log-probabilities and example (PPO)",
+    ),
+    Hook(
+        "tunix.rl.ppo.ppo_learner:jnp",
+        ppo.wrap_jnp,
+        (),
+        "fractional rewards of PPO arrive whole, of every model",
     ),
     Hook(
         "tunix.rl.rl_learner:RLLearner._run_global_step",
