@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""register() and unregister(): in place at once, checked, and gone without a trace."""
+
+import importlib.metadata
+import inspect
+
+import pytest
+from tunix.rl import algo_core, common, rl_learner
+
+import tunix_gemma4
+from tunix_gemma4.host.hooks import Hook, Installed
+from tunix_gemma4.host.register import HOOKS, TESTED, status
+
+MISSING = object()
+
+
+@pytest.fixture(autouse=True)
+def _unregistered_afterwards():
+    yield
+    tunix_gemma4.unregister()
+
+
+def found():
+    """What stands at every target at the moment, and whether its holder has it of its own."""
+    places = {hook.target: hook.place() for hook in HOOKS}
+    return {
+        target: (getattr(holder, name, MISSING), name in vars(holder))
+        for target, (holder, name) in places.items()
+    }
+
+
+def differing(before, after):
+    return {target for target in before if before[target][0] is not after[target][0]}
+
+
+def test_registering_wraps_every_target_once():
+    before = found()
+    tunix_gemma4.register()
+    once = found()
+    assert differing(before, once) == {hook.target for hook in HOOKS}
+    tunix_gemma4.register()
+    assert not differing(once, found())
+
+
+def test_unregistering_leaves_the_very_objects_that_were_there():
+    before = found()
+    for _ in range(2):
+        tunix_gemma4.register()
+        tunix_gemma4.register()
+        tunix_gemma4.unregister()
+        assert not differing(before, found())
+        assert {target: own for target, (_, own) in found().items()} == {
+            target: own for target, (_, own) in before.items()
+        }
+        tunix_gemma4.unregister()
+        assert not differing(before, found())
+
+
+def test_wrappers_have_the_signatures_of_what_they_wrap():
+    before = found()
+    tunix_gemma4.register()
+    functions = [
+        hook.target for hook in HOOKS if hook.parameters and before[hook.target][0] is not MISSING
+    ]
+    assert len(functions) >= 9
+    for target in functions:
+        original, wrapper = before[target][0], found()[target][0]
+        assert inspect.signature(wrapper) == inspect.signature(original)
+        assert wrapper.__name__ == original.__name__
+
+
+def test_status_names_what_is_wrapped():
+    assert status() == "tunix_gemma4 is not registered"
+    tunix_gemma4.register()
+    lines = status().splitlines()
+    assert [line.partition(": ")[0] for line in lines] == [hook.target for hook in HOOKS]
+    assert all(line.partition(": ")[2] for line in lines)
+
+
+def test_a_host_with_other_parameters_is_refused_naming_what_moved(monkeypatch):
+    def compute_score(model, tokens, completion_tokens, **rest):
+        raise AssertionError("never called")
+
+    def compute_entropy_from_logits(scores):
+        raise AssertionError("never called")
+
+    monkeypatch.setattr(common, "compute_score", compute_score)
+    monkeypatch.setattr(algo_core, "compute_entropy_from_logits", compute_entropy_from_logits)
+    before = found()
+    with pytest.raises(RuntimeError, match="is not the one that tunix_gemma4 hooks into") as error:
+        tunix_gemma4.register()
+    message = str(error.value)
+    assert (
+        "tunix.rl.common:compute_score: no parameter prompt_tokens, segment_ids; "
+        "it has model, tokens, completion_tokens, rest"
+    ) in message
+    assert "tunix.rl.algo_core:compute_entropy_from_logits: no parameter logits" in message
+    assert message.count("tunix.rl") == 2
+    assert not differing(before, found())
+    assert status() == "tunix_gemma4 is not registered"
+
+
+def test_a_host_that_lacks_a_function_is_refused_naming_it(monkeypatch):
+    monkeypatch.delattr(common, "get_per_token_logps")
+    monkeypatch.delattr(rl_learner.RLLearner, "_compute_rewards")
+    with pytest.raises(RuntimeError) as error:
+        tunix_gemma4.register()
+    assert "tunix.rl.common:get_per_token_logps: module" in str(error.value)
+    assert "tunix.rl.rl_learner:RLLearner._compute_rewards: type object" in str(error.value)
+
+
+def test_a_host_that_lacks_a_module_is_refused_naming_it():
+    hook = Hook("tunix.rl.nowhere:function", lambda original: original, (), "a test")
+    with pytest.raises(RuntimeError, match="tunix.rl.nowhere:function: No module named"):
+        Installed().install([hook])
+
+
+def test_an_untested_version_is_named_in_a_warning(monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.1.99")
+    with pytest.warns(UserWarning, match=f"google-tunix 0.1.99 is untested.*{TESTED[0]}"):
+        tunix_gemma4.register()
+
+
+def test_the_gate_of_a_newer_host_is_replaced_and_put_back(monkeypatch):
+    def theirs(model):
+        raise AssertionError("never called")
+
+    monkeypatch.setattr(common, "_model_accepts_segment_ids", theirs, raising=False)
+    tunix_gemma4.register()
+    assert common._model_accepts_segment_ids(lambda tokens, segment_ids: tokens)
+    tunix_gemma4.unregister()
+    assert common._model_accepts_segment_ids is theirs
+
+
+class Parent:
+    def method(self, number):
+        return number
+
+
+class Child(Parent):
+    pass
+
+
+def test_a_method_that_was_inherited_is_inherited_again(monkeypatch):
+    hook = Hook(
+        f"{__name__}:Child.method",
+        lambda original: lambda self, number: original(self, number) + 1,
+        ("number",),
+        "a test",
+    )
+    installed = Installed()
+    installed.install([hook])
+    assert (Child().method(1), Parent().method(1)) == (2, 1)
+    assert installed and installed.hooks() == [hook]
+    installed.restore()
+    assert "method" not in vars(Child) and Child().method(1) == 1
+    assert not installed
