@@ -6,7 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 # Where a row may hold images, and under which keys their paths stand.
-_FIELDS = ("messages", "conversations", "prompt", "completion", "images", "image")
+_FIELDS = (
+    *("messages", "conversations", "prompt", "completion", "chosen", "rejected"),
+    *("images", "image"),
+)
 _PATH_KEYS = ("images", "image", "path", "url", "image_url")
 
 
