@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from tunix.rl.rl_cluster import RLCluster
+from tunix.rl.trainer import Trainer
 from tunix.sft import hooks
 
 from .grpo import ACTOR
@@ -39,6 +40,7 @@ class Report(hooks.TrainingHooks):
         updates_per_batch: optimizer steps of one rollout step.
         log: takes the lines.
         log_completions: show a few completions of the latest rollout step after each line.
+        after_step: called with the trainer after each optimizer step.
     """
 
     def __init__(
@@ -50,11 +52,12 @@ class Report(hooks.TrainingHooks):
         updates_per_batch: int,
         log: Callable[[str], None],
         log_completions: bool,
+        after_step: Callable[[Trainer], None] | None = None,
     ):
         self._logger = cluster.actor_trainer.metrics_logger
         self._max_steps, self._logging_steps = max_steps, logging_steps
         self._updates, self._log = updates_per_batch, log
-        self._log_completions = log_completions
+        self._log_completions, self._after_step = log_completions, after_step
         self._seen: dict[tuple[str, str], int] = {}
         self._samples: list[str] = []
         cluster.with_external_metrics_logger(self.take)
@@ -76,8 +79,12 @@ class Report(hooks.TrainingHooks):
 
     def on_train_step_end(self, train_ctx: Any, train_step: int, train_loss: float) -> None:
         """Called by the host when the metrics of an optimizer step are there."""
-        if train_step % self._logging_steps and train_step != self._max_steps:
-            return
+        if train_step % self._logging_steps == 0 or train_step == self._max_steps:
+            self._line(train_step)
+        if self._after_step is not None:
+            self._after_step(train_ctx)
+
+    def _line(self, train_step: int) -> None:
         parts = [f"step {train_step}/{self._max_steps}"]
         for short, prefix, name in _SHOWN:
             values = self._new(prefix, name)

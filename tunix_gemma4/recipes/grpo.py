@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -64,8 +66,13 @@ class Result:
         return np.asarray(self.metrics.get_metric_history(prefix, name, mode)).tolist()
 
 
-def run(config: GrpoRunConfig) -> Result:
-    """Trains as `config` says, resuming a run that was broken off."""
+def run(config: GrpoRunConfig, *, after_step: Callable[[Any], None] | None = None) -> Result:
+    """Trains as `config` says, resuming a run that was broken off.
+
+    Args:
+        config: the settings.
+        after_step: called with the policy's trainer after each optimizer step.
+    """
     config.validate()
     register()
     output = common.prepare_output(config, _FIXED)
@@ -102,6 +109,7 @@ def run(config: GrpoRunConfig) -> Result:
         updates_per_batch=config.updates_per_batch,
         log=say,
         log_completions=config.log_completions,
+        after_step=after_step,
     )
     if trainer.train_steps:
         directory = checkpoint_directory(output)
