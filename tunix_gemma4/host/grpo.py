@@ -146,7 +146,7 @@ def _restore(cluster: RLCluster, directory: str, updates_per_batch: int) -> None
     trainer._restored_custom_metadata = {"global_step": steps // updates_per_batch} | metadata
     trainer._train_steps = steps
     trainer._iter_steps = steps * trainer.config.get_with_default("gradient_accumulation_steps", 1)
-    if cluster.rollout.model() is not trainer.model:
+    if cluster.r2m[Role.ROLLOUT] != cluster.r2m[Role.ACTOR]:
         kind = nnx.LoRAParam if adapted else nnx.Param
         cluster.rollout.update_params(nnx.state(trainer.model, kind), (kind,))
 
