@@ -28,7 +28,7 @@ from . import weights
 from .checkpoint_check import AUDIO, SCORE_HEAD, TIED_HEAD, VISION, check_tensors
 from .config import ModelConfig
 from .model.gemma4 import Gemma4ForConditionalGeneration, Gemma4Model
-from .sharding import param_shardings
+from .sharding import eval_shape, param_shardings
 
 _Model = TypeVar("_Model", bound=Gemma4Model)
 
@@ -37,7 +37,7 @@ def abstract_model(
     config: ModelConfig, model_class: type[_Model] = Gemma4ForConditionalGeneration
 ) -> _Model:
     """A model of shapes and dtypes only; costs no memory."""
-    return nnx.eval_shape(lambda: model_class(config, rngs=nnx.Rngs(0)))
+    return eval_shape(lambda: model_class(config, rngs=nnx.Rngs(0)))
 
 
 # ---- Loading.

@@ -21,7 +21,7 @@ import qwix
 from flax import nnx
 
 from .lora_targets import grouped, linears
-from .sharding import param_shardings
+from .sharding import eval_shape, param_shardings
 from .weights import SCORE
 
 QTYPES = ("nf4", "int8")
@@ -266,7 +266,7 @@ def add_adapters(
 
     leaves = jax.tree.leaves(nnx.state(model))
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
-        return nnx.eval_shape(add, model)
+        return eval_shape(add, model)
     return add(model)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -156,6 +157,16 @@ def shard_model(model: nnx.Module, mesh: Mesh) -> nnx.Module:
     state = nnx.state(model)
     nnx.update(model, jax.device_put(state, param_shardings(state, mesh)))
     return model
+
+
+def eval_shape(function: Callable[..., nnx.Module], *args: Any) -> nnx.Module:
+    """`nnx.eval_shape`, whatever mesh is set.
+
+    Under `jax.set_mesh` flax would give each shape the sharding that its metadata names, and fail
+    where the mesh lacks an axis; `param_shardings` knows what to do there.
+    """
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+        return nnx.eval_shape(function, *args)
 
 
 def active_mesh() -> Any | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import warnings
 
-from . import learner, logps, ppo, rollout
+from . import learner, logps, meshes, ppo, rollout
 from .hooks import Hook, Installed
 
 TESTED = ("0.1.7",)
@@ -56,6 +56,24 @@ HOOKS: tuple[Hook, ...] = (
         rollout.wrap_vanilla_rollout,
         (),
         "rollouts see images, stop on the whole stop list and draw anew in each step",
+    ),
+    Hook(
+        "tunix.rl.rl_cluster:RLCluster.__init__",
+        meshes.wrap_cluster_init,
+        ("actor", "cluster_config"),
+        "jax.set_mesh with another mesh than a role's is refused by name",
+    ),
+    Hook(
+        "tunix.rl.rl_cluster:RLCluster._load_model",
+        meshes.wrap_load_model,
+        ("model_or_path", "mesh", "data_type"),
+        "models go onto any mesh by our rules: heads are never cut, missing axes are dropped",
+    ),
+    Hook(
+        "tunix.sft.peft_trainer:PeftTrainer._shard_optimizer",
+        meshes.wrap_shard_optimizer,
+        ("mesh",),
+        "the optimizer's state lies where its parameters lie",
     ),
     Hook(
         "tunix.rl.rl_learner:RLLearner.__init__",

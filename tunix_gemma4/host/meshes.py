@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the host puts a model and its optimizer, and under which mesh.
+
+The host places by the axes that a parameter names: it fails where a mesh lacks one or one does not
+divide, and cuts heads. Here `sharding.param_shardings` decides, as for every other door.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from tunix.rl import utils
+
+from ..model.gemma4 import Gemma4Model
+from ..sharding import param_shardings, shard_model
+
+
+def wrap_cluster_init(original: Callable) -> Callable:
+    """Names `jax.set_mesh` where it stands in the way of a role's own mesh."""
+
+    @functools.wraps(original)
+    def init(self, *args: Any, **kwargs: Any) -> None:
+        if isinstance(kwargs.get("actor"), Gemma4Model):
+            _check_context(kwargs["cluster_config"].role_to_mesh)
+        original(self, *args, **kwargs)
+
+    return init
+
+
+def _check_context(role_to_mesh: dict[Any, jax.sharding.Mesh]) -> None:
+    around = jax.sharding.get_mesh()
+    if around.empty:
+        return
+    for role, mesh in role_to_mesh.items():
+        if mesh != around:
+            raise ValueError(
+                f"jax.set_mesh: {around} is set, and role {role.value!r} is on {mesh}; JAX would "
+                "refuse its arrays. Leave jax.set_mesh out: Tunix enters each role's mesh itself"
+            )
+
+
+def wrap_load_model(original: Callable) -> Callable:
+    """Places a Gemma 4 that is not on its role's mesh yet."""
+
+    @functools.wraps(original)
+    def load_model(self, model_or_path: Any, mesh: Any, data_type: Any = None) -> nnx.Module:
+        if isinstance(model_or_path, Gemma4Model) and not mesh.empty:
+            state = nnx.state(model_or_path)
+            if utils.get_pytree_mesh_info(state) != mesh:
+                model_or_path = nnx.clone(model_or_path)
+                nnx.update(model_or_path, _cast(state, data_type))
+                shard_model(model_or_path, mesh)
+        return original(self, model_or_path, mesh, data_type)
+
+    return load_model
+
+
+def _cast(state: nnx.State, dtype: Any) -> nnx.State:
+    """`state` with its floating numbers in `dtype`; as it is for None."""
+
+    def cast(leaf: jax.Array) -> jax.Array:
+        return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+    return state if dtype is None else jax.tree.map(cast, state)
+
+
+def wrap_shard_optimizer(original: Callable) -> Callable:
+    """Places the optimizer's state of a Gemma 4 like the parameters it belongs to."""
+
+    @functools.wraps(original)
+    def shard_optimizer(self, mesh: Any) -> None:
+        if not isinstance(self.model, Gemma4Model) or mesh.empty:
+            return original(self, mesh)
+        state = nnx.state(self.optimizer, nnx.optimizer.OptState)
+        nnx.update(self.optimizer, jax.device_put(state, param_shardings(state, mesh)))
+        return None
+
+    return shard_optimizer
