@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training example is short and runs; `test_sampling` runs the other one."""
+"""Examples are short and run; `test_sampling` runs the one that generates."""
 
 import json
 import os
@@ -59,3 +59,28 @@ def test_sft_images_trains_an_adapter_and_goes_on_from_its_checkpoint(tiny_check
     assert printed.endswith(f"adapter: {output / 'adapter'}\n")
     assert "step 2/2" in run(2)
     load_adapter(load_checkpoint(model, text_only=False), output / "adapter")
+
+
+def test_dpo_images_prefers_the_right_digit(tiny_checkpoint, tmp_path):
+    pytest.importorskip("sklearn")
+    model, output = tiny_checkpoint("demo"), tmp_path / "out"
+    printed = subprocess.run(
+        [
+            *(sys.executable, EXAMPLES / "dpo_images.py", f"--model={model}"),
+            *(f"--output={output}", "--steps=2", "--batch_size=2", "--rank=4"),
+            *("--max_prompt_length=96", "--max_response_length=8", "--max_soft_tokens=70"),
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "XLA_FLAGS": ""},
+        check=True,
+    ).stdout
+    assert printed.endswith(f"adapter: {output / 'adapter'}\n")
+    rows = [json.loads(line) for line in (output / "digits.jsonl").read_text().splitlines()]
+    assert len(rows) == 1797
+    answers = [(row["chosen"][0]["content"], row["rejected"][0]["content"]) for row in rows]
+    assert all(chosen != rejected for chosen, rejected in answers)
+    assert {word for pair in answers for word in pair} == set("0123456789")
+    adapted = load_adapter(load_checkpoint(model, text_only=False), output / "adapter")
+    projection = adapted.language_model.layers[0].self_attn.q_proj
+    assert np.any(projection.kernel_lora_b[...])

@@ -199,6 +199,13 @@ def test_a_file_names_its_bad_row_and_finds_its_images(processor, tmp_path):
         list(PreferenceBatches(file, processor, batch_size=1, **LENGTHS))
 
 
+def test_batches_without_an_end_go_on_past_an_epoch(processor):
+    batches = PreferenceBatches(rows_of(3), processor, batch_size=2, epochs=None, **LENGTHS)
+    found = [batch["prompt_ids"] for batch, _ in zip(batches, range(7), strict=False)]
+    assert len(found) == 7
+    assert len({row.tobytes() for batch in found for row in batch}) == 3
+
+
 def test_image_slots_never_fall(processor):
     rows = [
         {"prompt": shown(picture(index)), "chosen": "red", "rejected": "blue"} for index in range(2)

@@ -72,6 +72,14 @@ def write_scans(directory: Path) -> tuple[list[Path], list[int]]:
     return paths, scans.target[order].tolist()
 
 
+def write_blank(directory: Path, scans: list[Path]) -> list[Path]:
+    """One white image of the scans' size in the place of each."""
+    path = directory / "blank.png"
+    with Image.open(scans[0]) as scan:
+        Image.new(scan.mode, scan.size, 255).save(path)
+    return [path] * len(scans)
+
+
 def write_task(directory: Path, task: Task, scans: list[Path], digits: list[int]) -> TaskData:
     """Writes one task's training rows and the curve's, and returns what is held out."""
     rows = [conversation(task, scan, digit) for scan, digit in zip(scans, digits, strict=True)]
@@ -81,6 +89,18 @@ def write_task(directory: Path, task: Task, scans: list[Path], digits: list[int]
     for name, path in paths.items():
         path.write_text("".join(json.dumps(row) + "\n" for row in files[name]), "utf-8")
     return TaskData(held_out=held_out, **paths)
+
+
+def write_preferences(file: Path, task: Task, scans: list[Path], digits: list[int]) -> None:
+    """Writes rows that prefer the answer for the digit that was written to that for another."""
+    draw = np.random.default_rng(0)
+    rows = []
+    for scan, digit in zip(scans, digits, strict=True):
+        *prompt, chosen = conversation(task, scan, digit)["messages"]
+        other = (digit + int(draw.integers(1, 10))) % 10
+        rejected = chosen | {"content": task.answer(other)}
+        rows.append({"prompt": prompt, "chosen": [chosen], "rejected": [rejected]})
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
 
 
 def conversation(task: Task, scan: Path, digit: int) -> dict:

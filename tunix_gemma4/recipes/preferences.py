@@ -7,6 +7,7 @@ row -> Preference (tokens of prompt and answers, patches of the prompt's images)
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,8 @@ def collate(
 class PreferenceBatches:
     """Whole batches from a file or a sequence of rows, each row once per epoch in a seeded order.
 
+    Without end if `epochs` is None.
+
     Attributes:
         dropped: rows that were too long, counted in the first epoch.
     """
@@ -151,7 +154,7 @@ class PreferenceBatches:
         batch_size: int,
         max_prompt_length: int,
         max_response_length: int,
-        epochs: int = 1,
+        epochs: int | None = 1,
         seed: int = 0,
     ):
         self._rows, self._processor = Rows(source), processor
@@ -165,7 +168,7 @@ class PreferenceBatches:
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         waiting: list[Preference] = []
         self.dropped = 0
-        for epoch in range(self._epochs):
+        for epoch in itertools.count() if self._epochs is None else range(self._epochs):
             kept = 0
             for preference in self._epoch(epoch):
                 kept += 1
@@ -196,7 +199,8 @@ class PreferenceBatches:
 
     def _report(self, kept: int) -> None:
         lengths = ", ".join(f"{name}={value}" for name, value in self._lengths.items())
-        if kept * self._epochs < self._batch_size:
+        rows = kept * (self._batch_size if self._epochs is None else self._epochs)
+        if rows < self._batch_size:
             raise ValueError(
                 f"{self._rows.name}: {kept} of its {len(self._rows)} rows are short enough "
                 f"({lengths}), which is less than one batch of {self._batch_size}"
