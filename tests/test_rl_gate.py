@@ -111,6 +111,7 @@ def family(name):
     return {"tokens alone": ToyOfTokens, "mask": ToyWithMask, "segments": ToyWithSegments}[name]()
 
 
+@functools.cache
 def gemma4(adapter=None, kind=Gemma4ForConditionalGeneration):
     model = kind(tiny_config("demo", text_only=True), rngs=nnx.Rngs(0))
     if adapter == "ours":
@@ -186,6 +187,23 @@ def test_models_that_take_segment_ids_are_recognised(name):
 @pytest.mark.parametrize("name", REFUSING)
 def test_models_that_take_no_segment_ids_are_recognised(name):
     assert common._model_accepts_segment_ids(REFUSING[name]()) is False
+
+
+@pytest.mark.parametrize("adapter", [None, "ours", "qwix"])
+def test_ours_takes_part_under_any_adapter(adapter):
+    found, entropy = nnx.eval_shape(lambda model: logps(model, return_logits=True), gemma4(adapter))
+    assert found.shape == entropy.shape == COMPLETIONS.shape
+    assert nnx.eval_shape(dpo_logps, gemma4(adapter)).shape == COMPLETIONS.shape
+    found = nnx.eval_shape(lambda model: packed(logps, model), gemma4(adapter))
+    assert found.shape == COMPLETIONS.shape
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_our_scores_take_part(wrapped):
+    model = gemma4(kind=Gemma4ForTokenScores)
+    model = Wrapper(model) if wrapped else model
+    assert nnx.eval_shape(score, model).shape == (2, 7)
+    assert nnx.eval_shape(lambda model: packed(score, model), model).shape == COMPLETIONS.shape
 
 
 def with_tunix_alone(compute, model):
