@@ -338,3 +338,19 @@ def test_only_matrices_are_decayed():
     updates, _ = optimizer.update(gradients, optimizer.init(params), params)
     np.testing.assert_allclose(updates["kernel"], -0.05, rtol=1e-6)
     np.testing.assert_array_equal(updates["norm"], 0.0)
+
+
+@pytest.mark.parametrize("stock", [False, True])
+def test_jax_set_mesh_trains_as_with_mesh_does(stock, plain):
+    # The stock trainer reads `with mesh:` alone, so it does not split the batch; the model does.
+    mesh = Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ("fsdp", "tp"))
+    with jax.set_mesh(mesh):
+        model = apply_lora(shard_model(random_model("demo"), mesh), MODES["lora"])
+        config = TrainingConfig(eval_every_n_steps=100)
+        make = peft_trainer.PeftTrainer if stock else Gemma4Trainer
+        trainer = make(model, optax.sgd(RATE), config)
+        trainer.with_loss_fn(next_token_loss).with_gen_model_input_fn(model_input)
+        trainer.train(draw_batches(model.config, new_rows=False))
+    logger = trainer.metrics_logger
+    losses = logger.get_metric_history(trainer.metrics_prefix, "loss", "train")
+    np.testing.assert_allclose(losses, plain("lora").history("loss"), rtol=1e-5)
