@@ -18,7 +18,7 @@ LAYERS = (
     ("config", "sharding"),
     ("model",),
     ("weights", "losses", "processor"),
-    ("checkpoint", "data", "lora", "sampling", "plan", "tiny", "parity"),
+    ("checkpoint", "data", "lora", "sampling", "plan", "tiny", "parity", "params"),
     ("host",),
     ("recipes",),
     ("__main__",),

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -15,6 +16,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # `parity` reads its own arguments; argparse's REMAINDER would refuse an option put first.
     if options.rest and options.command != "parity":
         parser.error(f"unrecognized arguments: {' '.join(options.rest)}")
+    if options.command == "run":
+        return _run(options)  # A program's errors keep their tracebacks.
     try:
         return options.run(options)
     except ValueError as error:
@@ -28,10 +31,27 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
+    _add_training(commands)
+    _add_tools(commands)
+    return parser
+
+
+def _add_training(commands: Any) -> None:
     demo = commands.add_parser("demo", help="teach a tiny model to read digits, in minutes")
     demo.add_argument("--output-dir", default="outputs/demo", help="a number is added if it exists")
     demo.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings of both stages")
     demo.set_defaults(run=_demo)
+
+    demo_rl = commands.add_parser(
+        "demo-rl", help="let rewards teach a tiny model to read digits, in minutes"
+    )
+    demo_rl.add_argument(
+        "--output-dir", default="outputs/demo-rl", help="a number is added if it exists"
+    )
+    demo_rl.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="settings of the rewards' part"
+    )
+    demo_rl.set_defaults(run=_demo_rl)
 
     sft = commands.add_parser(
         "sft",
@@ -41,6 +61,25 @@ def _parser() -> argparse.ArgumentParser:
     sft.add_argument("config", help="a YAML file, such as configs/sft/e2b_lora_image.yaml")
     sft.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as lora.rank=32")
     sft.set_defaults(run=_sft)
+
+    grpo = commands.add_parser(
+        "grpo",
+        help="train with rewards (GRPO, GSPO, Dr.GRPO, DAPO)",
+        description="Settings and defaults: tunix_gemma4.recipes.rl_config.GrpoRunConfig.",
+    )
+    grpo.add_argument("config", help="a YAML file, such as configs/grpo/e2b_gsm8k_gpu.yaml")
+    grpo.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as lora.rank=32")
+    grpo.set_defaults(run=_grpo)
+
+
+def _add_tools(commands: Any) -> None:
+    program = commands.add_parser(
+        "run",
+        help="run a Tunix program as it is, with Gemma 4 at home in it",
+        usage="tunix-gemma4 run MODULE|SCRIPT.py [ARGUMENT ...]",
+    )
+    program.add_argument("target", help="such as tunix.cli.grpo_main, or the path of a script")
+    program.add_argument("arguments", nargs=argparse.REMAINDER, help="handed to it as they are")
 
     parity = commands.add_parser(
         "parity", help="compare a checkpoint with transformers, layer by layer", add_help=False
@@ -59,7 +98,6 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--top-p", type=float)
     generate.add_argument("--seed", type=int, default=0)
     generate.set_defaults(run=_generate)
-    return parser
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -68,10 +106,30 @@ def _demo(options: argparse.Namespace) -> int:
     return demo.run(options.output_dir, tuple(options.overrides))
 
 
+def _demo_rl(options: argparse.Namespace) -> int:
+    from .recipes import demo_rl
+
+    return demo_rl.run(options.output_dir, options.overrides)
+
+
 def _sft(options: argparse.Namespace) -> int:
     from .recipes import run_config, sft
 
     sft.run(run_config.load_run_config(options.config, options.overrides))
+    return 0
+
+
+def _grpo(options: argparse.Namespace) -> int:
+    from .recipes import grpo, rl_config
+
+    grpo.run(rl_config.load_grpo_config(options.config, options.overrides))
+    return 0
+
+
+def _run(options: argparse.Namespace) -> int:
+    from .host.launch import run
+
+    run(options.target, options.arguments)
     return 0
 
 

@@ -64,11 +64,12 @@ class Installed:
         for hook in hooks:
             holder, name = hook.place()
             original = getattr(holder, name, None)
-            # A method that a class inherits goes back to being inherited, and what the host lacks
-            # to being absent.
+            # A method that a class inherits goes back to being inherited, what the host lacks to
+            # being absent, and a classmethod to being one.
             own = name in vars(holder)
+            stored = vars(holder).get(name)
             setattr(holder, name, hook.wrap(original))
-            self._replaced.append((hook, holder, name, original, own))
+            self._replaced.append((hook, holder, name, stored, own))
 
     def restore(self) -> None:
         """Puts the originals back, the last first."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import warnings
 
-from . import learner, logps, meshes, ppo, rollout
+from . import automodel, cli, learner, logps, meshes, ppo, rollout
 from .hooks import Hook, Installed
 
 TESTED = ("0.1.7",)
@@ -20,6 +20,60 @@ _LOGPS_ARGUMENTS = (
 )
 
 HOOKS: tuple[Hook, ...] = (
+    Hook(
+        "tunix.models.automodel:get_model_module",
+        automodel.wrap_get_model_module,
+        ("model_name", "module_type"),
+        "names of Gemma 4 lead to this model",
+    ),
+    Hook(
+        "tunix.models.automodel:download_model",
+        automodel.wrap_download_model,
+        ("model_id_or_path", "model_download_path", "model_source"),
+        "local directories need no hub, and the hub no download path",
+    ),
+    Hook(
+        "tunix.models.automodel:AutoModel.from_pretrained",
+        automodel.wrap_from_pretrained,
+        ("model_id", "mesh", "model_source", "model_path", "model_download_path", "kwargs"),
+        "directories of any name are known by their config.json, which also gives the sizes",
+    ),
+    Hook(
+        "tunix.cli.config:HyperParameters._load_config_from_yaml",
+        cli.wrap_load_config_from_yaml,
+        ("config_path",),
+        "base_config.yaml, which the wheel lacks",
+    ),
+    Hook(
+        "tunix.cli.config:HyperParameters._validate_tokenizer",
+        cli.wrap_validate_tokenizer,
+        (),
+        "without a path the tokenizer is the model's own",
+    ),
+    Hook(
+        "tunix.cli.config:HyperParameters.check_supported_workflow",
+        cli.wrap_check_supported_workflow,
+        (),
+        "the command lines take Gemma 4 from the hub and from directories",
+    ),
+    Hook(
+        "tunix.cli.utils.model:create_model",
+        cli.wrap_create_model,
+        ("model_config", "tokenizer_config", "mesh"),
+        "text_only and dtype of the model_config section reach the model",
+    ),
+    Hook(
+        "tunix.cli.utils.model:apply_lora_to_model",
+        cli.wrap_apply_lora_to_model,
+        ("base_model", "mesh", "lora_config"),
+        "the lora_config section reaches our projections, or is refused",
+    ),
+    Hook(
+        "tunix.utils.mesh:allocate_named_mesh_device_slices",
+        cli.wrap_allocate_named_mesh_device_slices,
+        ("mesh_requirements", "devices"),
+        "grpo_main runs on devices without coordinates too: GPUs and CPUs",
+    ),
     Hook(
         "tunix.rl.common:compute_per_token_logps",
         logps.wrap_compute_per_token_logps,
@@ -132,7 +186,8 @@ def register() -> None:
     """Makes Tunix find and train this Gemma 4. A second call changes nothing.
 
     Raises:
-        RuntimeError: on a Tunix whose functions are not those that are wrapped, naming them.
+        RuntimeError: on a Tunix whose functions are not those that are wrapped, naming them, or
+            that does not come by them when it looks for a model. Nothing is wrapped then.
     """
     if _INSTALLED:
         return
@@ -143,6 +198,11 @@ def register() -> None:
             stacklevel=2,
         )
     _INSTALLED.install(HOOKS)
+    try:
+        automodel.probe()
+    except Exception:
+        _INSTALLED.restore()
+        raise
 
 
 def unregister() -> None:
