@@ -160,19 +160,26 @@ def make_learner(
     cluster: RLCluster,
     loss_type: str,
     reward_fns: Sequence[Callable[..., list[float]]],
+    **algorithm: Any,
+) -> GRPOLearner:
+    """The host's learner of a loss, whose rewards are added; see `make_algorithm`."""
+    learner, config = make_algorithm(loss_type, **algorithm)
+    return learner(rl_cluster=cluster, algo_config=config, reward_fns=list(reward_fns))
+
+
+def make_algorithm(
+    loss_type: str,
     *,
     num_generations: int,
     num_iterations: int = 1,
     beta: float = 0.0,
     epsilon: float = 0.2,
     epsilon_high: float | None = None,
-) -> GRPOLearner:
-    """The host's learner of a loss.
+) -> tuple[type[GRPOLearner], GRPOConfig]:
+    """The host's learner class of a loss, and its settings.
 
     Args:
-        cluster: from `make_cluster`.
         loss_type: one of `LOSS_TYPES`.
-        reward_fns: their rewards are added.
         num_generations: completions of a prompt.
         num_iterations: optimizer steps on the same completions.
         beta: weight of the KL penalty.
@@ -186,11 +193,13 @@ def make_learner(
         "epsilon": epsilon,
     }
     if loss_type == "dapo":
-        algorithm = config(epsilon_high=epsilon_high or max(0.28, epsilon), **shared, **fields)
+        if epsilon_high is None:
+            epsilon_high = max(0.28, epsilon)
+        algorithm = config(epsilon_high=epsilon_high, **shared, **fields)
         # Not being 0, the None that it wants would make the host ask for a reference.
         algorithm.beta = 0.0
     else:
         algorithm = config(beta=beta, **shared, **fields)
         # The loss reads it, and the dataclass does not have it.
         algorithm.epsilon_high = epsilon if epsilon_high is None else epsilon_high
-    return learner(rl_cluster=cluster, algo_config=algorithm, reward_fns=list(reward_fns))
+    return learner, algorithm
