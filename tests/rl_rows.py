@@ -20,7 +20,6 @@ PLAIN_ENTROPY = algo_core.compute_entropy_from_logits
 PLAIN_DPO_LOGPS = common.get_per_token_logps
 EOS = 1
 
-
 # Two or three layers of each kind, for text; `demo` has two and sees images.
 FEWER_LAYERS = {
     "demo": {},

@@ -24,6 +24,7 @@ from rl_rows import (
 )
 from small_models import draw_images
 from tunix.rl import algo_core, common
+from tunix.sft.sharding_utils import shard_input
 
 import tunix_gemma4
 from tunix_gemma4 import losses
@@ -186,25 +187,24 @@ def weighted(found, entropy):
     return (jnp.cos(jnp.arange(found.size).reshape(found.shape)) * (found + 0.3 * entropy)).sum()
 
 
-def losses_of_actor_and_critic(model, critic, images):
+def losses_of_actor_and_critic(model, critic, rows):
     """Log-probabilities, scores and gradients where a learner takes them: inside its own jit."""
-    prompts, completions, _ = eight_rows()
 
-    def loss(models, images):
-        model, critic = models
+    def loss(models, rows):
+        (model, critic), (prompts, completions, images) = models, rows
         with bind(Bound(images=images, temperature=0.7)) as batch:
             found = logps(model, prompts, completions, stop_gradient=False)
             scored = scores(critic, prompts, completions, stop_gradient=False)
         return weighted(found, batch.entropy) + (jnp.sin(scored) ** 2).sum(), (found, scored)
 
     compute = nnx.jit(nnx.value_and_grad(loss, has_aux=True))
-    (_, found), gradients = compute((model, critic), images)
+    (_, found), gradients = compute((model, critic), rows)
     return found, gradients
 
 
 @functools.cache
 def on_one_device():
-    return losses_of_actor_and_critic(policy(), scorer(), eight_rows()[2])
+    return losses_of_actor_and_critic(policy(), scorer(), eight_rows())
 
 
 def test_gradients_through_the_chunks_are_the_plain_ones():
@@ -241,7 +241,9 @@ def test_a_mesh_changes_neither_log_probabilities_nor_scores_nor_gradients(fsdp,
     model = shard_model(nnx.clone(policy()), mesh)
     critic = shard_model(nnx.clone(scorer()), mesh)
     with mesh:
-        found, gradients = losses_of_actor_and_critic(model, critic, eight_rows()[2])
+        rows = shard_input(eight_rows(), ("fsdp",))
+        found, gradients = losses_of_actor_and_critic(model, critic, rows)
+    assert not rows[0].sharding.is_fully_replicated
     assert relative(found[0], expected[0]) <= 1e-5
     assert relative(found[1], expected[1]) <= 1e-5
     assert_gradients_agree(gradients, expected_gradients, 1e-4)
@@ -252,6 +254,7 @@ def test_images_in_work_are_placed_on_the_mesh():
     model = shard_model(nnx.clone(policy()), mesh)
     prompts, completions, images = eight_rows()
     with mesh, bind(Bound(images=np.asarray(images), temperature=0.7)) as batch:
+        prompts, completions = shard_input((prompts, completions), ("fsdp",))
         found = [logps(model, prompts[i : i + 4], completions[i : i + 4]) for i in (0, 4)]
     assert relative(np.concatenate(found), on_one_device()[0][0]) <= 1e-5
     assert len(batch.logps.sharding.device_set) == 8

@@ -47,7 +47,7 @@ def _accepts(model: Any, name: str) -> bool:
         return True
     if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         return False
-    held = vars(model)
+    held = getattr(model, "__dict__", {})
     inner = [held[attribute] for attribute in _INNER if callable(held.get(attribute))][:1]
     inner = inner or [value for value in held.values() if _TELLING & set(_parameters(value))]
     return any(_accepts(value, name) for value in inner) if inner else True
