@@ -17,10 +17,13 @@ PIP := $(BIN)/python -m pip
 PYTEST := $(BIN)/python -m pytest $(PYTEST_ARGS)
 PACKAGING := setup.cfg pyproject.toml
 
-.PHONY: demo test parity slow aot lint format clean
+.PHONY: demo demo-rl test parity slow aot lint format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/tunix-gemma4 demo $(DEMO_ARGS)
+
+demo-rl: $(VENV)/.demo
+	$(BIN)/tunix-gemma4 demo-rl $(DEMO_ARGS)
 
 test: $(VENV)/.test
 	$(PYTEST) $(PARALLEL) -m "not parity and not slow and not aot and not accelerator"

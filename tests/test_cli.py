@@ -43,7 +43,7 @@ def run_module(*arguments):
 def test_module_lists_its_commands():
     run = run_module("--help")
     assert run.returncode == 0
-    for command in ("demo", "sft", "parity", "generate"):
+    for command in ("demo", "demo-rl", "sft", "parity", "generate"):
         assert re.search(rf"^ +{command} ", run.stdout, re.MULTILINE)
 
 

@@ -40,7 +40,8 @@ class Report(hooks.TrainingHooks):
         updates_per_batch: optimizer steps of one rollout step.
         log: takes the lines.
         log_completions: show a few completions of the latest rollout step after each line.
-        after_step: called with the trainer after each optimizer step.
+        after_step: called with the trainer once for each optimizer step, when its metrics are
+            there; by then the trainer may have taken the next, as its `train_steps` tells.
     """
 
     def __init__(

@@ -17,7 +17,7 @@ from flax import nnx
 
 from ..checkpoint import load_checkpoint
 from ..lora import load_adapter
-from ..processor import Processor
+from ..processor import Batch, Processor
 from ..sampling import generate
 from ..tiny import build_tiny_checkpoint
 from . import sft
@@ -66,7 +66,7 @@ def run(output_dir: str | Path = "outputs/demo", overrides: tuple[str, ...] = ()
         0 if every target was met, otherwise 1.
     """
     start = time.perf_counter()
-    output = _unused(Path(output_dir))
+    output = unused(Path(output_dir))
     base = build_tiny_checkpoint(output / "base", preset="demo")
     scans, digits = write_scans(output / "data")
     data = {task.name: write_task(output / "data", task, scans, digits) for task in (DIGIT, MINUS)}
@@ -150,11 +150,25 @@ def _processor(directory: Path) -> Processor:
 
 def answers(model: nnx.Module, processor: Processor, rows: list[dict]) -> list[str]:
     """What the model says to the question of each row, greedily."""
+    return answers_to(questions(processor, rows), model, processor)
+
+
+def questions(processor: Processor, rows: list[dict]) -> list[Batch]:
+    """The question of each row, in batches that make no pass too large."""
+    return [
+        processor(
+            [row["messages"][:1] for row in rows[start : start + NUM_CURVE]],
+            add_generation_prompt=True,
+        )
+        for start in range(0, len(rows), NUM_CURVE)
+    ]
+
+
+def answers_to(prompts: list[Batch], model: nnx.Module, processor: Processor) -> list[str]:
+    """What the model says to each question, greedily."""
     given = []
-    for start in range(0, len(rows), NUM_CURVE):
-        questions = [row["messages"][:1] for row in rows[start : start + NUM_CURVE]]
-        prompts = processor(questions, add_generation_prompt=True)
-        said = generate(model, prompts, max_new_tokens=ANSWER_TOKENS, stop_ids=processor.stop_ids)
+    for batch in prompts:
+        said = generate(model, batch, max_new_tokens=ANSWER_TOKENS, stop_ids=processor.stop_ids)
         given += [processor.decode(tokens).strip() for tokens in said.rows()]
     return given
 
@@ -173,7 +187,7 @@ def _print_table(stages: list[Stage]) -> None:
         print(f"{stage.title:<30} {stage.before:>8.1%} {stage.after:>8.1%}  {wanted}: {verdict}")
 
 
-def _unused(path: Path) -> Path:
+def unused(path: Path) -> Path:
     """`path`, or the first of `path`-2, `path`-3, ... that does not exist, made."""
     number, candidate = 1, path
     while candidate.exists():
@@ -185,16 +199,10 @@ def _unused(path: Path) -> Path:
 
 def draw(stages: list[Stage], data: list[TaskData], path: Path) -> None:
     """Loss and accuracy curves of each stage, and scans of some digits with the answers given."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError(
-            "the demo needs matplotlib for its curves: pip install 'tunix-gemma4[demo]'"
-        ) from error
     from PIL import Image
 
     columns = 6
-    figure = Figure(figsize=(12, 9), layout="constrained")
+    figure = new_figure(figsize=(12, 9))
     grid = figure.add_gridspec(4, columns, height_ratios=[2, 1, 2, 1])
     for row, (stage, rows) in enumerate(zip(stages, data, strict=True)):
         loss = figure.add_subplot(grid[2 * row, : columns // 2])
@@ -213,3 +221,14 @@ def draw(stages: list[Stage], data: list[TaskData], path: Path) -> None:
             axes.imshow(Image.open(scan), cmap="gray_r")
             axes.set(xticks=[], yticks=[], xlabel=f"says {stage.answers[index]!r}")
     figure.savefig(path, dpi=100)
+
+
+def new_figure(figsize: tuple[float, float]) -> Any:
+    """An empty figure of matplotlib's, in inches."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError(
+            "the demo needs matplotlib for its curves: pip install 'tunix-gemma4[demo]'"
+        ) from error
+    return Figure(figsize=figsize, layout="constrained")

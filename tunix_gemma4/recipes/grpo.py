@@ -71,7 +71,8 @@ def run(config: GrpoRunConfig, *, after_step: Callable[[Any], None] | None = Non
 
     Args:
         config: the settings.
-        after_step: called with the policy's trainer after each optimizer step.
+        after_step: called with the policy's trainer once for each optimizer step; its
+            `train_steps` tells how many it has taken by then.
     """
     config.validate()
     register()
