@@ -19,8 +19,10 @@ from pathlib import Path
 
 import pytest
 
+import tunix_gemma4
 from tunix_gemma4 import LoraConfig, ModelConfig
 from tunix_gemma4.checkpoint import abstract_model
+from tunix_gemma4.recipes.rl_config import GrpoRunConfig, PromptConfig
 from tunix_gemma4.recipes.run_config import DataConfig, LoraSettings, MeshConfig, RunConfig
 from tunix_gemma4.tiny import tiny_config
 from tunix_gemma4.weights import named_buffers, named_parameters
@@ -81,7 +83,9 @@ def workplace(tiny_checkpoint, tmp_path, monkeypatch):
             ]
             out.write(json.dumps({"messages": messages}) + "\n")
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+    yield tmp_path
+    # Some pages register.
+    tunix_gemma4.unregister()
 
 
 def run_python(text, *, line, page, namespace):
@@ -151,6 +155,7 @@ def test_readme_tree_names_every_file_of_the_package_and_no_other():
 
 
 CONFIGS = [ModelConfig, LoraConfig, RunConfig, DataConfig, LoraSettings, MeshConfig]
+CONFIGS += [GrpoRunConfig, PromptConfig]
 
 
 @pytest.mark.parametrize("config", CONFIGS)
