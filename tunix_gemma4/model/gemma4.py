@@ -15,6 +15,7 @@ from flax import nnx
 
 from ..config import ModelConfig
 from ..sharding import constrain
+from .backend_names import BackendNames
 from .cache import Cache, cache_name, cached_keys, init_cache
 from .layers import HasBuffers
 from .masks import attention_masks, causal_mask, segment_positions
@@ -80,7 +81,7 @@ class Gemma4Model(nnx.Module):
         """Soft tokens [B, I * S, D] of images [B, I, M, C], and which are valid [B, I * S]."""
         batch = images.shape[0]
         soft, valid = self.vision_tower(images.reshape(-1, *images.shape[2:]))
-        soft = self.embed_vision(soft)
+        soft = constrain(self.embed_vision(soft), "batch", None, None)
         return soft.reshape(batch, -1, soft.shape[-1]), valid.reshape(batch, -1)
 
     def _embed(self, tokens: jax.Array, images: jax.Array | None) -> tuple[jax.Array, jax.Array]:
@@ -167,7 +168,7 @@ class Gemma4Model(nnx.Module):
         return {"tokens": tokens, **inputs}
 
 
-class Gemma4ForConditionalGeneration(Gemma4Model):
+class Gemma4ForConditionalGeneration(Gemma4Model, BackendNames):
     """The policy, with the call that Tunix's trainers and samplers make."""
 
     def __call__(
