@@ -67,7 +67,7 @@ def _add_training(commands: Any) -> None:
         help="train with rewards (GRPO, GSPO, Dr.GRPO, DAPO)",
         description="Settings and defaults: tunix_gemma4.recipes.rl_config.GrpoRunConfig.",
     )
-    grpo.add_argument("config", help="a YAML file, such as configs/grpo/e2b_gsm8k_gpu.yaml")
+    grpo.add_argument("config", help="a YAML file, such as configs/grpo/e2b_gsm8k_1gpu.yaml")
     grpo.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as lora.rank=32")
     grpo.set_defaults(run=_grpo)
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """GRPO, GSPO, Dr.GRPO and DAPO: a checkpoint, prompts and rewards in, an adapter out.
 
-tunix-gemma4 grpo configs/grpo/e2b_gsm8k_gpu.yaml model=gemma-4-E2B-it data.path=train.jsonl
+tunix-gemma4 grpo configs/grpo/e2b_gsm8k_1gpu.yaml model=gemma-4-E2B-it data.path=train.jsonl
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from ..host.grpo import (
+    RLCluster,
     Sizes,
     checkpoint_directory,
     make_cluster,
@@ -116,21 +117,34 @@ def run(config: GrpoRunConfig, *, after_step: Callable[[Any], None] | None = Non
         directory = checkpoint_directory(output)
         say(f"Resuming after step {trainer.train_steps} from {directory}.")
     if trainer.train_steps < steps:
-        learner = make_learner(
-            cluster,
-            config.loss_type,
-            reward_functions(config),
-            num_generations=config.num_generations,
-            num_iterations=config.num_iterations,
-            beta=config.beta,
-            epsilon=config.epsilon,
-            epsilon_high=config.epsilon_high,
-        )
-        learner.train(train_batches(config, rows, trainer.train_steps), eval_ds)
+        train(config, cluster, rows, eval_ds)
 
     saved = common.save(config, trainer.model, output)
     say(f"{trainer.train_steps} steps done. Saved: {', '.join(map(str, saved))}")
     return Result(trainer.model, processor, trainer.train_steps, saved, trainer.metrics_logger)
+
+
+def train(
+    config: GrpoRunConfig, cluster: RLCluster, rows: PromptRows, eval_ds: Batches | None
+) -> None:
+    """Trains the policy of `cluster` to the end."""
+    learner = make_learner(
+        cluster,
+        config.loss_type,
+        reward_functions(config),
+        num_generations=config.num_generations,
+        num_iterations=config.num_iterations,
+        beta=config.beta,
+        epsilon=config.epsilon,
+        epsilon_high=config.epsilon_high,
+    )
+    trainer = cluster.actor_trainer
+    try:
+        learner.train(train_batches(config, rows, trainer.train_steps), eval_ds)
+    except BaseException:
+        # The latest checkpoint may still be on its way to the disk.
+        trainer.checkpoint_manager.close()
+        raise
 
 
 def make_meshes(config: GrpoRunConfig) -> tuple[Mesh, Mesh | None]:

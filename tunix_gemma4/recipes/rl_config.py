@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The settings of reinforcement learning with GRPO, GSPO, Dr.GRPO or DAPO, in TRL's words.
 
-config = load_grpo_config("e2b_gsm8k_gpu.yaml", ["model=gemma-4-E2B-it", "num_generations=16"])
+config = load_grpo_config("e2b_gsm8k_1gpu.yaml", ["model=gemma-4-E2B-it", "num_generations=16"])
 """
 
 from __future__ import annotations
