@@ -7,7 +7,7 @@ Needs the extra `demo` and no accelerator. Four sets of runs, each from a superv
 stopped early; GRPO and GSPO of one seed share theirs:
 
     grpo    scans of digits, GRPO
-    gspo    scans of digits, GSPO
+    gspo    scans of digits, GSPO, two optimizer steps on each batch of completions
     blank   as grpo, with a white image in the place of each scan; one seed
     sums    sums of two-digit numbers, GRPO
 
@@ -89,8 +89,13 @@ def run(name: str, seed: int, work: Path) -> Curve:
     model = directory / "sft" / "model"
     if not model.exists():
         model = start(subject, directory, seed=seed)
-    algorithm = "gspo" if name == "gspo" else "grpo"
-    return reinforce(subject, model, work / f"{name}_{seed}", algorithm=algorithm, seed=seed)
+    output = work / f"{name}_{seed}"
+    if name != "gspo":
+        return reinforce(subject, model, output, seed=seed)
+    # On-policy every ratio is 1, and GSPO is GRPO to the letter; from the second step on the same
+    # completions they differ.
+    overrides = ["num_iterations=2"]
+    return reinforce(subject, model, output, algorithm="gspo", seed=seed, overrides=overrides)
 
 
 def judge(name: str, curves: list[Curve]) -> bool:

@@ -46,13 +46,15 @@ def test_demo_trains_a_start_then_rewards_it_and_fails_when_a_target_is_missed(
 
     monkeypatch.setattr(demo_rl, "load_run_config", short)
     output = tmp_path / "demo-rl"
-    overrides = ["max_steps=2", "batch_size=2", "num_generations=2"]
+    overrides = ["max_steps=2", "batch_size=2", "num_generations=2", "num_iterations=2"]
     assert main(["demo-rl", "--output-dir", str(output), *overrides]) == 1
     assert "MISSED" in capsys.readouterr().out
     made = Curve.read(output / "curve.csv")
     assert [row["step"] for row in made.rows] == [0, 1, 2]
     assert made.column("held_out")[0].tolist() == [0, 2]
-    for name in ("reward", "agreement_mean", "agreement_max", "entropy", "seconds"):
+    # Both steps are on the same completions.
+    assert made.column("reward")[0].tolist() == [1]
+    for name in ("agreement_mean", "agreement_max", "entropy", "seconds"):
         assert made.column(name)[0].tolist() == [1, 2], name
     assert made.column("agreement_max")[1].max() < 1e-3
     assert Image.open(output / "curve.png").size == (450, 650)

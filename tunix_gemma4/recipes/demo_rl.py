@@ -216,13 +216,17 @@ def reinforce(
     looks.ask(0, load_checkpoint(model, text_only=config.text_only))
     result = grpo.run(config, after_step=looks.after_step)
     looks.ask(result.steps, result.model)
-    columns = {name: result.history(metric) for name, metric in _METRICS.items()}
-    columns["seconds"] = looks.seconds
-    rows = [{"step": step} for step in range(result.steps + 1)]
-    for name, values in columns.items():
-        for row, value in zip(rows, [math.nan, *values], strict=True):
+    rows = [dict.fromkeys(FIELDS, math.nan) | {"step": step} for step in range(result.steps + 1)]
+    for name, metric in _METRICS.items():
+        # Those of a rollout stand in the row of its first optimizer step.
+        every = config.updates_per_batch if metric.startswith("rewards/") else 1
+        for row, value in zip(rows[1::every], result.history(metric), strict=True):
             row[name] = value
-    return Curve([row | {"held_out": looks.held_out.get(row["step"], math.nan)} for row in rows])
+    for row, value in zip(rows[1:], looks.seconds, strict=True):
+        row["seconds"] = value
+    for step, value in looks.held_out.items():
+        rows[step]["held_out"] = value
+    return Curve(rows)
 
 
 class _Looks:
