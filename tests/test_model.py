@@ -169,6 +169,30 @@ def test_images_to_a_text_only_model_are_refused():
         model(jnp.zeros((1, 4), jnp.int32), images=images)
 
 
+def test_rows_in_turn_that_share_images_have_them_encoded_once():
+    """Values and gradients are those of images given to each row."""
+    model = random_model("26b_a4b")
+    tokens, _ = draw_tokens(model.config, *["t(ii)tt"] * 2, *["t(iiii)"] * 2)
+    images = draw_images(model.config, [(2, 1)], [(2, 2)])
+
+    @nnx.jit
+    def loss(model, images):
+        def total(model):
+            logits, _ = model(tokens, images=images, image_repeats=4 // images.shape[0])
+            return jnp.sin(logits).sum(), logits
+
+        (_, logits), gradient = nnx.value_and_grad(total, has_aux=True)(model)
+        return logits, gradient
+
+    shared, gradient = loss(model, images)
+    each, expected = loss(model, jnp.repeat(images, 2, axis=0))
+    assert_logits_agree(shared, each)
+    for found, wanted in zip(*map(jax.tree.leaves, (gradient, expected)), strict=True):
+        np.testing.assert_allclose(found, wanted, atol=1e-4 * np.abs(wanted).max())
+    with pytest.raises(ValueError, match=r"expected shape \[2, I, M, .*found \(4, "):
+        model(tokens, images=jnp.repeat(images, 2, axis=0), image_repeats=2)
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [

@@ -234,12 +234,16 @@ def test_a_rollout_engine_that_would_drop_images_is_refused(cluster, monkeypatch
         hooks.set_processor(cluster, None)
 
 
-def test_a_pass_that_stops_within_the_batch_is_noticed():
-    work = Bound(images=np.zeros((4, 1, 1, 1)))
+def test_a_pass_that_stops_within_the_batch_or_a_prompt_is_noticed():
+    work = Bound(images=np.zeros((4, 1, 1, 1)), image_repeats=2)
     with bind(work):
-        assert work.rows(3).shape[0] == 3
-        with pytest.raises(RuntimeError, match="rows 3 to 6 of 4"):
-            work.rows(3)
+        assert work.rows(6).shape[0] == 3
+        with pytest.raises(RuntimeError, match="4 rows were asked for after 6 of 8, 2 for each"):
+            work.rows(4)
+        with pytest.raises(RuntimeError, match="1 rows were asked for after 6 of 8"):
+            work.rows(1)
+        assert work.rows(2).shape[0] == 1
+        assert work.rows(8).shape[0] == 4
 
 
 def test_a_prompt_too_long_for_the_rollout_names_the_numbers(cluster):

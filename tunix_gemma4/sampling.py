@@ -58,6 +58,7 @@ def generate(
     stop_ids: Sequence[int] | None = None,
     pad_id: int | None = None,
     suppress_ids: Sequence[int] = (),
+    image_repeats: int = 1,
     seed: int = 0,
 ) -> Generated:
     """Continues every row of `batch` until one of `stop_ids` or `max_new_tokens`.
@@ -78,6 +79,7 @@ def generate(
             prefer `Processor.stop_ids`, which an instruction-tuned checkpoint needs.
         pad_id: fills rows that have ended. Default: the config's `pad_token_id`.
         suppress_ids: tokens that are never drawn, besides `media_ids`.
+        image_repeats: rows in turn that share one row of images, which is encoded once.
         seed: of the random draws, which do not depend on how the batch is sharded.
 
     Raises:
@@ -86,7 +88,7 @@ def generate(
     """
     config = model.config
     _check_settings(max_new_tokens, temperature, top_k, top_p)
-    _check_prompts(config, batch)
+    _check_prompts(config, batch, image_repeats)
     stops = config.eos_token_id if stop_ids is None else stop_ids
     graphdef, state = nnx.split(model)
     with _mesh_of(state):
@@ -106,6 +108,7 @@ def generate(
             ),
             top_k=None if top_k is None else min(top_k, config.vocab_size),
             max_new_tokens=max_new_tokens,
+            image_repeats=image_repeats,
         )
     return Generated(tokens, lengths, logps)
 
@@ -126,7 +129,7 @@ def _mesh_of(state: nnx.State) -> contextlib.AbstractContextManager:
     return jax.set_mesh(mesh)
 
 
-def _check_prompts(config: ModelConfig, batch: Batch) -> None:
+def _check_prompts(config: ModelConfig, batch: Batch, image_repeats: int) -> None:
     """Raises ValueError for rows that cannot be continued.
 
     The model itself would answer an image that does not fit with NaN, since it is compiled here.
@@ -137,12 +140,12 @@ def _check_prompts(config: ModelConfig, batch: Batch) -> None:
             "batch: expected left-padded rows, found padding in the last column of row "
             f"{int(jnp.argmin(last))}; collate with side='left'"
         )
-    check_images(config, batch.tokens, batch.images)
+    check_images(config, batch.tokens, batch.images, image_repeats)
     expected = (jnp.asarray(batch.tokens) == config.image_token_id).sum(axis=1)
     found = jnp.zeros_like(expected)
     if batch.images is not None:
         patches = (jnp.asarray(batch.images)[..., -1] >= 0).sum(axis=(1, 2))
-        found = patches // config.vision_config.pooling_kernel_size**2
+        found = jnp.repeat(patches // config.vision_config.pooling_kernel_size**2, image_repeats)
     if (expected != found).any():
         row = int(jnp.argmax(expected != found))
         raise ValueError(
@@ -201,7 +204,9 @@ class _Loop(NamedTuple):
     cache: dict
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "top_k", "max_new_tokens"))
+@functools.partial(
+    jax.jit, static_argnames=("graphdef", "top_k", "max_new_tokens", "image_repeats")
+)
 def _generate(
     graphdef: nnx.GraphDef,
     state: nnx.State,
@@ -212,6 +217,7 @@ def _generate(
     *,
     top_k: int | None,
     max_new_tokens: int,
+    image_repeats: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Prefill, then decode until every row is done: tokens, lengths and log-probabilities."""
     B, T = tokens.shape
@@ -248,7 +254,8 @@ def _generate(
         done=jnp.zeros(B, bool),
         cache={},
     )
-    logits, cache = call(None, tokens, positions, 0, images=images)
+    seen = {"images": images, "image_repeats": image_repeats}
+    logits, cache = call(None, tokens, positions, 0, **seen)
     loop = jax.lax.while_loop(
         lambda loop: (loop.step < max_new_tokens) & ~loop.done.all(),
         decode,

@@ -22,7 +22,8 @@ class Bound:
     """What belongs to the rows in work.
 
     Attributes:
-        images: [B, I, M, C] of all rows, or None.
+        images: [B / n, I, M, C], or None; each row serves n rows of the batch in turn.
+        image_repeats: n, the completions of one prompt.
         temperature: of the rollout; used wherever the host forgets to pass it on.
         suppressed: ids that the sampler never draws, so that no policy gives them probability.
         prompts: the prompts as the user gave them, for reward functions.
@@ -31,6 +32,7 @@ class Bound:
     """
 
     images: np.ndarray | jax.Array | None = None
+    image_repeats: int = 1
     temperature: float = 1.0
     suppressed: tuple[int, ...] = ()
     prompts: list[Any] | None = None
@@ -43,19 +45,20 @@ class Bound:
         """Images of the next `count` rows.
 
         The host passes over the rows again and again (rollout, reference, old policy), each time
-        in order and in whole, in micro-batches of any size.
+        in order and in whole, in micro-batches of any number of prompts.
         """
         if self.images is None:
             return None
-        total = self.images.shape[0]
-        start, end = self._next, self._next + count
-        if end > total:
+        total, (needed, rest) = self.images.shape[0], divmod(count, self.image_repeats)
+        start, end = self._next, self._next + needed
+        if end > total or rest:
             raise RuntimeError(
-                f"images: rows {start} to {end} of {total} were asked for; a pass over the batch "
-                "did not end where the batch ends"
+                f"images: {count} rows were asked for after {start * self.image_repeats} of "
+                f"{total * self.image_repeats}, {self.image_repeats} for each prompt; a pass over "
+                "the batch did not end where the batch or a prompt ends"
             )
         self._next = end % total
-        return self.images if count == total else self.images[start:end]
+        return self.images if needed == total else self.images[start:end]
 
 
 _BOUND: contextvars.ContextVar[Bound | None] = contextvars.ContextVar("bound", default=None)

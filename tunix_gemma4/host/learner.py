@@ -63,6 +63,7 @@ def _extended(kind: type) -> type:
     class Example(kind, InWork):
         images: Any = None
         rollout_logps: Any = None
+        image_repeats: int = flax.struct.field(pytree_node=False, default=1)
         temperature: float = flax.struct.field(pytree_node=False, default=1.0)
         suppressed: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())
 
@@ -202,8 +203,10 @@ def wrap_generate_and_compute_advantage(original: Callable) -> Callable:
             return original(self, training_input, mode)
         is_train = mode == Mode.TRAIN
         rollout.begin(self._iter_steps if is_train else _EVAL_STREAM + self._eval_iter_steps)
+        repeats = self._num_generations()
         batch = Bound(
-            images=rollout.images([prompt.example for prompt in prompts]),
+            images=rollout.images([prompt.example for prompt in prompts[::repeats]]),
+            image_repeats=repeats,
             temperature=_rollout_config(self.rl_cluster, mode).temperature or 1.0,
             # The host's packed examples could not tell the loss.
             suppressed=() if _packs(self) else rollout.suppressed,
@@ -228,8 +231,10 @@ def _with_batch(example: Any, batch: Bound) -> Any:
     fields = {field.name: getattr(example, field.name) for field in dataclasses.fields(example)}
     return _extended(type(example))(
         **fields,
-        images=batch.images,
+        # The host cuts examples by rows; the loss takes one row of images for each prompt again.
+        images=None if batch.images is None else np.repeat(batch.images, batch.image_repeats, 0),
         rollout_logps=logps,
+        image_repeats=batch.image_repeats,
         temperature=batch.temperature,
         suppressed=batch.suppressed,
     )
@@ -269,8 +274,10 @@ def _with_images(loss_fn: Callable) -> Callable:
     def loss(model: Any, train_example: Any, *args: Any, **kwargs: Any) -> tuple[Any, dict]:
         if not isinstance(train_example, InWork):
             return loss_fn(model, train_example, *args, **kwargs)
+        images, repeats = train_example.images, train_example.image_repeats
         batch = Bound(
-            images=train_example.images,
+            images=None if images is None else images[::repeats],
+            image_repeats=repeats,
             temperature=train_example.temperature,
             suppressed=train_example.suppressed,
         )

@@ -142,6 +142,7 @@ def _logps(call: dict[str, Any], *, temperature_given: bool) -> Any:
         pad_id=call["pad_id"],
         eos_id=call["eos_id"],
         suppressed=suppressed,
+        image_repeats=1 if images is None else rows // images.shape[0],
     )
     if batch is not None:
         batch.logps, batch.entropy = logps, entropy
@@ -159,7 +160,7 @@ def _placed(images: Any) -> Any:
     return sharding_utils.shard_input(images, ("fsdp",)) if "fsdp" in mesh.shape else images
 
 
-@functools.partial(jax.jit, static_argnames=("pad_id", "eos_id", "suppressed"))
+@functools.partial(jax.jit, static_argnames=("pad_id", "eos_id", "suppressed", "image_repeats"))
 def _chunked_logps(
     graphdef,
     state,
@@ -173,6 +174,7 @@ def _chunked_logps(
     pad_id: int,
     eos_id: int,
     suppressed: tuple[int, ...],
+    image_repeats: int,
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probabilities and entropies float32 [B, completion], or [B, T] of packed rows."""
     model = nnx.merge(graphdef, state)
@@ -186,6 +188,7 @@ def _chunked_logps(
         segment_ids=padding if segment_ids is None else segment_ids,
         images=images,
         skip_lm_head=True,
+        image_repeats=image_repeats,
     )
     packed = segment_ids is not None
     count = tokens.shape[1] - 1 if packed else completion_tokens.shape[1]
@@ -241,7 +244,9 @@ class _WithImages(nnx.Module):
         self.model, self.images = model, _Images(jnp.asarray(images))
 
     def __call__(self, tokens: jax.Array, *, segment_ids: Any = None, **kwargs: Any) -> Any:
-        return self.model(tokens, segment_ids=segment_ids, images=self.images[...], **kwargs)
+        images = self.images[...]
+        images = jnp.repeat(images, tokens.shape[0] // images.shape[0], axis=0)
+        return self.model(tokens, segment_ids=segment_ids, images=images, **kwargs)
 
 
 def wrap_get_per_token_logps(original: Callable) -> Callable:

@@ -109,6 +109,7 @@ class Rollout(vanilla_rollout.VanillaRollout):
             stop_ids=stops,
             pad_id=self.pad_id(),
             suppress_ids=(self.pad_id(),),
+            image_repeats=1 if batch.images is None else len(prompts) // len(batch.images),
             seed=self._seed(rollout_config.seed),
         )
         output = self._output(batch, said, stops)

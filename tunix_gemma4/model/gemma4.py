@@ -49,6 +49,7 @@ class Gemma4Model(nnx.Module):
         images: jax.Array | None = None,
         *,
         output_hidden_states: bool = False,
+        image_repeats: int = 1,
     ) -> tuple[jax.Array, Cache | None]:
         """Final hidden states [B, T, D] and the new cache, or None without one.
 
@@ -56,7 +57,7 @@ class Gemma4Model(nnx.Module):
         """
         config = self.config
         self._check_call(tokens, cache, attention_mask, segment_ids)
-        check_images(config, tokens, images)
+        check_images(config, tokens, images, image_repeats)
         first_slot = 0 if cache is None else _end_index(config, cache)
         if positions is None:
             positions = self._positions(tokens, first_slot, segment_ids)
@@ -68,7 +69,7 @@ class Gemma4Model(nnx.Module):
             attention_mask=attention_mask,
             segment_ids=segment_ids,
         )
-        x, text_tokens = self._embed(tokens, images)
+        x, text_tokens = self._embed(tokens, images, image_repeats)
         x = constrain(x, "batch", None, None)
         per_layer_inputs = self.language_model.per_layer_inputs(text_tokens, x)
         x, cache, outputs = self.language_model(x, per_layer_inputs, positions, masks, cache)
@@ -84,7 +85,9 @@ class Gemma4Model(nnx.Module):
         soft = constrain(self.embed_vision(soft), "batch", None, None)
         return soft.reshape(batch, -1, soft.shape[-1]), valid.reshape(batch, -1)
 
-    def _embed(self, tokens: jax.Array, images: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    def _embed(
+        self, tokens: jax.Array, images: jax.Array | None, image_repeats: int
+    ) -> tuple[jax.Array, jax.Array]:
         """Merged embeddings [B, T, D], and tokens with media placeholders turned into pads."""
         config = self.config
         media = jnp.zeros(tokens.shape, bool)
@@ -96,6 +99,8 @@ class Gemma4Model(nnx.Module):
             soft_tokens = None
             if images is not None and images.shape[1]:
                 soft_tokens = self.encode_images(images)
+                if image_repeats > 1:
+                    soft_tokens = tuple(jnp.repeat(x, image_repeats, axis=0) for x in soft_tokens)
             x = merge_soft_tokens(x, tokens == config.image_token_id, soft_tokens)
         return x, text_tokens
 
@@ -182,6 +187,7 @@ class Gemma4ForConditionalGeneration(Gemma4Model, BackendNames):
         decode_only_last_token: bool = False,
         skip_lm_head: bool = False,
         output_hidden_states: bool = False,
+        image_repeats: int = 1,
     ) -> tuple[jax.Array, Cache | None]:
         """Runs the model.
 
@@ -199,6 +205,8 @@ class Gemma4ForConditionalGeneration(Gemma4Model, BackendNames):
             skip_lm_head: return the final hidden states [B, T, D] in place of logits.
             output_hidden_states: sow every layer's output as `all_hidden_states`, the final
                 normed one last.
+            image_repeats: n: there are B / n rows of images, and each serves n rows of tokens in
+                turn, as the completions of one prompt. They are encoded once.
 
         Returns:
             Logits float32 [B, T, V], soft-capped, and the new cache, or None without one.
@@ -215,6 +223,7 @@ class Gemma4ForConditionalGeneration(Gemma4Model, BackendNames):
             segment_ids,
             images,
             output_hidden_states=output_hidden_states,
+            image_repeats=image_repeats,
         )
         if decode_only_last_token:
             x = x[:, -1:]

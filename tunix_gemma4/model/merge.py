@@ -9,7 +9,9 @@ import jax.numpy as jnp
 from ..config import ModelConfig
 
 
-def check_images(config: ModelConfig, tokens: jax.Array, images: jax.Array | None) -> None:
+def check_images(
+    config: ModelConfig, tokens: jax.Array, images: jax.Array | None, image_repeats: int = 1
+) -> None:
     """Raises ValueError for images whose form does not fit the model or the tokens."""
     if images is None:
         return
@@ -19,10 +21,12 @@ def check_images(config: ModelConfig, tokens: jax.Array, images: jax.Array | Non
             "text_only=False"
         )
     vision = config.vision_config
-    expected = f"[{tokens.shape[0]}, I, M, {vision.patch_dim + 2}]"
+    rows, rest = divmod(tokens.shape[0], image_repeats)
+    expected = f"[{rows}, I, M, {vision.patch_dim + 2}]"
     fits = (
         images.ndim == 4
-        and images.shape[0] == tokens.shape[0]
+        and images.shape[0] == rows
+        and not rest
         and images.shape[3] == vision.patch_dim + 2
     )
     if not fits:
