@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import warnings
 
-from . import automodel, cli, learner, logps, meshes, ppo, rollout
+from . import automodel, cli, learner, logps, mappings, meshes, ppo, rollout
 from .hooks import Hook, Installed
 
 TESTED = ("0.1.7",)
@@ -67,6 +67,12 @@ HOOKS: tuple[Hook, ...] = (
         cli.wrap_apply_lora_to_model,
         ("base_model", "mesh", "lora_config"),
         "the lora_config section reaches our projections, or is refused",
+    ),
+    Hook(
+        "tunix.generate.mappings:MappingConfig.from_model",
+        mappings.wrap_from_model,
+        ("model", "backend", "overrides"),
+        "weights reach vLLM in its shapes, with adapters merged; SGLang's limits are said",
     ),
     Hook(
         "tunix.utils.mesh:allocate_named_mesh_device_slices",

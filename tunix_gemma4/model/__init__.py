@@ -9,6 +9,7 @@ Stands in for the module that Tunix calls `model`: `model.ModelConfig`, `model.G
 from importlib import import_module
 
 _HOME = {
+    "BACKEND_MAPPINGS": (".backend_names", "BACKEND_MAPPINGS"),
     "Gemma4": (".gemma4", "Gemma4ForConditionalGeneration"),
     "Gemma4ForConditionalGeneration": (".gemma4", "Gemma4ForConditionalGeneration"),
     "Gemma4ForTokenScores": (".scores", "Gemma4ForTokenScores"),
