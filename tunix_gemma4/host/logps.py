@@ -142,7 +142,8 @@ def _logps(call: dict[str, Any], *, temperature_given: bool) -> Any:
         pad_id=call["pad_id"],
         eos_id=call["eos_id"],
         suppressed=suppressed,
-        image_repeats=1 if images is None else rows // images.shape[0],
+        # The model refuses what does not divide.
+        image_repeats=1 if images is None else max(1, rows // images.shape[0]),
     )
     if batch is not None:
         batch.logps, batch.entropy = logps, entropy
