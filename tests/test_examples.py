@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -82,5 +83,30 @@ def test_dpo_images_prefers_the_right_digit(tiny_checkpoint, tmp_path):
     assert all(chosen != rejected for chosen, rejected in answers)
     assert {word for pair in answers for word in pair} == set("0123456789")
     adapted = load_adapter(load_checkpoint(model, text_only=False), output / "adapter")
+    projection = adapted.language_model.layers[0].self_attn.q_proj
+    assert np.any(projection.kernel_lora_b[...])
+
+
+@pytest.mark.parametrize("name", ["grpo_text", "grpo_images", "gspo_images"])
+def test_rewards_move_the_adapter_of_a_tiny_model(name, tmp_path):
+    """As shipped, with fewer steps; Adam's first step moves whatever has a gradient."""
+    if name == "grpo_images":
+        pytest.importorskip("sklearn")
+    printed = subprocess.run(
+        [
+            *(sys.executable, EXAMPLES / f"{name}.py", f"--output={tmp_path}", "--steps=2"),
+            *("--prompts=2", "--max_completion_length=3"),
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(EXAMPLES.parent)},
+        check=True,
+    ).stdout
+    rewards = re.search(r"^reward: \[(.*)\]$", printed, re.MULTILINE)[1].replace(",", " ").split()
+    assert len(rewards) == 2
+    assert all(-1 <= float(reward) <= 2 for reward in rewards)
+    adapted = load_adapter(
+        load_checkpoint(tmp_path / "tiny", text_only=False), tmp_path / "adapter"
+    )
     projection = adapted.language_model.layers[0].self_attn.q_proj
     assert np.any(projection.kernel_lora_b[...])
