@@ -61,7 +61,7 @@ def main(argv: list[str]) -> None:
             max_soft_tokens=_MAX_SOFT_TOKENS.value,
         ),
         # One that comes with the package, and one from this file.
-        reward_functions=["exact_answer", f"{__file__}:brevity"],
+        reward_functions=["exact_answer", "__main__:brevity"],
         reward_weights=[1.0, 0.1],
         loss_type="grpo",
         beta=0.01,

@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw
 import tunix_gemma4 as g4
 from tunix_gemma4.host import grpo
 from tunix_gemma4.recipes.common import device_mesh
-from tunix_gemma4.recipes.rewards import numeric_answer
+from tunix_gemma4.recipes.rewards import numeric_answer, soft_overlong
 from tunix_gemma4.recipes.settings import MeshConfig
 from tunix_gemma4.tiny import build_tiny_checkpoint
 
@@ -35,7 +35,6 @@ _MAX_LENGTH = flags.DEFINE_integer("max_completion_length", 4, "Most tokens of a
 
 
 def picture(squares: int) -> Image.Image:
-    """Some squares in a row."""
     image = Image.new("RGB", (32, 32), "white")
     for left in range(0, 8 * squares, 8):
         ImageDraw.Draw(image).rectangle([left + 1, 8, left + 6, 16], "black")
@@ -85,10 +84,10 @@ def main(argv: list[str]) -> None:
         max_steps=_STEPS.value,
         report_to="none",
     )
-    clip = {"epsilon": 3e-4, "epsilon_high": 4e-4}
-    grpo.make_learner(
-        cluster, "gspo", [numeric_answer], num_generations=_GENERATIONS.value, **clip
-    ).train(batches())
+    rewards = [numeric_answer, soft_overlong(max_length=32, buffer=32)]
+    loss = {"num_generations": _GENERATIONS.value, "epsilon": 3e-4, "epsilon_high": 4e-4}
+    learner = grpo.make_learner(cluster, "gspo", rewards, **loss)
+    learner.train(batches())
     metrics = cluster.actor_trainer.metrics_logger
     print("reward:", metrics.get_metric_history("rewards", "score/mean", "train"))
     g4.save_adapter(policy, output / "adapter")
