@@ -266,6 +266,7 @@ def share_of_low_letters(prompts, completions, answer, **columns):
 """
 
 
+@pytest.mark.slow
 def test_grpo_main_trains_on_images_from_local_files(tiny_dir, tmp_path):
     (tmp_path / "my_data.py").write_text(DATA.format(words=WORDS))
     (tmp_path / "my_reward.py").write_text(REWARD)
