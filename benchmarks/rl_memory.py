@@ -1,0 +1,373 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory per chip of reinforcement learning on eight TPU v5e or eight Hopper GPUs.
+
+    python benchmarks/rl_memory.py --size e2b --platform tpu
+
+Compiles ahead of time, with the real compilers and shapes, and runs nothing; needs no chip, but
+the extra `aot` for TPU or `aot-gpu` for GPU. Three programs, each on fsdp 8 and on fsdp 4 x tp 2:
+
+    logps   compute_per_token_logps of the base model, through the wrapper that register() installs
+    score   compute_score of a Gemma4ForTokenScores, likewise
+    step    the RL trainer's step: GRPO loss, gradient, AdamW on adapters of rank 16
+
+8 rows, 4 completions for each of 2 prompts, of 256 prompt and 256 completion tokens, bfloat16, one
+image a prompt, whose budget of 140 soft tokens is the largest that a prompt of 256 has room for.
+Each line also says what the compiled program shows of the sharding of activations; see `facts`.
+`--layers` cuts the depth, and the tower to one layer. For a program that the compiler refuses as
+too large the line says what it needs.
+
+Measured with `--layers 4 --mesh 4x2`, TPU v5e, GB per chip; then each row had an image of its own:
+
+            arguments   outputs   temporaries
+    logps   0.24        0.00      0.20
+    score   0.24        0.00      0.09
+    step    0.26        0.25      0.25
+
+The outputs of the step are the whole model: the host jits it with the model as an argument, gives
+that back, and donates the optimizer alone. So a step holds every weight twice, LoRA or not.
+
+Not measured: the full depth of E2B and of 31B, fsdp 8, and, on GPUs, anything but `logps` with
+`--layers 2 --mesh 4x2 --prompt 192 --completion 128`: 0.17, 0.00 and 0.27 GB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import copy
+import json
+import math
+import os
+import re
+import time
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+# They only silence warnings about the TPU that is not here.
+os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from tunix.rl import algo_core, common
+from tunix.rl.grpo import grpo_learner
+from tunix.rl.rl_cluster import RLTrainingConfig
+from tunix.rl.trainer import Trainer
+
+import tunix_gemma4
+from tunix_gemma4 import LoraConfig, ModelConfig, apply_lora, sharding
+from tunix_gemma4.host import binding, learner
+from tunix_gemma4.model.gemma4 import Gemma4ForConditionalGeneration
+from tunix_gemma4.model.scores import Gemma4ForTokenScores
+
+ROWS, GENERATIONS, RANK = 8, 4, 16
+PROGRAMS = ("logps", "score", "step")
+MESHES = ("8x1", "4x2")
+GB = 1e9
+# What a chip of each kind has, in GB, as its maker counts.
+CAPACITY = {"tpu": (16,), "gpu": (80, 141)}
+# An H200, in the compiler's own text format.
+_HOPPER = """
+gpu_device_info {
+  threads_per_block_limit: 1024  threads_per_warp: 32  shared_memory_per_block: 49152
+  shared_memory_per_core: 233472  threads_per_core_limit: 2048  core_count: 132  fpus_per_core: 128
+  block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
+  memory_bandwidth: 4800000000000  l2_cache_size: 52428800  clock_rate_ghz: 1.98
+  device_memory_size: 150000000000  shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 }
+  registers_per_core_limit: 65536  registers_per_block_limit: 65536
+}
+platform_name: "CUDA"  dnn_version_info { major: 9 minor: 8 }
+runtime_version { major: 12 minor: 9 }  device_description_str: "NVIDIA H200"
+"""
+
+
+# Triton's matrix products are chosen by timing them, which takes a GPU.
+_OPTIONS = {"tpu": None, "gpu": {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0}}
+
+
+def make_mesh(platform: str, shape: str) -> Mesh:
+    """Eight chips that are not here, as fsdp x tp."""
+    if platform == "tpu":
+        topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4")
+    else:
+        topology = topologies.get_topology_desc(
+            platform="cuda", topology_name="", topology="1x1x8", target_config=_HOPPER
+        )
+    return Mesh(
+        np.array(topology.devices).reshape([int(size) for size in shape.split("x")]),
+        ("fsdp", "tp"),
+    )
+
+
+def make_config(size: str, layers: int | None) -> ModelConfig:
+    """The released size with its tower, cut to `layers` of alternating kinds if given."""
+    source = copy.deepcopy(getattr(ModelConfig, f"gemma4_{size}")().source)
+    fields = {"dtype": "bfloat16", "param_dtype": "bfloat16", "remat_config": "decoder"}
+    if layers is not None:
+        shares = source["text_config"]["num_kv_shared_layers"] > 0
+        source["vision_config"]["num_hidden_layers"] = 1
+        fields |= {
+            "num_hidden_layers": layers,
+            "num_kv_shared_layers": layers // 2 if shares and layers > 2 else 0,
+            "layer_types": ["sliding_attention", "full_attention"] * (layers // 2),
+        }
+    return ModelConfig.from_hf(source, text_only=False, **fields)
+
+
+class Shapes:
+    """Abstract arguments on a mesh."""
+
+    def __init__(self, config: ModelConfig, mesh: Mesh, arguments: argparse.Namespace):
+        self.config, self.mesh, self.arguments = config, mesh, arguments
+        self.total = arguments.prompt + arguments.completion
+        self.weights: set[tuple[int, ...]] = set()
+        self.bytes = 0
+
+    def placed(self, node):
+        """The shapes of a module's or optimizer's variables, each where its sharding says."""
+        graphdef, state = nnx.split(node)
+        leaves = jax.tree.leaves(state)
+        self.weights |= {leaf.shape for leaf in leaves}
+        self.bytes += sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+        return graphdef, jax.tree.map(
+            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+            state,
+            sharding.param_shardings(state, self.mesh),
+        )
+
+    def rows(self, *shape, dtype=jnp.int32):
+        where = NamedSharding(self.mesh, PartitionSpec("fsdp"))
+        return jax.ShapeDtypeStruct((ROWS, *shape), dtype, sharding=where)
+
+    def prompts(self):
+        return self.rows(self.arguments.prompt)
+
+    def completions(self, dtype=jnp.int32):
+        return self.rows(self.arguments.completion, dtype=dtype)
+
+    def images(self, *, of_rows: bool = False):
+        """One image per prompt, as log-probabilities and scores get them, or one per row.
+
+        The host gives every chip all rows where `fsdp` does not divide them.
+        """
+        vision = self.config.vision_config
+        patches = self.arguments.soft_tokens * vision.pooling_kernel_size**2
+        count = ROWS if of_rows else ROWS // GENERATIONS
+        spec = PartitionSpec(*() if count % self.mesh.shape["fsdp"] else ("fsdp",))
+        shape = (count, 1, patches, vision.patch_dim + 2)
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(self.mesh, spec))
+
+
+def lower_logps(shapes: Shapes):
+    model = nnx.eval_shape(lambda: Gemma4ForConditionalGeneration(shapes.config, rngs=nnx.Rngs(0)))
+    graphdef, state = shapes.placed(model)
+
+    def logps(state, prompts, completions, images):
+        return common.compute_per_token_logps(
+            graphdef, state, prompts, completions, 0, 1, images=images
+        )
+
+    return jax.jit(logps).lower(state, shapes.prompts(), shapes.completions(), shapes.images())
+
+
+def lower_score(shapes: Shapes):
+    model = nnx.eval_shape(lambda: Gemma4ForTokenScores(shapes.config, rngs=nnx.Rngs(0)))
+    graphdef, state = shapes.placed(model)
+
+    def score(state, prompts, completions, images):
+        batch = binding.Bound(images=images, image_repeats=GENERATIONS)
+        with binding.bind(batch):
+            return common.compute_score(nnx.merge(graphdef, state), prompts, completions, 0, 1)
+
+    return jax.jit(score).lower(state, shapes.prompts(), shapes.completions(), shapes.images())
+
+
+def lower_step(shapes: Shapes):
+    """The step that `GRPOLearner` makes its actor's trainer take, as that jits it."""
+    made = []
+
+    def build():
+        model = Gemma4ForConditionalGeneration(shapes.config, rngs=nnx.Rngs(0))
+        model = apply_lora(model, LoraConfig(rank=RANK))
+        training = RLTrainingConfig(actor_optimizer=optax.adamw(1e-5), eval_every_n_steps=1)
+        trainer = Trainer(model, training.actor_optimizer, training, dict)
+        made.append(trainer)
+        return trainer.model, trainer.optimizer
+
+    model, optimizer = nnx.eval_shape(build)
+    (trainer,) = made
+    grpo = grpo_learner.GRPOConfig(num_generations=GENERATIONS, beta=0.04)
+    grpo.temperature = 1.0
+    trainer.with_loss_fn(
+        lambda model, train_example, algo_config: algo_core.grpo_loss_fn(
+            model, train_example, algo_config=algo_config, pad_id=0, eos_id=1
+        ),
+        has_aux=True,
+    )
+    trainer.with_gen_model_input_fn(lambda x: {"train_example": x, "algo_config": grpo})
+    for node in (model, optimizer):
+        nnx.update(node, shapes.placed(node)[1])
+    step = nnx.jit(trainer.create_train_step_fn(), donate_argnames=("optimizer",))
+    return step.lower(model, optimizer, make_example(shapes))
+
+
+def make_example(shapes: Shapes):
+    """What `GRPOLearner` hands its trainer, with images."""
+    floats = shapes.completions(jnp.float32)
+    return learner._extended(grpo_learner.TrainExample)(
+        prompt_ids=shapes.prompts(),
+        prompt_mask=shapes.prompts(),
+        completion_ids=shapes.completions(),
+        completion_mask=shapes.completions(),
+        advantages=shapes.rows(dtype=jnp.float32),
+        ref_per_token_logps=floats,
+        old_per_token_logps=None,
+        images=shapes.images(of_rows=True),
+        rollout_logps=floats,
+        image_repeats=GENERATIONS,
+        temperature=1.0,
+        suppressed=(0, shapes.config.image_token_id),
+    )
+
+
+LOWER = {"logps": lower_logps, "score": lower_score, "step": lower_step}
+
+
+_RESULT = re.compile(r"^\s*(?:ROOT )?%?[\w.-]+ = \(?(?:bf16|f32)\[([\d,]+)\]", re.MULTILINE)
+_COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+# Each chip looks up its own words for all rows.
+_LOOKUP = "jit(_take)"
+
+
+def facts(text: str, weights: set[tuple[int, ...]], shapes: Shapes) -> dict:
+    """What the compiled program's text shows of the sharding of activations.
+
+    Args:
+        text: of the compiled program of one chip.
+        weights: shapes of all parameters, unsharded.
+        shapes: what the program was compiled for.
+
+    Returns:
+        `own_rows`: instructions that give hidden states of a chip's own rows alone.
+        `all_rows`: those that give activations of all rows at all positions, or a slice of their
+            width, but for lookups in the vocabulary tables: there tables stay and states move.
+        `all_words`: arrays other than tables with every word at several positions.
+        `collectives`: how many of each.
+    """
+    config = shapes.config
+    own = ROWS // shapes.mesh.shape["fsdp"]
+    lengths = (shapes.total, shapes.total - 1)
+    tables = weights | {shape[::-1] for shape in weights}
+    sizes = {size for shape in weights for size in shape}
+    own_rows, all_rows, all_words = 0, set(), set()
+    for line in text.splitlines():
+        match = _RESULT.match(line)
+        if match is None:
+            continue
+        shape = tuple(int(size) for size in match[1].split(",") if size != "1")
+        if shape in tables or len(shape) < 2 or shape[-1] in lengths:  # The last are masks.
+            continue
+        if config.vocab_size in shape:
+            all_words.add(shape)
+        positions = math.prod(shape[:-1])
+        own_rows += shape[-1] == config.hidden_size and positions in [own * n for n in lengths]
+        whole = positions in [ROWS * n for n in lengths] and shape[0] not in sizes
+        name = re.search(r'op_name="([^"]*)"', line)
+        if whole and name is not None and _LOOKUP not in name[1]:
+            all_rows.add(f"{name[1]} {list(shape)}")
+    count = collections.Counter(re.findall(rf" ({'|'.join(_COLLECTIVES)})(?:-start)?\(", text))
+    return {
+        "own_rows": own_rows,
+        "all_rows": sorted(all_rows),
+        "all_words": sorted(all_words),
+        "collectives": dict(count),
+    }
+
+
+def measure(program: str, shapes: Shapes) -> dict:
+    """Bytes per chip, or what the compiler says it lacks, and `facts`."""
+    start = time.monotonic()
+    with shapes.mesh:
+        lowered = LOWER[program](shapes)
+        try:
+            compiled = lowered.compile(compiler_options=_OPTIONS[shapes.arguments.platform])
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            needed = re.search(r"Used ([\d.]+[KMGT]) of ([\d.]+[KMGT]) hbm", str(error))
+            return {"fits": False, "needs": needed[0] if needed else str(error)[:500]}
+    memory = compiled.memory_analysis()
+    sizes = {
+        name: getattr(memory, f"{name}_size_in_bytes")
+        for name in ("argument", "output", "alias", "temp")
+    }
+    sizes["weights"] = shapes.bytes
+    sizes["total"] = sizes["argument"] + sizes["output"] - sizes["alias"] + sizes["temp"]
+    text = compiled.as_text()
+    if shapes.arguments.text is not None:
+        shape = "x".join(map(str, shapes.mesh.devices.shape))
+        name = f"{shapes.arguments.size}_{shapes.arguments.platform}_{shape}_{program}.txt"
+        (shapes.arguments.text / name).write_text(text)
+    found = facts(text, shapes.weights, shapes)
+    return sizes | found | {"seconds": round(time.monotonic() - start)}
+
+
+def describe(result: dict, platform: str) -> str:
+    if result.get("fits") is False:
+        return f"does not fit: {result['needs']} (both in GiB)"
+    total = result["total"] / GB
+    sizes = "  ".join(
+        f"{name} {result[name] / GB:6.2f}" for name in ("argument", "output", "alias", "temp")
+    )
+    fits = ", ".join(
+        f"{'fits' if total < capacity else 'does not fit'} {capacity} GB"
+        for capacity in CAPACITY[platform]
+    )
+    return f"{sizes}  total {total:6.2f} GB: {fits}"
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=("e2b", "31b"), default="e2b")
+    parser.add_argument("--platform", choices=tuple(CAPACITY), default="tpu")
+    parser.add_argument("--mesh", nargs="+", choices=MESHES, default=MESHES)
+    parser.add_argument("--program", nargs="+", choices=PROGRAMS, default=PROGRAMS)
+    parser.add_argument("--layers", type=int, help="cut the decoder to this even number of layers")
+    parser.add_argument("--prompt", type=int, default=256)
+    parser.add_argument("--completion", type=int, default=256)
+    parser.add_argument("--soft-tokens", type=int, default=140, choices=(70, 140))
+    parser.add_argument("--text", type=Path, help="directory to keep the compiled programs in")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per program")
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    arguments = parse()
+    tunix_gemma4.register()
+    config = make_config(arguments.size, arguments.layers)
+    for shape in arguments.mesh:
+        mesh = make_mesh(arguments.platform, shape)
+        for program in arguments.program:
+            shapes = Shapes(config, mesh, arguments)
+            result = measure(program, shapes)
+            name = f"{arguments.size} {arguments.platform} {shape} {program}"
+            if arguments.json:
+                print(
+                    json.dumps({"name": name, "mesh": shape, "program": program} | result),
+                    flush=True,
+                )
+                continue
+            print(f"{name:<20}{describe(result, arguments.platform)}", flush=True)
+            for key in ("own_rows", "all_rows", "all_words", "collectives", "seconds"):
+                if key in result:
+                    print(f"    {key}: {result[key]}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
