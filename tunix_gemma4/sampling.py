@@ -89,28 +89,24 @@ def generate(
     config = model.config
     _check_settings(max_new_tokens, temperature, top_k, top_p)
     _check_prompts(config, batch, image_repeats)
-    stops = config.eos_token_id if stop_ids is None else stop_ids
+    rules = _Rules(
+        stop_ids=jnp.ravel(jnp.array(config.eos_token_id if stop_ids is None else stop_ids)),
+        pad_id=jnp.int32(config.pad_token_id if pad_id is None else pad_id),
+        suppressed=jnp.array([*media_ids(config), *suppress_ids], jnp.int32),
+        key=jax.random.key(seed),
+        temperature=jnp.float32(temperature) if temperature else None,
+        top_p=None if top_p is None else jnp.float32(top_p),
+    )
     graphdef, state = nnx.split(model)
     with _mesh_of(state):
-        tokens, lengths, logps = _generate(
-            graphdef,
-            state,
-            jnp.asarray(batch.tokens),
-            jnp.asarray(batch.padding_mask) != 0,
-            batch.images,
-            _Rules(
-                stop_ids=jnp.asarray(stops, jnp.int32).ravel(),
-                pad_id=jnp.int32(config.pad_token_id if pad_id is None else pad_id),
-                suppressed=jnp.array([*media_ids(config), *suppress_ids], jnp.int32),
-                key=jax.random.key(seed),
-                temperature=jnp.float32(temperature) if temperature else None,
-                top_p=None if top_p is None else jnp.float32(top_p),
-            ),
+        tokens, padding = jnp.asarray(batch.tokens), jnp.asarray(batch.padding_mask) != 0
+        said = _generate(
+            *(graphdef, state, tokens, padding, batch.images, rules),
             top_k=None if top_k is None else min(top_k, config.vocab_size),
             max_new_tokens=max_new_tokens,
             image_repeats=image_repeats,
         )
-    return Generated(tokens, lengths, logps)
+    return Generated(*said)
 
 
 def media_ids(config: ModelConfig) -> tuple[int, ...]:
