@@ -176,7 +176,7 @@ def test_float64_values_are_cast_only_when_asked_for(directory):
 
 
 @pytest.mark.parametrize(
-    ("fsdp", "tp", "dtype"), [(8, 1, None), (4, 2, None), (4, 2, jnp.bfloat16), (1, 8, None)]
+    ("fsdp", "tp", "dtype"), [(8, 1, None), (4, 2, None), (4, 2, jnp.bfloat16), (2, 4, None)]
 )
 def test_a_mesh_gets_each_parameter_on_its_own_shards(tiny_checkpoint, fsdp, tp, dtype):
     directory, mesh = tiny_checkpoint("26b_a4b"), make_mesh(fsdp, tp)
