@@ -94,7 +94,7 @@ def run(name: str, seed: int, work: Path) -> Curve:
         return reinforce(subject, model, output, seed=seed)
     # On-policy every ratio is 1, and GSPO is GRPO to the letter; from the second step on the same
     # completions they differ.
-    overrides = ["num_iterations=2", "max_steps=300"]
+    overrides = ["num_iterations=2", "max_steps=400"]
     return reinforce(subject, model, output, algorithm="gspo", seed=seed, overrides=overrides)
 
 
