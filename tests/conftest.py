@@ -4,6 +4,7 @@
 import gc
 import importlib.util
 import os
+import sys
 
 # Read by JAX when its backend starts, so they are set before any test imports it. A caller's own
 # choice of platform or flags stands.
@@ -37,6 +38,9 @@ def _compiled_programs_go_with_their_file():
     yield
     import jax
 
+    # A run of the recipe registers and leaves it so, as in a user's process.
+    if "tunix_gemma4.host.register" in sys.modules:
+        sys.modules["tunix_gemma4.host.register"].unregister()
     jax.clear_caches()
     gc.collect()
 

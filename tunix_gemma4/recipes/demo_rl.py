@@ -35,6 +35,7 @@ from .run_config import load_run_config
 START = (0.3, 0.6)  # held-out accuracy that reinforcement learning of digits starts from
 LEAST_AFTER = 0.85
 _ENOUGH_DIGITS, _ENOUGH_SUMS = 0.5, 0.25
+_GUESSED = 0.4  # share of the digits' start that is labelled at random
 EVERY = 10  # steps between looks at what is held out
 # A row of a curve's CSV file; the metrics are those that each step reports.
 _METRICS = {
@@ -145,12 +146,26 @@ def digits(directory: Path, *, blank: bool = False) -> Subject:
     """Scans of digits; `blank` puts a white image in the place of each once it has started."""
     scans, written = write_scans(directory)
     seen = write_task(directory, DIGIT, scans, written)
+    (directory / "start").mkdir()
+    guessed = write_task(directory / "start", DIGIT, scans, _with_guesses(written))
+    start_data = dataclasses.replace(guessed, curve=seen.curve, held_out=seen.held_out)
     if not blank:
-        return Subject("digit", _ENOUGH_DIGITS, seen, seen)
+        return Subject("digit", _ENOUGH_DIGITS, seen, start_data)
     (directory / "blank").mkdir()
     white = write_blank(directory / "blank", scans)
     blanked = write_task(directory / "blank", DIGIT, white, written)
-    return Subject("digit", _ENOUGH_DIGITS, blanked, seen)
+    return Subject("digit", _ENOUGH_DIGITS, blanked, start_data)
+
+
+def _with_guesses(written: list[int]) -> list[int]:
+    """The digits, a share of them replaced by any digit.
+
+    A start that learnt from these still tries every digit now and then, which rewards need: what
+    is never sampled is never rewarded.
+    """
+    random = np.random.default_rng(0)
+    guesses = random.integers(0, 10, len(written))
+    return np.where(random.random(len(written)) < _GUESSED, guesses, written).tolist()
 
 
 def sums(directory: Path) -> Subject:
