@@ -19,6 +19,7 @@ other files as they are; `--only` with nothing behind it just draws and judges.
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -84,7 +85,9 @@ def run(name: str, seed: int, work: Path) -> Curve:
         "sums": ("sums", sums),
     }
     kind, make = kinds.get(name, ("digits", digits))
-    subject = make(work / f"data_{name}_{seed}")
+    data = work / f"data_{name}_{seed}"
+    shutil.rmtree(data, ignore_errors=True)  # Of a run that was broken off.
+    subject = make(data)
     directory = work / f"start_{kind}_{seed}"
     model = directory / "sft" / "model"
     if not model.exists():
@@ -94,7 +97,7 @@ def run(name: str, seed: int, work: Path) -> Curve:
         return reinforce(subject, model, output, seed=seed)
     # On-policy every ratio is 1, and GSPO is GRPO to the letter; from the second step on the same
     # completions they differ.
-    overrides = ["num_iterations=2", "max_steps=400"]
+    overrides = ["num_iterations=2", "max_steps=680"]
     return reinforce(subject, model, output, algorithm="gspo", seed=seed, overrides=overrides)
 
 

@@ -64,6 +64,7 @@ from tunix_gemma4 import LoraConfig, ModelConfig, apply_lora, sharding
 from tunix_gemma4.host import binding, learner
 from tunix_gemma4.model.gemma4 import Gemma4ForConditionalGeneration
 from tunix_gemma4.model.scores import Gemma4ForTokenScores
+from tunix_gemma4.model.stacking import stack_layers
 
 ROWS, GENERATIONS, RANK = 8, 4, 16
 PROGRAMS = ("logps", "score", "step")
@@ -166,7 +167,7 @@ class Shapes:
 
 def lower_logps(shapes: Shapes):
     model = nnx.eval_shape(lambda: Gemma4ForConditionalGeneration(shapes.config, rngs=nnx.Rngs(0)))
-    graphdef, state = shapes.placed(model)
+    graphdef, state = shapes.placed(stack_layers(model))
 
     def logps(state, prompts, completions, images):
         return common.compute_per_token_logps(
@@ -178,7 +179,7 @@ def lower_logps(shapes: Shapes):
 
 def lower_score(shapes: Shapes):
     model = nnx.eval_shape(lambda: Gemma4ForTokenScores(shapes.config, rngs=nnx.Rngs(0)))
-    graphdef, state = shapes.placed(model)
+    graphdef, state = shapes.placed(stack_layers(model))
 
     def score(state, prompts, completions, images):
         batch = binding.Bound(images=images, image_repeats=GENERATIONS)
@@ -194,7 +195,7 @@ def lower_step(shapes: Shapes):
 
     def build():
         model = Gemma4ForConditionalGeneration(shapes.config, rngs=nnx.Rngs(0))
-        model = apply_lora(model, LoraConfig(rank=RANK))
+        model = stack_layers(apply_lora(model, LoraConfig(rank=RANK)))
         training = RLTrainingConfig(actor_optimizer=optax.adamw(1e-5), eval_every_n_steps=1)
         trainer = Trainer(model, training.actor_optimizer, training, dict)
         made.append(trainer)
@@ -264,6 +265,10 @@ def facts(text: str, weights: set[tuple[int, ...]], shapes: Shapes) -> dict:
     own = ROWS // shapes.mesh.shape["fsdp"]
     lengths = (shapes.total, shapes.total - 1)
     tables = weights | {shape[::-1] for shape in weights}
+    # A projection may be gathered head by head.
+    tables |= {
+        (config.num_attention_heads, spec.head_dim, config.hidden_size) for spec in config.layers
+    }
     sizes = {size for shape in weights for size in shape}
     own_rows, all_rows, all_words = 0, set(), set()
     for line in text.splitlines():

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import jax
@@ -16,6 +17,8 @@ from tunix_gemma4.model.layers import HasBuffers
 from tunix_gemma4.tiny import tiny_config
 from tunix_gemma4.tiny_weights import random_tensor
 
+# Flags of a process of its own with one device, as quick to compile as the tests'.
+ONE_DEVICE = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
 TEXT_PRESETS = ("e2b", "e4b", "12b", "26b_a4b", "31b")
 IMAGE_PRESETS = ("e2b", "e4b", "26b_a4b", "31b")
 BUDGET = 12  # Soft tokens that an image of these tests may have.

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from small_models import ONE_DEVICE
 
 from tunix_gemma4.__main__ import main
 from tunix_gemma4.recipes import digits
@@ -35,7 +36,7 @@ def run_module(*arguments):
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env={**os.environ, "XLA_FLAGS": ""},
+        env={**os.environ, "XLA_FLAGS": ONE_DEVICE},
         check=False,
     )
 

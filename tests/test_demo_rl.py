@@ -139,3 +139,15 @@ def test_benchmark_judges_every_run_by_its_targets(benchmark, name, accuracies, 
     curves = [curve([before, math.nan, after]) for before, after in (good[name], accuracies)]
     assert benchmark.judge(name, curves) is passed
     assert ("MISSED" in capsys.readouterr().out) is not passed
+
+
+def test_committed_curves_are_whole_and_meet_the_targets(benchmark):
+    runs = {path.stem: Curve.read(path) for path in benchmark.RESULTS.glob("*.csv")}
+    wanted = {f"{name}_{seed}" for name in ("grpo", "gspo", "sums") for seed in benchmark.SEEDS}
+    assert set(runs) == wanted | {"blank_0"}
+    for name in benchmark.SETS:
+        curves = [run for stem, run in runs.items() if stem.startswith(f"{name}_")]
+        for found in curves:
+            assert [row["step"] for row in found.rows] == list(range(len(found.rows)))
+        assert benchmark.judge(name, curves)
+    assert (benchmark.RESULTS / "curves.png").is_file()

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from small_models import ONE_DEVICE
 
 from tunix_gemma4.checkpoint import load_checkpoint
 from tunix_gemma4.lora import load_adapter
@@ -50,7 +51,7 @@ def test_sft_images_trains_an_adapter_and_goes_on_from_its_checkpoint(tiny_check
             ],
             capture_output=True,
             text=True,
-            env={**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "XLA_FLAGS": ""},
+            env={**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "XLA_FLAGS": ONE_DEVICE},
             check=True,
         ).stdout
 
@@ -73,7 +74,7 @@ def test_dpo_images_prefers_the_right_digit(tiny_checkpoint, tmp_path):
         ],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "XLA_FLAGS": ""},
+        env={**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "XLA_FLAGS": ONE_DEVICE},
         check=True,
     ).stdout
     assert printed.endswith(f"adapter: {output / 'adapter'}\n")

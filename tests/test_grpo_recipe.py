@@ -115,6 +115,7 @@ def trained(tiny_checkpoint, data, tmp_path_factory):
         lora=LoraSettings(rank=4, alpha=8),
         train_micro_batch_size=2,
         beta=0.02,
+        scan_layers=True,
         save_steps=3,
         save_total_limit=9,
         eval_steps=4,

@@ -208,3 +208,19 @@ def test_learning_rate_ends_with_the_steps_or_the_epochs(settings, limits, expec
 def test_epochs_end_the_run(settings):
     config = settings(max_steps=None, num_train_epochs=1, lora=LoraSettings(rank=4))
     assert sft.run(config).trainer.train_steps == 3
+
+
+@pytest.mark.parametrize("lora", [None, LoraSettings(rank=4, alpha=8)], ids=["full", "lora"])
+def test_scanned_layers_train_and_are_saved_as_single_ones(settings, tmp_path, lora):
+    found, expected = (
+        sft.run(settings(lora=lora, scan_layers=scan, output_dir=str(tmp_path / str(scan))))
+        for scan in (True, False)
+    )
+    losses = [result.trainer.history("loss") for result in (found, expected)]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+    found, expected = parameters(found.model), parameters(expected.model)
+    assert found.keys() == expected.keys()
+    for path, array in expected.items():
+        np.testing.assert_allclose(found[path], array, atol=1e-4, err_msg=str(path))
+    saved = {path.name for path in (tmp_path / "True").iterdir()}
+    assert saved == {path.name for path in (tmp_path / "False").iterdir()}

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from small_models import ONE_DEVICE
 from tunix.cli import config as tunix_config
 from tunix.rl.rl_cluster import RLTrainingConfig
 from tunix.sft.peft_trainer import TrainingConfig
@@ -207,7 +208,7 @@ def run_command(*arguments, cwd, **environment):
         env={
             **os.environ,
             "PYTHONPATH": str(ROOT),
-            "XLA_FLAGS": "--xla_backend_optimization_level=0",
+            "XLA_FLAGS": ONE_DEVICE,
             "HF_HUB_OFFLINE": "1",
             "HF_DATASETS_CACHE": str(cwd / "cache"),
             **environment,

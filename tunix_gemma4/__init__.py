@@ -25,7 +25,9 @@ _HOME = {
     "register": "host.register",
     "save_adapter": "lora",
     "save_checkpoint": "checkpoint",
+    "stack_layers": "model.stacking",
     "unregister": "host.register",
+    "unstack_layers": "model.stacking",
 }
 _MODULES = ("checkpoint", "config", "data", "losses", "lora", "processor", "sampling", "sharding")
 

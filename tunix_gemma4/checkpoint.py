@@ -28,6 +28,7 @@ from . import weights
 from .checkpoint_check import AUDIO, SCORE_HEAD, TIED_HEAD, VISION, check_tensors
 from .config import ModelConfig
 from .model.gemma4 import Gemma4ForConditionalGeneration, Gemma4Model
+from .model.stacking import require_single_layers
 from .sharding import eval_shape, param_shardings
 
 _Model = TypeVar("_Model", bound=Gemma4Model)
@@ -190,6 +191,7 @@ def save_checkpoint(
     directory = Path(directory)
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes: expected at least 1, found {max_shard_bytes}")
+    require_single_layers(model)
     _refuse_unmerged(model)
     files.check_target(directory, overwrite)
     where = source if source is not None else model.config.source_directory

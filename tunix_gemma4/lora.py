@@ -8,11 +8,21 @@ model = merge_lora(model)
 
 from __future__ import annotations
 
+import qwix
 from flax import nnx
 
-from .lora_layers import LoraConfig, LoraLinear, adapted, add_adapters, describe, merge
+from .lora_layers import (
+    LoraConfig,
+    LoraLinear,
+    adapted,
+    add_adapters,
+    describe,
+    merge,
+    remove_adapter,
+)
 from .lora_peft import load_adapter, save_adapter
 from .lora_targets import resolve, with_head
+from .model.stacking import require_single_layers
 
 __all__ = [
     "LoraConfig",
@@ -20,6 +30,7 @@ __all__ = [
     "apply_lora",
     "load_adapter",
     "merge_lora",
+    "reference_model",
     "save_adapter",
 ]
 
@@ -64,10 +75,23 @@ def merge_lora(model: nnx.Module) -> nnx.Module:
     Raises:
         ValueError: if the model has no adapters.
     """
+    require_single_layers(model)
     model = nnx.clone(model)
     modules = adapted(model)
     if not modules:
         raise ValueError("the model has no adapters to merge; apply_lora or load_adapter adds them")
     for module in modules.values():
         merge(module)
+    return model
+
+
+def reference_model(model: nnx.Module) -> nnx.Module:
+    """The base that new adapters of `model` start from, sharing all arrays; stacked as `model` is.
+
+    Only where kernels are quantised does it keep adapters, and those must not have been trained.
+    """
+    model = nnx.clone(model)
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, LoraLinear) and not isinstance(module.kernel, qwix.QArray):
+            remove_adapter(module)
     return model

@@ -203,6 +203,11 @@ def merge(linear: LoraLinear) -> None:
     )
     mesh = _mesh_of(main.get_raw_value())
     linear.kernel = _placed(nnx.Param(merged, **main.get_metadata()), mesh)
+    remove_adapter(linear)
+
+
+def remove_adapter(linear: LoraLinear) -> None:
+    """Turns `linear`, in place, into an `nnx.Linear` of the kernel alone."""
     for name in ("kernel_lora_a", "kernel_lora_b", "kernel_dtype", "lora"):
         delattr(linear, name)
     object.__setattr__(linear, "__class__", nnx.Linear)

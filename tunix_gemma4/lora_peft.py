@@ -32,6 +32,7 @@ from .checkpoint_files import (
 )
 from .lora_layers import LoraConfig, LoraLinear, adapted, add_adapters, describe
 from .lora_targets import as_regex, linears
+from .model.stacking import require_single_layers
 from .weights import SCORE, module_name
 
 CONFIG = "adapter_config.json"
@@ -68,6 +69,7 @@ def save_adapter(
     Raises:
         ValueError: if there are no adapters, or `directory` holds anything else.
     """
+    require_single_layers(model)
     directory = Path(directory)
     modules = adapted(model)
     if not modules:
@@ -158,6 +160,7 @@ def load_adapter(model: nnx.Module, directory: str | Path) -> nnx.Module:
         ValueError: for files that are absent or damaged, settings that are not supported, and
             tensors that are missing, unexpected or misshapen, all of them in one message.
     """
+    require_single_layers(model)
     directory = Path(directory)
     config = _read_config(directory)
     tensors = _read_tensors(model, directory)

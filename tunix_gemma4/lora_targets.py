@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 from flax import nnx
 
+from .model.stacking import require_single_layers
 from .weights import SCORE
 
 _SEVEN = r"(?:self_attn\.(?:q|k|v|o)_proj|mlp\.(?:gate|up|down)_proj)"
@@ -59,6 +60,7 @@ def resolve(model: nnx.Module, targets: str) -> list[str]:
     Raises:
         ValueError: for a pattern that is invalid, matches nothing, or reaches experts.
     """
+    require_single_layers(model)
     names = list(linears(model))
     if targets in _PRESETS:
         found = [name for name in names if re.fullmatch(_PRESETS[targets], name)]

@@ -21,6 +21,7 @@ from jax.sharding import NamedSharding
 
 from .config import ModelConfig
 from .model.merge import check_images
+from .model.stacking import unstack_layers
 from .processor import Batch
 from .sharding import active_mesh, constrain
 
@@ -217,6 +218,8 @@ def _generate(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Prefill, then decode until every row is done: tokens, lengths and log-probabilities."""
     B, T = tokens.shape
+    # Once, and not in every step: slices of stacked layers are copies.
+    graphdef, state = nnx.split(unstack_layers(nnx.merge(graphdef, state)))
     tokens, padding = constrain(tokens, "batch", None), constrain(padding, "batch", None)
     # The last token is never fed back and needs no slot.
     slots = jnp.arange(T + max_new_tokens - 1)

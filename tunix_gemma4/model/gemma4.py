@@ -18,7 +18,7 @@ from ..sharding import constrain
 from .backend_names import BackendNames
 from .cache import Cache, cache_name, cached_keys, init_cache
 from .layers import HasBuffers
-from .masks import attention_masks, causal_mask, segment_positions
+from .masks import Visibility, attention_masks, causal_mask, segment_positions
 from .merge import check_images, merge_soft_tokens
 from .text import TextModel
 from .vision import VisionProjector, VisionTower
@@ -61,18 +61,24 @@ class Gemma4Model(nnx.Module):
         first_slot = 0 if cache is None else _end_index(config, cache)
         if positions is None:
             positions = self._positions(tokens, first_slot, segment_ids)
-        masks = attention_masks(
-            config,
-            tokens,
-            first_slot=first_slot,
-            keys=cached_keys(config, cache, tokens.shape[1]),
-            attention_mask=attention_mask,
-            segment_ids=segment_ids,
-        )
+        if cache is None:
+            visibility = Visibility.of(config, tokens, attention_mask, segment_ids)
+            masks = dict.fromkeys(("sliding", "full"), visibility)
+        else:
+            masks = attention_masks(
+                config,
+                tokens,
+                first_slot=first_slot,
+                keys=cached_keys(config, cache, tokens.shape[1]),
+                attention_mask=attention_mask,
+                segment_ids=segment_ids,
+            )
         x, text_tokens = self._embed(tokens, images, image_repeats)
         x = constrain(x, "batch", None, None)
         per_layer_inputs = self.language_model.per_layer_inputs(text_tokens, x)
-        x, cache, outputs = self.language_model(x, per_layer_inputs, positions, masks, cache)
+        x, cache, outputs = self.language_model(
+            *(x, per_layer_inputs, positions, masks, cache), keep_outputs=output_hidden_states
+        )
         if output_hidden_states:
             for hidden in (*outputs[:-1], x):
                 self.sow(nnx.Intermediate, "all_hidden_states", hidden)

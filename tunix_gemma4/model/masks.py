@@ -10,7 +10,7 @@ measured in slots, so a left-padded row sees exactly what the unpadded one does.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -78,6 +78,71 @@ def segment_positions(segment_ids: jax.Array) -> jax.Array:
     changed = segment_ids[:, 1:] != segment_ids[:, :-1]
     starts = jnp.where(jnp.pad(changed, ((0, 0), (1, 0)), constant_values=True), slots, 0)
     return slots - jax.lax.cummax(starts, axis=1)
+
+
+class Visibility(NamedTuple):
+    """Who may look at whom in whole rows, computed tile by tile: no array of all pairs is made.
+
+    Attributes:
+        visible: the caller's mask, bool [B, T, T], or None.
+        segments: int [B, T] or None; tokens see their own segment alone.
+        blocks: `image_blocks` [B, T] where sliding layers look both ways in them, else None.
+    """
+
+    visible: jax.Array | None
+    segments: jax.Array | None
+    blocks: jax.Array | None
+
+    @classmethod
+    def of(
+        cls,
+        config: ModelConfig,
+        tokens: jax.Array,
+        attention_mask: jax.Array | None,
+        segment_ids: jax.Array | None,
+    ) -> Visibility:
+        """That of `tokens` [B, T], which are all there is: there is no cache."""
+        both_ways = config.image_blocks_attend_both_ways
+        return cls(
+            None if attention_mask is None else attention_mask.astype(bool),
+            segment_ids,
+            image_blocks(tokens, config) if both_ways else None,
+        )
+
+    def padded(self, count: int) -> Visibility:
+        """With `count` more slots behind, in no image."""
+        return jax.tree.map(lambda x: jnp.pad(x, ((0, 0),) + ((0, count),) * (x.ndim - 1)), self)
+
+    def tile(
+        self, window: int | None, rows: tuple[Any, int], columns: tuple[Any, int]
+    ) -> jax.Array:
+        """The mask of some queries and some keys, bool [B or 1, queries, keys].
+
+        Args:
+            window: of a sliding layer; None in a full one.
+            rows: first slot of the queries and their number.
+            columns: first slot of the keys and their number.
+        """
+        q_slots, kv_slots = (start + jnp.arange(size) for start, size in (rows, columns))
+
+        def equal(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+            of_rows = jax.lax.dynamic_slice_in_dim(x, *rows, axis=1)
+            of_columns = jax.lax.dynamic_slice_in_dim(x, *columns, axis=1)
+            return of_rows[:, :, None] == of_columns[:, None, :], of_rows[:, :, None]
+
+        visible = causal_mask(q_slots, kv_slots)[None]
+        if self.visible is not None:
+            sizes = (self.visible.shape[0], rows[1], columns[1])
+            starts = (0, rows[0], columns[0])
+            visible = visible & jax.lax.dynamic_slice(self.visible, starts, sizes)
+        if window is not None:
+            if self.blocks is not None:
+                same, block = equal(self.blocks)
+                visible = visible | (same & (block > 0))
+            visible = visible & window_mask(q_slots, kv_slots, window)
+        if self.segments is not None:
+            visible = visible & equal(self.segments)[0]
+        return visible
 
 
 def attention_masks(

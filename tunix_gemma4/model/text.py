@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import jax
@@ -14,8 +15,10 @@ from ..sharding import constrain, metadata
 from .attention import Attention, KeysValues
 from .cache import Cache, LayerCache, cache_name
 from .layers import MLP, HasBuffers, RMSNorm, gelu, linear, remat_call
+from .masks import Visibility
 from .moe import Experts, Router
 from .rope import angles, frequencies
+from .stacking import LayerStack
 
 
 class DecoderLayer(nnx.Module, HasBuffers):
@@ -147,35 +150,103 @@ class TextModel(nnx.Module):
         x: jax.Array,
         per_layer_inputs: jax.Array | None,
         positions: jax.Array,
-        masks: dict[str, jax.Array],
+        masks: dict[str, jax.Array | Visibility],
         cache: Cache | None,
+        *,
+        keep_outputs: bool = False,
     ) -> tuple[jax.Array, Cache | None, list[jax.Array]]:
-        """x [B, T, D] to the normed output, the new cache, and every layer's output."""
-        layer_remat = cache is None and self.config.remat is RematConfig.DECODER
-        cos_sin: dict[str, tuple[jax.Array, jax.Array]] = {}
+        """x [B, T, D] to the normed output, the new cache, and every layer's output if asked."""
+        remat = cache is None and self.config.remat is RematConfig.DECODER
+        inputs = self._inputs(positions, masks, remat)
+        if hasattr(self, "stacks") and cache is None and not keep_outputs:
+            for stack in self.stacks:
+                x = self._run(stack, x, per_layer_inputs, inputs)
+            return self.norm(x), None, []
         new_cache: Cache = {}
-        kept: dict[int, KeysValues] = {}
         outputs = []
-        sources = {layer.spec.kv_from for layer in self.layers if layer.spec.shares_kv}
-        for layer in self.layers:
+        for layer in self.single_layers():
             spec = layer.spec
-            if spec.kind not in cos_sin:
-                turning = {"fraction": spec.rope_fraction, "factor": spec.rope_factor}
-                cos_sin[spec.kind] = angles(
-                    positions, frequencies(spec.head_dim, spec.rope_theta, **turning)
-                )
             name = cache_name(spec.index)
             entry = cache[name] if cache is not None and not spec.shares_kv else None
             extra = None if per_layer_inputs is None else per_layer_inputs[:, :, spec.index]
-            x, kv, entry = remat_call(
-                layer, layer_remat, constrain(x, "batch", None, None), extra,
-                cos_sin[spec.kind], masks[spec.kind], entry, kept.get(spec.kv_from),
-            )  # fmt: skip
-            # Keys and values travel as values of the graph: a checkpointed layer that read them
-            # from anywhere else would cut their gradient.
-            if spec.index in sources:
-                kept[spec.index] = kv
+            x, entry = inputs.call(layer, x, extra, entry)
             if entry is not None:
                 new_cache[name] = entry
-            outputs.append(x)
+            if keep_outputs:
+                outputs.append(x)
         return self.norm(x), (new_cache if cache is not None else None), outputs
+
+    def single_layers(self) -> list[DecoderLayer]:
+        """Every layer, those of stacks as slices."""
+        if not hasattr(self, "stacks"):
+            return list(self.layers)
+        return [layer for stack in self.stacks for layer in stack.unstacked(self.config.layers)]
+
+    def _inputs(self, positions, masks, remat) -> _Inputs:
+        turned = {}
+        for spec in self.config.layers:
+            if spec.kind not in turned:
+                turning = {"fraction": spec.rope_fraction, "factor": spec.rope_factor}
+                turned[spec.kind] = angles(
+                    positions, frequencies(spec.head_dim, spec.rope_theta, **turning)
+                )
+        shared = {spec.kind for spec in self.config.layers if spec.shares_kv}
+        return _Inputs(remat, turned, masks, shared, {})
+
+    def _run(
+        self, stack: LayerStack, x: jax.Array, extras: jax.Array | None, inputs: _Inputs
+    ) -> jax.Array:
+        """The layers of `stack`; leaves in `inputs` the keys and values that they kept."""
+        if extras is not None:
+            extras = jnp.moveaxis(extras[:, :, stack.run.first : stack.run.end], 2, 0)
+        kept = {}
+        for layer in stack.layers:
+            spec = layer.spec
+            if spec.kind in inputs.shared and not spec.shares_kv:
+                # Each layer writes its own, so that the last one's are left.
+                empty = jnp.zeros((*x.shape[:2], spec.num_kv_heads, spec.head_dim), x.dtype)
+                kept[spec.kind] = (constrain(empty, "batch", None, "kv_heads", None),) * 2
+
+        def call(layer, carry, extra):
+            x, kept = carry
+            here = dataclasses.replace(inputs, kept=inputs.kept | kept)
+            x, _ = here.call(layer, x, extra, None)
+            return x, {kind: here.kept[kind] for kind in kept}
+
+        x, kept = stack.scan(call, (x, kept), extras, dtype=x.dtype)
+        inputs.kept.update(kept)
+        return x
+
+
+@dataclasses.dataclass
+class _Inputs:
+    """What layers are called with besides their own input.
+
+    Attributes:
+        remat: whether the backward pass makes a layer's activations again.
+        turned: cosines and sines by kind of layer.
+        masks: by kind of layer.
+        shared: kinds whose keys and values later layers read.
+        kept: those keys and values. They travel as values of the graph: a checkpointed layer that
+            read them from anywhere else would cut their gradient.
+    """
+
+    remat: bool
+    turned: dict[str, tuple[jax.Array, jax.Array]]
+    masks: dict[str, jax.Array | Visibility]
+    shared: set[str]
+    kept: dict[str, KeysValues]
+
+    def call(
+        self, layer: DecoderLayer, x: jax.Array, extra: jax.Array | None, entry: LayerCache | None
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """The next x and cache entry."""
+        spec = layer.spec
+        x, kv, entry = remat_call(
+            layer, self.remat, constrain(x, "batch", None, None), extra,
+            self.turned[spec.kind], self.masks[spec.kind], entry,
+            self.kept[spec.kind] if spec.shares_kv else None,
+        )  # fmt: skip
+        if spec.kind in self.shared and not spec.shares_kv:
+            self.kept[spec.kind] = kv
+        return x, entry

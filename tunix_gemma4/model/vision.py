@@ -118,8 +118,14 @@ class VisionEncoder(nnx.Module):
         frequency = frequencies(vision.head_dim // 2, vision.rope_theta)
         by_axis = tuple(angles(positions[..., axis], frequency) for axis in (0, 1))
         remat = self.config.remat is not RematConfig.NONE
+
+        def run(layer: VisionLayer, x: jax.Array) -> jax.Array:
+            return remat_call(layer, remat, constrain(x, "batch", None, None), by_axis, valid)
+
+        if hasattr(self, "stack"):
+            return self.stack.scan(lambda layer, x, _: run(layer, x), x, dtype=x.dtype)
         for layer in self.layers:
-            x = remat_call(layer, remat, constrain(x, "batch", None, None), by_axis, valid)
+            x = run(layer, x)
         return x
 
 

@@ -21,6 +21,7 @@ from ..host.optimizer import make_optimizer, make_schedule
 from ..host.settings import CHECKPOINTS
 from ..lora import LoraConfig, apply_lora, merge_lora, save_adapter
 from ..model.gemma4 import num_parameters
+from ..model.stacking import stack_layers, unstack_layers
 from .load_config import load_config, to_yaml
 from .settings import MeshConfig, TrainSettings
 
@@ -150,8 +151,14 @@ def total_steps(config: TrainSettings, num_rows: int, rows_per_step: int) -> int
     return min(limits)
 
 
+def stacked(config: TrainSettings, model: nnx.Module) -> nnx.Module:
+    """The model, in place, as it is trained: with its layers stacked, if the settings say so."""
+    return stack_layers(model) if config.scan_layers else model
+
+
 def save(config: TrainSettings, model: nnx.Module, output: Path) -> list[Path]:
-    """Writes adapter/, or model/, or both."""
+    """Writes adapter/, or model/, or both; leaves the model's layers unstacked."""
+    unstack_layers(model)
     if config.lora is None:
         stored = ModelConfig.from_hf(config.model, text_only=config.text_only).param_dtype
         save_checkpoint(cast(model, stored), output / MODEL)

@@ -27,6 +27,7 @@ from ..host.grpo import (
 )
 from ..host.register import register
 from ..host.rl_report import Report
+from ..lora import reference_model
 from ..processor import Processor
 from . import common
 from .common import say
@@ -36,7 +37,8 @@ from .rl_config import GrpoRunConfig
 
 # What a checkpoint depends on: a run that is resumed must have the same.
 _FIXED = (
-    *("model", "data", "lora", "text_only", "dtype", "batch_size", "mini_batch_size"),
+    *("model", "data", "lora", "text_only", "dtype", "scan_layers", "batch_size"),
+    "mini_batch_size",
     *("train_micro_batch_size", "num_iterations", "seed"),
 )
 
@@ -228,14 +230,19 @@ def total_steps(config: GrpoRunConfig, num_rows: int) -> int:
 def load_models(config: GrpoRunConfig, mesh: Mesh) -> tuple[nnx.Module, nnx.Module | None]:
     """The policy, and for the KL penalty the model it starts from.
 
-    With adapters the reference is the base, whose arrays the policy shares. Without, it keeps the
-    checkpoint's own dtype, and the policy is its copy in float32.
+    With adapters the reference is the base, quantised if the policy's is, and the two share its
+    arrays. Without, it keeps the checkpoint's own dtype, and the policy is its copy in float32.
     """
     base = common.load_base(config, mesh)
-    reference = base if config.beta else None
-    if config.lora is not None:
-        return common.add_lora(config, base), reference
-    return common.in_float32(nnx.clone(base) if config.beta else base), reference
+    if config.lora is None:
+        policy = common.in_float32(nnx.clone(base) if config.beta else base)
+        reference = common.stacked(config, base) if config.beta else None
+        return common.stacked(config, policy), reference
+    policy = common.add_lora(config, base)
+    # Stacking makes a copy of each parameter and lets go of the original.
+    del base
+    policy = common.stacked(config, policy)
+    return policy, reference_model(policy) if config.beta else None
 
 
 def sizes_of(config: GrpoRunConfig) -> Sizes:

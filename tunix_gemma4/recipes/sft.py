@@ -24,7 +24,7 @@ from .run_config import RunConfig
 
 # What a checkpoint depends on: a run that is resumed must have the same.
 _FIXED = (
-    *("model", "data", "lora", "text_only", "dtype", "batch_size"),
+    *("model", "data", "lora", "text_only", "dtype", "scan_layers", "batch_size"),
     *("gradient_accumulation_steps", "seed"),
 )
 
@@ -118,7 +118,9 @@ def first_row(config: RunConfig, processor: Processor) -> str:
 def load_model(config: RunConfig, mesh: Mesh | None) -> nnx.Module:
     """The checkpoint, with adapters or, to train all of it, in float32."""
     model = common.load_base(config, mesh)
-    return common.in_float32(model) if config.lora is None else common.add_lora(config, model)
+    adapted = config.lora is not None
+    model = common.add_lora(config, model) if adapted else common.in_float32(model)
+    return common.stacked(config, model)
 
 
 def make_trainer(

@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layers stacked, so that one compiled block serves them all.
+
+A released decoder repeats one block: four or five sliding layers and a full one. Stacked, the
+sliding layers are one module and the full ones another, whose parameters have leading axes for the
+block and the place in it, and the decoder is a loop over blocks. So is the vision tower, whose
+layers are all alike. That compiles several times faster and needs less memory, since no more than
+a layer's parameters are gathered at once.
+
+Checkpoints, adapters and LoRA targets speak of single layers, `layers.3.self_attn.q_proj`. They
+are loaded, added and saved on a model that is not stacked; `stack_layers` and `unstack_layers`
+lead from one form to the other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from ..config import LayerSpec
+from .layers import HasBuffers
+
+
+class Run(NamedTuple):
+    """Consecutive layers that repeat a block of places; equal layers in a row share a place.
+
+    Attributes:
+        first: index of the first layer.
+        repeats: layers at each place of the block, in order.
+        count: blocks.
+    """
+
+    first: int
+    repeats: tuple[int, ...]
+    count: int
+
+    @property
+    def end(self) -> int:
+        """Index behind the last layer."""
+        return self.first + sum(self.repeats) * self.count
+
+    def indices(self, place: int) -> list[int]:
+        """Layers at `place`, counted from the first, block by block."""
+        period, start = sum(self.repeats), sum(self.repeats[:place])
+        return [
+            block * period + start + number
+            for block in range(self.count)
+            for number in range(self.repeats[place])
+        ]
+
+
+def runs(layers: tuple[LayerSpec, ...]) -> list[Run]:
+    """The fewest blocks that repeat to give `layers`: those with keys of their own, then others.
+
+    Layers that others read keys and values from are all in the last block of their run.
+    """
+    sources = {spec.kv_from for spec in layers if spec.shares_kv}
+    own = sum(not spec.shares_kv for spec in layers)
+    found = []
+    for first, end in ((0, own), (own, len(layers))):
+        part = [dataclasses.replace(spec, index=0, kv_from=0) for spec in layers[first:end]]
+        for period in range(1, len(part) + 1):
+            block = part[:period]
+            repeats = len(part) % period == 0 and part == block * (len(part) // period)
+            in_last = all(index >= end - period for index in sources if index >= first)
+            if repeats and (in_last or first == own):
+                places = tuple(len(list(group)) for _, group in itertools.groupby(block))
+                found.append(Run(first, places, len(part) // period))
+                break
+    return found
+
+
+class LayerStack(nnx.Module):
+    """The layers of a `Run`: one module for each place in the block.
+
+    Attributes:
+        run: which layers these are.
+        layers: one for each place; its parameters have [blocks, repeats] as leading axes.
+        buffers: of each place, the values of every buffer, layer by layer.
+    """
+
+    def __init__(self, run: Run, layers: list[nnx.Module]):
+        self.run = run
+        groups = [[layers[i] for i in run.indices(place)] for place in range(len(run.repeats))]
+        layers.clear()
+        self.buffers = tuple(
+            tuple(zip(*(_buffers(layer) for layer in group), strict=True)) for group in groups
+        )
+        self.layers = nnx.List([_stack(run, place, group) for place, group in enumerate(groups)])
+
+    def scan(
+        self,
+        body: Callable[[nnx.Module, Any, Any], Any],
+        carry: Any,
+        extras: jax.Array | None = None,
+        *,
+        dtype: Any,
+    ) -> Any:
+        """`carry` after `body(layer, carry, extra)` gave the next for every layer in order.
+
+        Args:
+            body: what to do with one layer.
+            carry: the first one.
+            extras: [layers, ...], of which each layer gets its own.
+            dtype: of buffers.
+        """
+        count, repeats = self.run.count, self.run.repeats
+        of_places = [None] * len(repeats)
+        if extras is not None:
+            extras = extras.reshape(count, -1, *extras.shape[1:])
+            ends = list(itertools.accumulate(repeats))
+            of_places = jnp.split(extras, ends[:-1], axis=1)
+        buffers = [
+            [jnp.array(values, dtype).reshape(count, -1) for values in place]
+            for place in self.buffers
+        ]
+        states = [nnx.state(layer) for layer in self.layers]
+
+        def block(carry: Any, of_block: Any) -> tuple[Any, None]:
+            for layer, of_place in zip(self.layers, of_block, strict=True):
+
+                def single(carry: Any, xs: Any, layer: nnx.Module = layer) -> tuple[Any, None]:
+                    state, buffers, extra = xs
+                    module = nnx.merge(nnx.graphdef(layer), state)
+                    _set_buffers(module, buffers)
+                    return body(module, carry, extra), None
+
+                carry, _ = jax.lax.scan(single, carry, of_place)
+            return carry, None
+
+        xs = list(zip(states, buffers, of_places, strict=True))
+        return jax.lax.scan(block, carry, xs)[0]
+
+    def unstacked(self, specs: tuple[LayerSpec, ...] | None = None) -> list[nnx.Module]:
+        """The layers one by one, with slices of the parameters; `specs` are the decoder's."""
+        found: dict[int, nnx.Module] = {}
+        for place, (layer, repeat) in enumerate(zip(self.layers, self.run.repeats, strict=True)):
+            graphdef, state = nnx.split(layer)
+            for number, index in enumerate(self.run.indices(place)):
+                single = nnx.merge(graphdef, _unstack(state, divmod(number, repeat)))
+                _set_buffers(single, [values[number] for values in self.buffers[place]])
+                if specs is not None:
+                    _name(single, specs[self.run.first + index])
+                found[index] = single
+        return [found[index] for index in sorted(found)]
+
+
+def _name(layer: nnx.Module, spec: LayerSpec) -> None:
+    """Tells a decoder layer which one it is."""
+    layer.spec = layer.self_attn.spec = spec
+
+
+def _places(layer: nnx.Module) -> list[tuple[nnx.Module, str]]:
+    """Where the buffers of `layer` are, always in the same order."""
+    return [
+        (module, name)
+        for _, module in nnx.iter_modules(layer)
+        if isinstance(module, HasBuffers)
+        for name in module.buffer_shapes()
+    ]
+
+
+def _buffers(layer: nnx.Module) -> list[float]:
+    return [getattr(module, name) for module, name in _places(layer)]
+
+
+def _set_buffers(layer: nnx.Module, values: list[Any]) -> None:
+    for (module, name), value in zip(_places(layer), values, strict=True):
+        setattr(module, name, value)
+
+
+def _stack(run: Run, place: int, layers: list[nnx.Module]) -> nnx.Module:
+    """One module from the equal ones of a place."""
+    buffers, spec = _buffers(layers[0]), getattr(layers[0], "spec", None)
+    for layer in layers:
+        _set_buffers(layer, buffers)
+        if spec is not None:
+            _name(layer, spec)
+    graphdefs, states = zip(*(nnx.split(layer) for layer in layers), strict=True)
+    for index, graphdef in zip(run.indices(place), graphdefs, strict=True):
+        if graphdef != graphdefs[0]:
+            raise ValueError(
+                f"layers {run.first + run.indices(place)[0]} and {run.first + index}: they cannot "
+                "be stacked, because they differ in more than their values, as adapters on some "
+                "layers alone make them. Leave the layers as they are (scan_layers: false)"
+            )
+    layers.clear()
+    axes = (run.count, run.repeats[place])
+    return nnx.merge(
+        graphdefs[0],
+        jax.tree.map(lambda *xs: _stack_variable(axes, xs), *states, is_leaf=_is_variable),
+    )
+
+
+def _is_variable(leaf: Any) -> bool:
+    return isinstance(leaf, nnx.Variable)
+
+
+def _stack_variable(axes: tuple[int, int], variables: tuple[nnx.Variable, ...]) -> nnx.Variable:
+    values = [variable.get_raw_value() for variable in variables]
+    first, shape = values[0], (*axes, *values[0].shape)
+    if isinstance(first, jax.ShapeDtypeStruct):
+        stacked = jax.ShapeDtypeStruct(shape, first.dtype)
+    else:
+        where = getattr(first, "sharding", None)
+        sharded = isinstance(where, NamedSharding) and not isinstance(first, jax.core.Tracer)
+        if sharded:
+            where = NamedSharding(where.mesh, PartitionSpec(None, None, *where.spec))
+        stack = lambda *xs: jnp.stack(xs).reshape(shape)  # noqa: E731
+        stacked = jax.jit(stack, out_shardings=where if sharded else None)(*values)
+    return _with_axes(variables[0], stacked, lambda names: (None, None, *names))
+
+
+def _unstack(state: nnx.State, index: tuple[int, int]) -> nnx.State:
+    def one(variable: nnx.Variable) -> nnx.Variable:
+        value = variable.get_raw_value()
+        if isinstance(value, jax.ShapeDtypeStruct):
+            value = jax.ShapeDtypeStruct(value.shape[2:], value.dtype)
+        else:
+            value = value[index]
+        return _with_axes(variable, value, lambda names: names[2:])
+
+    return jax.tree.map(one, state, is_leaf=_is_variable)
+
+
+def _with_axes(variable: nnx.Variable, value: Any, change: Callable) -> nnx.Variable:
+    """`variable` with another value and, in its metadata, other mesh axes."""
+    metadata = variable.get_metadata()
+    if metadata.get("out_sharding") is not None:
+        metadata["out_sharding"] = change(tuple(metadata["out_sharding"]))
+    return type(variable)(value, **metadata)
+
+
+def stack_layers(model: nnx.Module) -> nnx.Module:
+    """Stacks the layers of the decoder and of the tower, in place, and returns the model.
+
+    Args:
+        model: with adapters or without, of arrays or shapes.
+
+    Raises:
+        ValueError: if layers at the same place of a block differ, as with adapters on some only.
+    """
+    text = model.language_model
+    if hasattr(text, "stacks"):
+        return model
+    layers = list(text.layers)
+    del text.layers
+    text.stacks = nnx.List([])
+    for run in runs(model.config.layers):
+        text.stacks.append(LayerStack(run, layers[: run.end - run.first]))
+        del layers[: run.end - run.first]
+    if model.config.has_vision:
+        encoder = model.vision_tower.encoder
+        layers = list(encoder.layers)
+        del encoder.layers
+        encoder.stack = LayerStack(Run(0, (len(layers),), 1), layers)
+    return model
+
+
+def unstack_layers(model: nnx.Module) -> nnx.Module:
+    """Undoes `stack_layers`, in place, and returns the model."""
+    text = model.language_model
+    if hasattr(text, "layers"):
+        return model
+    layers: list[nnx.Module] = []
+    while text.stacks:
+        layers += text.stacks.pop(0).unstacked(model.config.layers)
+    del text.stacks
+    text.layers = nnx.List(layers)
+    if model.config.has_vision:
+        encoder = model.vision_tower.encoder
+        layers = encoder.stack.unstacked()
+        del encoder.stack
+        encoder.layers = nnx.List(layers)
+    return model
+
+
+def require_single_layers(model: nnx.Module) -> None:
+    """Raises ValueError if the layers of `model` are stacked, for what speaks of single ones."""
+    if hasattr(model.language_model, "stacks"):
+        raise ValueError(
+            "the model's decoder layers are stacked, and this names single ones: call "
+            "unstack_layers(model) first"
+        )
