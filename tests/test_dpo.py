@@ -119,6 +119,17 @@ def test_orpo_trains_every_weight_on_images(directory, processor):
     assert np.mean(jax.tree.leaves(moved)) > 0.9
 
 
+def test_orpo_with_adapters_trains_them_alone(directory, processor):
+    model = apply_lora(load_checkpoint(directory, text_only=False), LORA)
+    frozen = nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam))
+    before = jax.device_get(nnx.state(model, frozen))
+    losses, _ = assert_learns(
+        make_trainer(model, algorithm="orpo"), make_batch(processor, pictures=(1, 2))
+    )
+    assert losses[0] - losses[-1] > 1e-3
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(nnx.state(model, frozen)), before)
+
+
 def test_dpo_on_text_trains_every_weight_against_a_model_of_its_own(directory, processor):
     model, reference = load_checkpoint(directory), load_checkpoint(directory)
     before = arrays(reference)

@@ -170,6 +170,28 @@ def test_a_reward_model_scores_and_a_critic_shares_the_actors_backbone(tiny_chec
     assert moved(frozen, weights_of(base)) == 0
 
 
+def test_two_optimizer_steps_share_a_rollout(tiny_checkpoint):
+    directory, mesh = tiny_checkpoint("demo"), one_device()
+    base = load_checkpoint(directory, mesh)
+    actor = apply_lora(base, LORA)
+    critic = apply_lora(Gemma4ForTokenScores.from_policy(base, share_arrays=True), LORA)
+    cluster = make_cluster(directory, mesh, actor=actor, critic=critic)
+    seen = []
+
+    def reward(prompts, completions, **columns):
+        seen.append(completions)
+        return [len(text) / 7 for text in completions]
+
+    config = ppo_learner.PPOConfig(beta=0.0, num_iterations=2)
+    ppo_learner.PPOLearner(cluster, config, [reward]).train([text_batch(0), text_batch(1)])
+    assert len(seen) == 2
+    assert cluster.actor_trainer.train_steps == cluster.critic_trainer.train_steps == 4
+    assert history(cluster, "rollout_agreement/max").max() < 1e-3
+    for kind in ("actor", "critic"):
+        losses = history(cluster, "loss", kind)
+        assert np.isfinite(losses).all() and losses[0] != losses[1]
+
+
 def test_other_names_of_the_learners_numpy_are_the_modules_own():
     assert ppo_learner.jnp.concatenate is jnp.concatenate
     ids = jnp.ones((2, 3), jnp.int32)

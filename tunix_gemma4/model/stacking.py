@@ -241,6 +241,9 @@ def _with_axes(variable: nnx.Variable, value: Any, change: Callable) -> nnx.Vari
 def stack_layers(model: nnx.Module) -> nnx.Module:
     """Stacks the layers of the decoder and of the tower, in place, and returns the model.
 
+    `generate`, the losses and Tunix's trainers take either form. What names single layers wants
+    the other one: adapters, checkpoints in Hugging Face's format, rollouts with vLLM or SGLang.
+
     Args:
         model: with adapters or without, of arrays or shapes.
 
