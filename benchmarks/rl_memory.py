@@ -13,21 +13,13 @@ the extra `aot` for TPU or `aot-gpu` for GPU. Three programs, each on fsdp 8 and
 8 rows, 4 completions for each of 2 prompts, of 256 prompt and 256 completion tokens, bfloat16, one
 image a prompt, whose budget of 140 soft tokens is the largest that a prompt of 256 has room for.
 Each line also says what the compiled program shows of the sharding of activations; see `facts`.
-`--layers` cuts the depth, and the tower to one layer. For a program that the compiler refuses as
-too large the line says what it needs.
+Layers are stacked (`scan_layers: true`). `--layers` cuts the depth, and the tower to one layer. For
+a program that the compiler refuses as too large the line is its own message.
 
-Measured with `--layers 4 --mesh 4x2`, TPU v5e, GB per chip; then each row had an image of its own:
-
-            arguments   outputs   temporaries
-    logps   0.24        0.00      0.20
-    score   0.24        0.00      0.09
-    step    0.26        0.25      0.25
+What it printed is in docs/how-to/choose_mesh.md.
 
 The outputs of the step are the whole model: the host jits it with the model as an argument, gives
 that back, and donates the optimizer alone. So a step holds every weight twice, LoRA or not.
-
-Not measured: the full depth of E2B and of 31B, fsdp 8, and, on GPUs, anything but `logps` with
-`--layers 2 --mesh 4x2 --prompt 192 --completion 128`: 0.17, 0.00 and 0.27 GB.
 """
 
 from __future__ import annotations
@@ -267,9 +259,10 @@ def facts(text: str, weights: set[tuple[int, ...]], shapes: Shapes) -> dict:
     tables = weights | {shape[::-1] for shape in weights}
     # A projection may be gathered head by head.
     tables |= {
-        (config.num_attention_heads, spec.head_dim, config.hidden_size) for spec in config.layers
+        (heads, spec.head_dim, config.hidden_size)
+        for spec in config.layers
+        for heads in (config.num_attention_heads, spec.num_kv_heads)
     }
-    sizes = {size for shape in weights for size in shape}
     own_rows, all_rows, all_words = 0, set(), set()
     for line in text.splitlines():
         match = _RESULT.match(line)
@@ -282,7 +275,7 @@ def facts(text: str, weights: set[tuple[int, ...]], shapes: Shapes) -> dict:
             all_words.add(shape)
         positions = math.prod(shape[:-1])
         own_rows += shape[-1] == config.hidden_size and positions in [own * n for n in lengths]
-        whole = positions in [ROWS * n for n in lengths] and shape[0] not in sizes
+        whole = any(sorted(shape[:-1]) in ([ROWS, n], [ROWS * n]) for n in lengths)
         name = re.search(r'op_name="([^"]*)"', line)
         if whole and name is not None and _LOOKUP not in name[1]:
             all_rows.add(f"{name[1]} {list(shape)}")
@@ -305,8 +298,7 @@ def measure(program: str, shapes: Shapes) -> dict:
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            needed = re.search(r"Used ([\d.]+[KMGT]) of ([\d.]+[KMGT]) hbm", str(error))
-            return {"fits": False, "needs": needed[0] if needed else str(error)[:500]}
+            return {"fits": False, "needs": str(error).splitlines()[0]}
     memory = compiled.memory_analysis()
     sizes = {
         name: getattr(memory, f"{name}_size_in_bytes")
@@ -325,7 +317,7 @@ def measure(program: str, shapes: Shapes) -> dict:
 
 def describe(result: dict, platform: str) -> str:
     if result.get("fits") is False:
-        return f"does not fit: {result['needs']} (both in GiB)"
+        return f"does not fit: {result['needs']}"
     total = result["total"] / GB
     sizes = "  ".join(
         f"{name} {result[name] / GB:6.2f}" for name in ("argument", "output", "alias", "temp")
