@@ -263,6 +263,9 @@ def facts(text: str, weights: set[tuple[int, ...]], shapes: Shapes) -> dict:
         for spec in config.layers
         for heads in (config.num_attention_heads, spec.num_kv_heads)
     }
+    # What begins with one of these is a parameter, or has its heads first.
+    sizes = {size for shape in weights for size in shape}
+    sizes |= {config.num_attention_heads, *(spec.num_kv_heads for spec in config.layers)} - {ROWS}
     own_rows, all_rows, all_words = 0, set(), set()
     for line in text.splitlines():
         match = _RESULT.match(line)
@@ -275,7 +278,7 @@ def facts(text: str, weights: set[tuple[int, ...]], shapes: Shapes) -> dict:
             all_words.add(shape)
         positions = math.prod(shape[:-1])
         own_rows += shape[-1] == config.hidden_size and positions in [own * n for n in lengths]
-        whole = any(sorted(shape[:-1]) in ([ROWS, n], [ROWS * n]) for n in lengths)
+        whole = positions in [ROWS * n for n in lengths] and shape[0] not in sizes
         name = re.search(r'op_name="([^"]*)"', line)
         if whole and name is not None and _LOOKUP not in name[1]:
             all_rows.add(f"{name[1]} {list(shape)}")
