@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ..model.stacking import stacked_axes
+
 SCHEDULES = ("constant", "linear", "cosine")
 
 
@@ -98,7 +100,9 @@ def make_optimizer(
         steps.append(optax.clip_by_global_norm(max_grad_norm))
 
     def matrices(params: Any) -> Any:
-        return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf: leaf.ndim - stacked_axes(path) > 1, params
+        )
 
     adamw = optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=matrices)
     return optax.chain(*steps, adamw)

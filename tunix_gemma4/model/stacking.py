@@ -285,6 +285,11 @@ def unstack_layers(model: nnx.Module) -> nnx.Module:
     return model
 
 
+def stacked_axes(path: tuple[Any, ...]) -> int:
+    """How many axes stacking has put before those of the parameter at `path` of a state."""
+    return 2 * any(getattr(key, "key", None) in ("stack", "stacks") for key in path)
+
+
 def require_single_layers(model: nnx.Module) -> None:
     """Raises ValueError if the layers of `model` are stacked, for what speaks of single ones."""
     if hasattr(model.language_model, "stacks"):
