@@ -238,6 +238,11 @@ def _with_axes(variable: nnx.Variable, value: Any, change: Callable) -> nnx.Vari
     return type(variable)(value, **metadata)
 
 
+def is_stacked(model: nnx.Module) -> bool:
+    """Whether `model` is what `stack_layers` leaves."""
+    return hasattr(getattr(model, "language_model", None), "stacks")
+
+
 def stack_layers(model: nnx.Module) -> nnx.Module:
     """Stacks the layers of the decoder and of the tower, in place, and returns the model.
 
@@ -250,9 +255,9 @@ def stack_layers(model: nnx.Module) -> nnx.Module:
     Raises:
         ValueError: if layers at the same place of a block differ, as with adapters on some only.
     """
-    text = model.language_model
-    if hasattr(text, "stacks"):
+    if is_stacked(model):
         return model
+    text = model.language_model
     layers = list(text.layers)
     del text.layers
     text.stacks = nnx.List([])
@@ -269,9 +274,9 @@ def stack_layers(model: nnx.Module) -> nnx.Module:
 
 def unstack_layers(model: nnx.Module) -> nnx.Module:
     """Undoes `stack_layers`, in place, and returns the model."""
-    text = model.language_model
-    if hasattr(text, "layers"):
+    if not is_stacked(model):
         return model
+    text = model.language_model
     layers: list[nnx.Module] = []
     while text.stacks:
         layers += text.stacks.pop(0).unstacked(model.config.layers)
@@ -292,7 +297,7 @@ def stacked_axes(path: tuple[Any, ...]) -> int:
 
 def require_single_layers(model: nnx.Module) -> None:
     """Raises ValueError if the layers of `model` are stacked, for what speaks of single ones."""
-    if hasattr(model.language_model, "stacks"):
+    if is_stacked(model):
         raise ValueError(
             "the model's decoder layers are stacked, and this names single ones: call "
             "unstack_layers(model) first"
