@@ -37,8 +37,8 @@ def test_chunked_loss_has_the_gradients_of_the_plain_loss(preset, monkeypatch):
     np.testing.assert_allclose(value, plain_value, rtol=1e-6)
     largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(plain_grads))
     for ours, plain in zip(jax.tree.leaves(grads), jax.tree.leaves(plain_grads), strict=True):
-        # Rounding of a whole model's gradients: up to 1.1e-6 with jax 0.12.
-        assert float(jnp.abs(ours - plain).max()) <= 5e-6 * largest
+        # At most three times the rounding that was measured, 1.1e-6 with jax 0.12.
+        assert float(jnp.abs(ours - plain).max()) <= 3e-6 * largest
 
 
 def test_no_array_of_batch_times_tokens_times_vocabulary_is_built(monkeypatch):

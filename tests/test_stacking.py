@@ -9,6 +9,7 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 from small_models import draw_images, draw_tokens, random_model
 
+import tunix_gemma4
 from tunix_gemma4 import LoraConfig, ModelConfig, apply_lora
 from tunix_gemma4.losses import next_token_loss
 from tunix_gemma4.model.stacking import runs, stack_layers, unstack_layers
@@ -142,3 +143,12 @@ def test_layers_with_different_adapters_are_refused():
     model = apply_lora(model, LoraConfig(targets=r".*layers\.0\.mlp\.up_proj"), rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="layers 0 and 1"):
         stack_layers(model)
+
+
+@pytest.mark.parametrize("ask", ["apply_lora", "save_checkpoint", "save_adapter", "merge_lora"])
+def test_what_names_single_layers_refuses_stacks(ask, tmp_path):
+    model = stack_layers(deep_model("31b"))
+    arguments = [tmp_path / "out"] if ask.startswith("save") else []
+    with pytest.raises(ValueError, match=r"unstack_layers\(model\) first"):
+        getattr(tunix_gemma4, ask)(model, *arguments)
+    assert not list(tmp_path.iterdir())

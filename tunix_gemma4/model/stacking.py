@@ -4,8 +4,7 @@
 A released decoder repeats one block: four or five sliding layers and a full one. Stacked, the
 sliding layers are one module and the full ones another, whose parameters have leading axes for the
 block and the place in it, and the decoder is a loop over blocks. So is the vision tower, whose
-layers are all alike. That compiles several times faster and needs less memory, since no more than
-a layer's parameters are gathered at once.
+layers are all alike. Equal layers are then compiled once: of E2B's 35 the compiler sees four.
 
 Checkpoints, adapters and LoRA targets speak of single layers, `layers.3.self_attn.q_proj`. They
 are loaded, added and saved on a model that is not stacked; `stack_layers` and `unstack_layers`

@@ -58,9 +58,9 @@ class TrainSettings:
             small updates, and are saved in the checkpoint's own dtype.
         remat: what the backward pass computes again: "none", "block" (attention) or "decoder"
             (every layer), which takes a third more time and by far the least memory.
-        scan_layers: run the decoder as a loop over blocks of layers, which compiles several times
-            faster and takes less memory; see `tunix_gemma4.stack_layers`. Adapters must then be
-            the same in every block.
+        scan_layers: run the decoder as a loop over blocks of layers, so that equal layers are
+            compiled once; see `tunix_gemma4.stack_layers`. Adapters must then be the same in
+            every block.
         merge: with LoRA, also save model/, the adapter merged into the base.
         max_steps: optimizer steps; null: until the epochs end.
         num_train_epochs: passes over the data; null: until `max_steps`. Given both, what comes
