@@ -17,9 +17,6 @@ Layers are stacked (`scan_layers: true`). `--layers` cuts the depth, and the tow
 a program that the compiler refuses as too large the line is its own message.
 
 What it printed is in docs/how-to/choose_mesh.md.
-
-The outputs of the step are the whole model: the host jits it with the model as an argument, gives
-that back, and donates the optimizer alone. So a step holds every weight twice, LoRA or not.
 """
 
 from __future__ import annotations
@@ -54,6 +51,7 @@ from tunix.rl.trainer import Trainer
 import tunix_gemma4
 from tunix_gemma4 import LoraConfig, ModelConfig, apply_lora, sharding
 from tunix_gemma4.host import binding, learner
+from tunix_gemma4.host.train_step import TrainStep
 from tunix_gemma4.model.gemma4 import Gemma4ForConditionalGeneration
 from tunix_gemma4.model.scores import Gemma4ForTokenScores
 from tunix_gemma4.model.stacking import stack_layers
@@ -206,8 +204,8 @@ def lower_step(shapes: Shapes):
     trainer.with_gen_model_input_fn(lambda x: {"train_example": x, "algo_config": grpo})
     for node in (model, optimizer):
         nnx.update(node, shapes.placed(node)[1])
-    step = nnx.jit(trainer.create_train_step_fn(), donate_argnames=("optimizer",))
-    return step.lower(model, optimizer, make_example(shapes))
+    step = TrainStep(trainer.create_train_step_fn(), model, optimizer, nnx.LoRAParam)
+    return step.jitted_fn.lower(*step.arguments(), make_example(shapes))
 
 
 def make_example(shapes: Shapes):

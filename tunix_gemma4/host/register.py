@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import warnings
 
-from . import automodel, cli, learner, logps, mappings, meshes, ppo, rollout
+from . import automodel, cli, learner, logps, mappings, meshes, ppo, rollout, train_step
 from .hooks import Hook, Installed
 
 TESTED = ("0.1.7",)
@@ -176,6 +176,12 @@ HOOKS: tuple[Hook, ...] = (
         learner.wrap_run_global_step,
         (),
         "the time of a step and of its rollout among the metrics",
+    ),
+    Hook(
+        "tunix.sft.peft_trainer:PeftTrainer.jit_train_and_eval_step",
+        train_step.wrap_jit_train_and_eval_step,
+        ("skip_jit",),
+        "a training step holds frozen parameters once",
     ),
     Hook(
         "tunix.rl.trainer:Trainer.with_loss_fn",

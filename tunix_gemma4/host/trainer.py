@@ -28,6 +28,7 @@ from ..sharding import param_shardings
 from .checkpoints import CheckpointManager
 from .metrics import StepMetrics, supervised_tokens
 from .optimizer import find_record
+from .train_step import wrap_jit_train_and_eval_step
 
 TrainingConfig = peft_trainer.TrainingConfig
 Mode = metrics_logger.Mode
@@ -113,7 +114,6 @@ class Gemma4Trainer(peft_trainer.PeftTrainer):
             if self._mesh is not None and axis in self._mesh.shape
         )
         self.config = dataclasses.replace(training_config, data_sharding_axis=axes)
-        self._wrt = nnx.LoRAParam if self._lora_enabled else nnx.Param
         self._shard_optimizer(self._mesh)
         self._restore()
         self.with_loss_fn(next_token_loss).with_gen_model_input_fn(model_input)
@@ -226,20 +226,18 @@ class Gemma4Trainer(peft_trainer.PeftTrainer):
     # ---- The step.
 
     def create_train_step_fn(self) -> Callable[..., Any]:
-        """The host's step; its results stay on the shards they came from.
-
-        Left free, XLA moves some of them (the norms, say): the second step compiles anew, and a
-        later rollout may fail to read the weights.
-        """
+        """The host's step, which also returns the optimizer's record of it."""
 
         def train_step(model, optimizer, inputs):
             loss, _, gradient_norm = self._train_step(model, optimizer, inputs)
-            if self._mesh is not None:
-                _pin(model, self._wrt, self._mesh)
-                _pin(optimizer, nnx.optimizer.OptState, self._mesh)
             return loss, nnx.as_pure(find_record(optimizer.opt_state)), gradient_norm
 
         return train_step
+
+    def jit_train_and_eval_step(self, *args: Any, **kwargs: Any) -> tuple[Callable, Callable]:
+        """The host's, compiled so that frozen parameters lie in memory once."""
+        compiled = wrap_jit_train_and_eval_step(peft_trainer.PeftTrainer.jit_train_and_eval_step)
+        return compiled(self, *args, **kwargs)
 
     def _shard_optimizer(self, mesh: Mesh | None) -> None:
         """Places the optimizer's state like the parameters it belongs to.
@@ -305,12 +303,6 @@ class Gemma4Trainer(peft_trainer.PeftTrainer):
         if not self.metrics_logger.metric_exists(self.metrics_prefix, name, mode):
             return []
         return self.metrics_logger.get_metric_history(self.metrics_prefix, name, mode).tolist()
-
-
-def _pin(node: Any, kind: Any, mesh: Mesh) -> None:
-    """Constrains the variables of `kind` to the shardings that their metadata names."""
-    state = nnx.state(node, kind)
-    nnx.update(node, jax.lax.with_sharding_constraint(state, param_shardings(state, mesh)))
 
 
 def _mesh_of(model: nnx.Module) -> Mesh | None:

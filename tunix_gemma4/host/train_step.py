@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled training step, which gives back what is trained and nothing else.
+
+The host compiles its step with the whole model as an argument and a result, so that a frozen base
+lies in memory twice while a step runs. Here frozen parameters are arguments only.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import NamedSharding
+from tunix.sft import peft_trainer, utils
+
+from ..model.gemma4 import Gemma4Model
+
+
+class TrainStep:
+    """`function(model, optimizer, inputs)`, compiled; called with `inputs` alone.
+
+    Attributes:
+        jitted_fn: from trained parameters, frozen ones, optimizer state (donated) and inputs to the
+            new trained parameters, the new optimizer state and the function's result.
+    """
+
+    def __init__(
+        self, function: Callable, model: nnx.Module, optimizer: nnx.Optimizer, trained: type
+    ):
+        self._model, self._optimizer, self._trained = model, optimizer, trained
+        model_graph, *_ = nnx.split(model, trained, ...)
+        optimizer_graph, _ = nnx.split(optimizer)
+        parameters, _, optimizer_state = self.arguments()
+        shardings = _shardings((parameters, optimizer_state))
+
+        @functools.partial(jax.jit, donate_argnums=2)
+        def step(parameters, frozen, optimizer_state, inputs):
+            model = nnx.merge(model_graph, parameters, frozen)
+            optimizer = nnx.merge(optimizer_graph, optimizer_state)
+            result = function(model, optimizer, inputs)
+            new = _constrained((nnx.state(model, trained), nnx.state(optimizer)), shardings)
+            return *new, result
+
+        self.jitted_fn = step
+
+    @property
+    def func(self) -> TrainStep:
+        """Itself: where the host looks for `jitted_fn`, to see how often it was compiled."""
+        return self
+
+    def arguments(self) -> tuple[nnx.State, nnx.State, nnx.State]:
+        """What the compiled step takes before `inputs`."""
+        _, parameters, frozen = nnx.split(self._model, self._trained, ...)
+        return parameters, frozen, nnx.state(self._optimizer)
+
+    def __call__(self, inputs: Any) -> Any:
+        parameters, optimizer_state, result = self.jitted_fn(*self.arguments(), inputs)
+        nnx.update(self._model, parameters)
+        nnx.update(self._optimizer, optimizer_state)
+        return result
+
+
+def _shardings(tree: Any) -> list[NamedSharding | None]:
+    """Of each leaf, its place on a mesh."""
+    shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(tree)]
+    return [where if isinstance(where, NamedSharding) else None for where in shardings]
+
+
+def _constrained(tree: Any, shardings: list[NamedSharding | None]) -> Any:
+    """`tree` on the shards it came from.
+
+    Left free, XLA moves some of them (the norms, say): the second step compiles anew, and a later
+    rollout may fail to read the weights.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    pairs = zip(leaves, shardings, strict=True)
+    return structure.unflatten(
+        leaf if where is None else jax.lax.with_sharding_constraint(leaf, where)
+        for leaf, where in pairs
+    )
+
+
+def wrap_jit_train_and_eval_step(original: Callable) -> Callable:
+    """Trainers of Gemma 4 get a `TrainStep` in the place of the host's compiled step."""
+
+    @functools.wraps(original)
+    def jit_train_and_eval_step(
+        self: peft_trainer.PeftTrainer, skip_jit: bool = False, *args: Any, **kwargs: Any
+    ) -> tuple[Callable, Callable]:
+        train_step, eval_step = original(self, skip_jit, *args, **kwargs)
+        if skip_jit or not isinstance(self.model, Gemma4Model):
+            return train_step, eval_step
+        if not isinstance(train_step, TrainStep):
+            kind = nnx.LoRAParam if utils.is_lora_enabled(self.model) else nnx.Param
+            train_step = TrainStep(self.create_train_step_fn(), self.model, self.optimizer, kind)
+            self._jitted_train_step_fn = train_step
+        return train_step, eval_step
+
+    return jit_train_and_eval_step
