@@ -211,7 +211,7 @@ def lower_step(shapes: Shapes):
 def make_example(shapes: Shapes):
     """What `GRPOLearner` hands its trainer, with images."""
     floats = shapes.completions(jnp.float32)
-    return learner._extended(grpo_learner.TrainExample)(
+    return learner.extended(grpo_learner.TrainExample)(
         prompt_ids=shapes.prompts(),
         prompt_mask=shapes.prompts(),
         completion_ids=shapes.completions(),

@@ -270,7 +270,7 @@ def mesh():
     return jax.make_mesh((4, 2), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 
 
-def test_adapters_of_a_sharded_kernel_share_its_axes():
+def test_adapters_of_a_sharded_kernel_are_spread_over_the_mesh_along_its_axes_first():
     lora = apply_lora(shard_model(nnx.clone(base()), mesh()), LoraConfig(quantize="nf4"))
     modules = adapted(lora)
     expected = {"q_proj": ("fsdp", "tp"), "down_proj": ("tp", "fsdp")}
@@ -279,10 +279,10 @@ def test_adapters_of_a_sharded_kernel_share_its_axes():
         if rows is None:
             continue
         a, b = module.kernel_lora_a, module.kernel_lora_b
-        assert a.get_metadata()["out_sharding"] == (rows, None)
-        assert b.get_metadata()["out_sharding"] == (None, columns)
-        assert a.get_raw_value().sharding.spec == jax.P(rows)
-        assert b.get_raw_value().sharding.spec == jax.P(None, columns)
+        assert a.get_metadata()["out_sharding"] == ((rows, columns), None)
+        assert b.get_metadata()["out_sharding"] == (None, (columns, rows))
+        assert a.get_raw_value().sharding.spec == jax.P((rows, columns))
+        assert b.get_raw_value().sharding.spec == jax.P(None, (columns, rows))
         assert module.kernel.qvalue.get_raw_value().sharding.spec == jax.P(rows, columns)
 
 

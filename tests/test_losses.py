@@ -10,6 +10,7 @@ from jax.extend.core import jaxprs_in_params
 
 from tunix_gemma4 import losses
 from tunix_gemma4.model.gemma4 import Gemma4ForConditionalGeneration
+from tunix_gemma4.planning.flops import count_flops
 from tunix_gemma4.tiny import tiny_config
 
 PRESETS = ["e2b", "26b_a4b"]
@@ -95,3 +96,47 @@ def test_the_first_token_of_a_packed_segment_is_no_target():
     assert loss(model, tokens, everything, segment_ids=segments) == loss(
         model, tokens, without_starts, segment_ids=segments
     )
+
+
+@pytest.mark.parametrize("with_entropy", [False, True])
+def test_a_frozen_table_leaves_the_gradients_of_all_else_as_they_are(with_entropy, monkeypatch):
+    monkeypatch.setattr(losses, "CHUNK_TOKENS", 15)
+    model, tokens, _ = _case("e2b")
+    hidden, _ = nnx.jit(lambda model: model(tokens, skip_lm_head=True))(model)
+
+    def total(hidden):
+        logps, entropy = losses.per_token_logps(
+            model, hidden, tokens, temperature=0.7, suppressed=(3, 7)
+        )
+        return (jnp.sin(logps) + with_entropy * entropy**2).sum()
+
+    def plain(hidden):
+        logits = model.compute_final_logits(hidden) / 0.7
+        logits = logits.at[..., jnp.array([3, 7])].set(-1e30)
+        logps = jax.nn.log_softmax(logits)
+        entropy = -(jnp.exp(logps) * logps).sum(-1)
+        chosen = jnp.take_along_axis(logps, tokens[..., None], axis=-1)[..., 0]
+        return (jnp.sin(chosen) + with_entropy * entropy**2).sum()
+
+    found, wanted = jax.jit(jax.grad(total))(hidden), jax.jit(jax.grad(plain))(hidden)
+    assert float(jnp.abs(found - wanted).max()) <= 3e-6 * float(jnp.abs(wanted).max())
+
+
+def test_the_backward_pass_of_a_frozen_table_has_no_product_with_it():
+    model, tokens, mask = _case("e2b")
+    hidden, _ = nnx.jit(lambda model: model(tokens, skip_lm_head=True))(model)
+
+    graphdef, state = nnx.split(model)
+    table = state["language_model"]["embed_tokens"]["embedding"][...]
+
+    def total(table, hidden):
+        fresh = nnx.merge(graphdef, state)
+        fresh.language_model.embed_tokens.embedding = nnx.Param(table)
+        return losses.per_token_logps(fresh, hidden, tokens)[0].sum()
+
+    def products(argnums):
+        return count_flops(jax.jit(jax.grad(total, argnums)).trace(table, hidden).jaxpr)
+
+    one = 2 * tokens.size * model.config.vocab_size * model.config.hidden_size
+    assert products(1) == 2 * one  # Logits, and their way back.
+    assert products((0, 1)) == 4 * one

@@ -134,9 +134,9 @@ def test_agreement_notices_a_mask_that_shows_padding(cluster, example, monkeypat
 
     process_ids = common.process_ids
     monkeypatch.setattr(common, "process_ids", careless)
-    logps._chunked_logps.clear_cache()
+    logps.chunked_logps.clear_cache()
     found = agreement(cluster, example)
-    logps._chunked_logps.clear_cache()
+    logps.chunked_logps.clear_cache()
     assert found["rollout_agreement/mean"] > 1e-2
 
 
@@ -150,11 +150,11 @@ def test_agreement_notices_other_pictures(cluster, example):
 def test_new_image_sizes_compile_nothing(cluster):
     learner = make_learner(cluster, num_iterations=2)
     examples_of(learner, [mixed_batch(0)], micro=4)
-    sizes = sampling._generate._cache_size(), logps._chunked_logps._cache_size()
+    sizes = sampling._generate._cache_size(), logps.chunked_logps._cache_size()
     examples_of(
         make_learner(cluster, num_iterations=2), [mixed_batch(s) for s in (1, 2, 4)], micro=4
     )
-    assert (sampling._generate._cache_size(), logps._chunked_logps._cache_size()) == sizes
+    assert (sampling._generate._cache_size(), logps.chunked_logps._cache_size()) == sizes
 
 
 def test_completions_end_with_the_stop_token_and_so_does_their_mask(cluster):

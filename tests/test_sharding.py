@@ -38,7 +38,7 @@ def test_key_value_heads_are_split_between_heads_or_not_at_all(tp, whole):
     keys = PartitionSpec("fsdp") if whole else PartitionSpec("fsdp", "tp")
     for name in ("k_proj", "v_proj"):
         assert found[f"{_ATTENTION}{name}.kernel"] == keys
-        adapter = PartitionSpec() if whole else PartitionSpec(None, "tp")
+        adapter = PartitionSpec(None, "fsdp" if whole else ("tp", "fsdp"))
         assert found[f"{_ATTENTION}{name}.kernel_lora_b"] == adapter
     assert found[f"{_ATTENTION}q_proj.kernel"] == PartitionSpec("fsdp", "tp")
     assert found[f"{_ATTENTION}o_proj.kernel"] == PartitionSpec("tp", "fsdp")

@@ -22,6 +22,7 @@ _HOME = {
     "load_checkpoint": "checkpoint",
     "make_dataset": "data",
     "merge_lora": "lora",
+    "plan": "recipes.plan",
     "register": "host.register",
     "save_adapter": "lora",
     "save_checkpoint": "checkpoint",

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +14,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code; 2 for what the user can mend."""
     parser = _parser()
     options, options.rest = parser.parse_known_args(arguments)
+    if "overrides" in options:
+        # Those behind a flag, which argparse takes for something else.
+        options.overrides += [word for word in options.rest if re.match(r"[\w.]+=", word)]
+        options.rest = [word for word in options.rest if word not in options.overrides]
     # `parity` reads its own arguments; argparse's REMAINDER would refuse an option put first.
     if options.rest and options.command != "parity":
         parser.error(f"unrecognized arguments: {' '.join(options.rest)}")
@@ -73,6 +78,7 @@ def _add_training(commands: Any) -> None:
 
 
 def _add_tools(commands: Any) -> None:
+    _add_plan(commands)
     program = commands.add_parser(
         "run",
         help="run a Tunix program as it is, with Gemma 4 at home in it",
@@ -100,6 +106,25 @@ def _add_tools(commands: Any) -> None:
     generate.set_defaults(run=_generate)
 
 
+def _add_plan(commands: Any) -> None:
+    plan = commands.add_parser("plan", help="what a recipe takes on chips that are not here")
+    plan.add_argument("config", help="of sft or grpo, such as configs/sft/e2b_lora_text.yaml")
+    plan.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="topology=v5e:2x4 (or h200:8, cpu:8), images=1 in a row, and settings of the recipe",
+    )
+    plan.add_argument("--json", action="store_true", help="print one JSON object")
+    plan.add_argument(
+        "--search", action="store_true", help="also seek the greatest length and rows that fit"
+    )
+    plan.add_argument(
+        "--weights", action="store_true", help="weights and optimizer alone: compiles nothing"
+    )
+    plan.set_defaults(run=_plan)
+
+
 def _demo(options: argparse.Namespace) -> int:
     from .recipes import demo
 
@@ -124,6 +149,12 @@ def _grpo(options: argparse.Namespace) -> int:
 
     grpo.run(rl_config.load_grpo_config(options.config, options.overrides))
     return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from .recipes import plan_command
+
+    return plan_command.run(options)
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -21,7 +21,7 @@ import qwix
 from flax import nnx
 
 from .lora_targets import grouped, linears
-from .sharding import eval_shape, param_shardings
+from .sharding import eval_shape, param_shardings, spread
 from .weights import SCORE
 
 QTYPES = ("nf4", "int8")
@@ -180,8 +180,8 @@ def adapt(linear: nnx.Linear, *, name: str, config: LoraConfig, key: jax.Array) 
     object.__setattr__(linear, "__class__", LoraLinear)
     linear.lora = config
     linear.kernel_dtype = kernel.dtype
-    linear.kernel_lora_a = boxed(nnx.LoRAParam, a, (rows, None))
-    linear.kernel_lora_b = boxed(nnx.LoRAParam, b, (None, columns))
+    linear.kernel_lora_a = boxed(nnx.LoRAParam, a, (spread(rows), None))
+    linear.kernel_lora_b = boxed(nnx.LoRAParam, b, (None, spread(columns)))
     if config.quantize is not None:
         tile = tile_size(name, in_features, config)
         quantized = _quantize(kernel[...], qtype=config.quantize, tile=tile)

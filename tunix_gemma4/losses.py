@@ -7,11 +7,17 @@ few columns of the batch at a time, forward and backward.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+
+from .config import ModelConfig
+from .model.head import hidden_gradient, soft_cap, uncapped_logits
+from .sharding import constrain
 
 if TYPE_CHECKING:
     from .model.gemma4 import Gemma4ForConditionalGeneration
@@ -37,7 +43,7 @@ def per_token_logps(
         model: gives the head and its soft cap.
         hidden: final hidden states [B, T, D], as with `skip_lm_head=True`.
         targets: int [B, T], the token that each state predicts.
-        temperature: divides the soft-capped logits.
+        temperature: divides the soft-capped logits; has no gradient.
         suppressed: ids that have no probability, as where a sampler never draws them.
 
     Returns:
@@ -93,34 +99,111 @@ def next_token_loss(
     return total / loss_denominator.astype(jnp.float32).mean()
 
 
-def _chunked(model, hidden, targets, temperature, *, with_entropy, suppressed=()):
-    """Log-probabilities and, if asked for, entropies, a few columns at a time."""
-    batch, length = targets.shape
-    columns = min(length, max(1, CHUNK_TOKENS // batch))
-    count = -(-length // columns)
-    padding = count * columns - length
+@dataclasses.dataclass(frozen=True)
+class _Scores:
+    """Log-probabilities and entropies of a few columns: float32 [B, columns] each.
 
-    @jax.checkpoint
-    def chunk(hidden, targets):
-        logits = model.compute_final_logits(hidden) / temperature
-        if suppressed:
-            words = jnp.isin(jnp.arange(logits.shape[-1]), jnp.array(suppressed))
+    Attributes:
+        config: of the model.
+        with_entropy: whether entropies are wanted; they are 0 otherwise.
+        suppressed: ids that have no probability.
+    """
+
+    config: ModelConfig
+    with_entropy: bool
+    suppressed: tuple[int, ...]
+
+    def of_logits(self, logits, targets, temperature):
+        logits = soft_cap(logits, self.config) / temperature
+        if self.suppressed:
+            words = jnp.isin(jnp.arange(logits.shape[-1]), jnp.array(self.suppressed))
             logits = jnp.where(words, _NO_PROBABILITY, logits)
         normaliser = jax.nn.logsumexp(logits, axis=-1)
         chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        if not with_entropy:
+        if not self.with_entropy:
             return chosen - normaliser, jnp.zeros_like(normaliser)
         shares = jnp.exp(logits - normaliser[..., None])
         return chosen - normaliser, normaliser - (shares * logits).sum(axis=-1)
+
+    def of_states(self, table, temperature, hidden, targets):
+        logits = uncapped_logits(table, hidden, self.config)
+        return self.of_logits(logits, targets, temperature)
+
+    def and_slopes(self, table, temperature, hidden, targets):
+        """Also the gradient of each log-probability for its state: [B, columns, D]."""
+        logits = uncapped_logits(table, hidden, self.config)
+        scores, pull = jax.vjp(lambda x: self.of_logits(x, targets, temperature), logits)
+        (gradient,) = pull((jnp.ones_like(scores[0]), jnp.zeros_like(scores[1])))
+        return *scores, hidden_gradient(table, gradient, self.config).astype(hidden.dtype)
+
+
+def _chunked(model, hidden, targets, temperature, *, with_entropy, suppressed=()):
+    """Log-probabilities and, if asked for, entropies, a few columns at a time.
+
+    Where the table is frozen, the forward pass also keeps the slopes of log-probabilities, and
+    the backward pass needs no logits at all.
+    """
+    scores = _Scores(model.config, with_entropy, suppressed)
+
+    @jax.custom_vjp
+    def scored(table, temperature, *rows):
+        score = lambda _, *xs: (_, scores.of_states(table, temperature, *xs))  # noqa: E731
+        return _over_columns(score, *rows)[1]
+
+    def forward(*primals):
+        table, temperature, *rows = inputs = [primal.value for primal in primals]
+        if primals[0].perturbed:
+            return scored(*inputs), (inputs, None)
+        score = lambda _, *xs: (_, scores.and_slopes(table, temperature, *xs))  # noqa: E731
+        _, (*found, slopes) = _over_columns(score, *rows)
+        return tuple(found), (inputs, slopes)
+
+    def backward(residuals, cotangents):
+        (table, temperature, *rows), slopes = residuals
+        if slopes is not None and isinstance(cotangents[1], SymbolicZero):
+            of_hidden = _array(cotangents[0])[..., None] * slopes
+            return None, None, of_hidden.astype(slopes.dtype), None
+
+        def gradients(of_table, hidden, targets, *of_scores):
+            score = lambda *xs: scores.of_states(xs[0], temperature, xs[1], targets)  # noqa: E731
+            more, of_hidden = jax.vjp(score, table, hidden)[1](of_scores)
+            return of_table + more, of_hidden
+
+        of_table, of_hidden = _over_columns(
+            gradients, *rows, *map(_array, cotangents), carry=jnp.zeros_like(table)
+        )
+        return of_table, None, of_hidden, None
+
+    scored.defvjp(forward, backward, symbolic_zeros=True)
+    table = model.language_model.embed_tokens.embedding[...]
+    return scored(table, jnp.asarray(temperature, jnp.float32), hidden, targets)
+
+
+def _array(cotangent: jax.Array | SymbolicZero) -> jax.Array:
+    if isinstance(cotangent, SymbolicZero):
+        return jnp.zeros(cotangent.shape, cotangent.dtype)
+    return cotangent
+
+
+def _over_columns(function, *rows, carry=None):
+    """`function(carry, *rows)` for a few columns of the rows [B, T, ...] at a time.
+
+    Returns the last carry, and what else `function` returned, joined.
+    """
+    batch, length = rows[0].shape[:2]
+    columns = min(length, max(1, CHUNK_TOKENS // batch))
+    count = -(-length // columns)
+    padding = count * columns - length
 
     def split(x):
         x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(batch, count, columns, *x.shape[2:]), 1, 0)
 
     def join(x):
-        return jnp.moveaxis(x, 0, 1).reshape(batch, -1)[:, :length]
+        x = jnp.moveaxis(x, 0, 1).reshape(batch, count * columns, *x.shape[3:])[:, :length]
+        return constrain(x, "batch", *(None,) * (x.ndim - 1))
 
-    _, (logps, entropy) = jax.lax.scan(
-        lambda carry, chunked: (carry, chunk(*chunked)), None, (split(hidden), split(targets))
+    carry, parts = jax.lax.scan(
+        lambda carry, xs: function(carry, *xs), carry, tuple(map(split, rows))
     )
-    return join(logps), join(entropy)
+    return carry, jax.tree.map(join, parts)

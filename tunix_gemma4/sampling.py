@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -108,6 +108,43 @@ def generate(
             image_repeats=image_repeats,
         )
     return Generated(*said)
+
+
+def trace_generate(
+    model: nnx.Module,
+    tokens: jax.ShapeDtypeStruct,
+    images: jax.ShapeDtypeStruct | None,
+    *,
+    place: Callable[..., jax.ShapeDtypeStruct],
+    max_new_tokens: int,
+    image_repeats: int = 1,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> jax.stages.Traced:
+    """The program of `generate` on shapes, sampling at a temperature.
+
+    Args:
+        model: of shapes.
+        tokens, images: of the prompts.
+        place: `place(*shape, dtype=int32)` gives a shape that every device holds whole.
+        max_new_tokens, image_repeats, top_k, top_p: as in `generate`.
+    """
+    number = place(dtype=jnp.float32)
+    rules = _Rules(
+        stop_ids=place(1),
+        pad_id=place(),
+        suppressed=place(len(media_ids(model.config)) + 1),
+        key=place(dtype=jax.random.key(0).dtype),
+        temperature=number,
+        top_p=None if top_p is None else number,
+    )
+    padding = jax.ShapeDtypeStruct(tokens.shape, jnp.bool, sharding=tokens.sharding)
+    return _generate.trace(
+        *(*nnx.split(model), tokens, padding, images, rules),
+        top_k=None if top_k is None else min(top_k, model.config.vocab_size),
+        max_new_tokens=max_new_tokens,
+        image_repeats=image_repeats,
+    )
 
 
 def media_ids(config: ModelConfig) -> tuple[int, ...]:

@@ -58,6 +58,15 @@ def metadata(*logical_axes: str | None, heads: int | None = None) -> dict[str, A
     return result | {"heads": (axis, heads)}
 
 
+def spread(axis: str | None) -> tuple[str, ...]:
+    """Every mesh axis, `axis` first: for what is too small to be worth a copy on each chip.
+
+    An adapter's matrix has one long side, which its kernel splits over one axis alone.
+    """
+    names = ("fsdp", "tp")
+    return names if axis is None else (axis, *(name for name in names if name != axis))
+
+
 def _fitting_spec(
     axes: tuple, shape: tuple[int, ...], mesh: Any, *, heads: int | None = None
 ) -> PartitionSpec:
@@ -66,10 +75,16 @@ def _fitting_spec(
         return PartitionSpec()
     fitting = [_fitting_axis(axis, size, mesh) for axis, size in zip(axes, shape, strict=False)]
     if heads is not None and heads % _head_parts(mesh):
-        fitting = [None if axis == _MESH_AXIS["heads"] else axis for axis in fitting]
+        fitting = [_without_heads(axis) for axis in fitting]
     while fitting and fitting[-1] is None:
         fitting.pop()
     return PartitionSpec(*fitting)
+
+
+def _without_heads(axis: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+    if isinstance(axis, tuple):
+        return tuple(name for name in axis if name != _MESH_AXIS["heads"])
+    return None if axis == _MESH_AXIS["heads"] else axis
 
 
 def _fitting_axis(axis: str | tuple[str, ...] | None, size: int, mesh: Any) -> Any:

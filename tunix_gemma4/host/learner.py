@@ -52,11 +52,11 @@ def _gemma4_rollout(rl_cluster: Any) -> Rollout | None:
 
 
 class InWork:
-    """Marks examples that carry what `_extended` adds."""
+    """Marks examples that carry what `extended` adds."""
 
 
 @functools.cache
-def _extended(kind: type) -> type:
+def extended(kind: type) -> type:
     """The host's example `kind` with what the loss needs besides."""
 
     @flax.struct.dataclass
@@ -229,7 +229,7 @@ def _with_batch(example: Any, batch: Bound) -> Any:
     for row, sampled in enumerate(batch.rollout_logps):
         logps[row, : len(sampled)] = sampled
     fields = {field.name: getattr(example, field.name) for field in dataclasses.fields(example)}
-    return _extended(type(example))(
+    return extended(type(example))(
         **fields,
         # The host cuts examples by rows; the loss takes one row of images for each prompt again.
         images=None if batch.images is None else np.repeat(batch.images, batch.image_repeats, 0),

@@ -129,7 +129,7 @@ def _logps(call: dict[str, Any], *, temperature_given: bool) -> Any:
         images = _placed(batch.rows(rows)) if images is None else images
         temperature = temperature if temperature_given else batch.temperature
         suppressed = batch.suppressed
-    logps, entropy = _chunked_logps(
+    logps, entropy = chunked_logps(
         call["graphdef"],
         call["state"],
         call["prompt_tokens"],
@@ -162,7 +162,7 @@ def _placed(images: Any) -> Any:
 
 
 @functools.partial(jax.jit, static_argnames=("pad_id", "eos_id", "suppressed", "image_repeats"))
-def _chunked_logps(
+def chunked_logps(
     graphdef,
     state,
     prompt_tokens: jax.Array,

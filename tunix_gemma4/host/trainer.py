@@ -308,8 +308,9 @@ class Gemma4Trainer(peft_trainer.PeftTrainer):
 def _mesh_of(model: nnx.Module) -> Mesh | None:
     """The mesh that the parameters lie on."""
     for leaf in jax.tree.leaves(nnx.state(model)):
-        if isinstance(leaf.sharding, NamedSharding):
-            return leaf.sharding.mesh
+        where = getattr(leaf, "sharding", None)  # Shapes and traced arrays may have none.
+        if isinstance(where, NamedSharding):
+            return where.mesh
     return None
 
 

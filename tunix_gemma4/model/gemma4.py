@@ -17,6 +17,7 @@ from ..config import ModelConfig
 from ..sharding import constrain
 from .backend_names import BackendNames
 from .cache import Cache, cache_name, cached_keys, init_cache
+from .head import soft_cap, uncapped_logits
 from .layers import HasBuffers
 from .masks import Visibility, attention_masks, causal_mask, segment_positions
 from .merge import check_images, merge_soft_tokens
@@ -237,14 +238,8 @@ class Gemma4ForConditionalGeneration(Gemma4Model, BackendNames):
 
     def compute_final_logits(self, hidden: jax.Array) -> jax.Array:
         """Soft-capped logits, float32 [..., V], of final hidden states [..., D]."""
-        table = self.language_model.embed_tokens.embedding[...].astype(self.config.dtype)
-        # Every chip scores its own words for all rows: gathering states is cheaper than the table.
-        unsharded = (None,) * (hidden.ndim - 1)
-        hidden = constrain(hidden, *unsharded, None)
-        logits = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
-        logits = constrain(logits, *unsharded, "vocab")
-        cap = self.config.final_logit_softcapping
-        return logits if cap is None else cap * jnp.tanh(logits / cap)
+        table = self.language_model.embed_tokens.embedding[...]
+        return soft_cap(uncapped_logits(table, hidden, self.config), self.config)
 
 
 def _end_index(config: ModelConfig, cache: Cache) -> jax.Array:

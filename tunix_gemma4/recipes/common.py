@@ -98,13 +98,18 @@ def warn_of_idle_devices(used: int) -> None:
         )
 
 
+def model_config(config: TrainSettings, source: Any) -> ModelConfig:
+    """The model's config, from a directory or what its config.json holds."""
+    fields = {} if config.dtype is None else {"dtype": config.dtype}
+    return ModelConfig.from_hf(
+        source, text_only=config.text_only, remat_config=config.remat, **fields
+    )
+
+
 def load_base(config: TrainSettings, mesh: Mesh | None) -> nnx.Module:
     """The checkpoint as it is."""
-    fields = {} if config.dtype is None else {"dtype": config.dtype}
-    model_config = ModelConfig.from_hf(
-        config.model, text_only=config.text_only, remat_config=config.remat, **fields
-    )
-    return load_checkpoint(config.model, mesh, config.text_only, config=model_config)
+    settled = model_config(config, config.model)
+    return load_checkpoint(config.model, mesh, config.text_only, config=settled)
 
 
 def add_lora(config: TrainSettings, model: nnx.Module) -> nnx.Module:

@@ -87,7 +87,7 @@ def run(config: GrpoRunConfig, *, after_step: Callable[[Any], None] | None = Non
     say(f"{len(rows)} prompts in {config.data.path}. The first:")
     say(first_prompt(rows, processor))
 
-    policy, reference = load_models(config, mesh)
+    policy, reference = prepare_models(config, common.load_base(config, mesh))
     steps = total_steps(config, len(rows))
     cluster = make_cluster(
         policy,
@@ -227,13 +227,12 @@ def total_steps(config: GrpoRunConfig, num_rows: int) -> int:
 # ---- Model and algorithm.
 
 
-def load_models(config: GrpoRunConfig, mesh: Mesh) -> tuple[nnx.Module, nnx.Module | None]:
-    """The policy, and for the KL penalty the model it starts from.
+def prepare_models(config: GrpoRunConfig, base: nnx.Module) -> tuple[nnx.Module, nnx.Module | None]:
+    """The policy, and for the KL penalty the model it starts from: the checkpoint's, `base`.
 
     With adapters the reference is the base, quantised if the policy's is, and the two share its
     arrays. Without, it keeps the checkpoint's own dtype, and the policy is its copy in float32.
     """
-    base = common.load_base(config, mesh)
     if config.lora is None:
         policy = common.in_float32(nnx.clone(base) if config.beta else base)
         reference = common.stacked(config, base) if config.beta else None

@@ -68,6 +68,11 @@ class RunConfig(TrainSettings):
                 "gradient_accumulation_steps": self.gradient_accumulation_steps,
             }
         )
+        if self.batch_size % self.mesh.fsdp:
+            raise ValueError(
+                f"batch_size: expected a multiple of mesh.fsdp={self.mesh.fsdp}, found "
+                f"{self.batch_size}"
+            )
 
 
 def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

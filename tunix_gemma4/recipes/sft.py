@@ -61,7 +61,7 @@ def run(config: RunConfig, *, after_eval: Callable[[Gemma4Trainer], None] | None
     say(f"{train_ds.num_rows} rows in {config.data.path}. The first:")
     say(first_row(config, processor))
 
-    model = load_model(config, mesh)
+    model = prepare_model(config, common.load_base(config, mesh))
     trainer = make_trainer(config, model, train_ds.num_rows, after_eval)
     if trainer.train_steps:
         say(f"Resuming after step {trainer.train_steps} from {output / CHECKPOINTS}.")
@@ -75,11 +75,6 @@ def run(config: RunConfig, *, after_eval: Callable[[Gemma4Trainer], None] | None
 def make_mesh(config: RunConfig) -> Mesh | None:
     """Devices as mesh.fsdp x mesh.tp; None for a single one."""
     mesh = common.device_mesh(config.mesh)
-    if config.batch_size % config.mesh.fsdp:
-        raise ValueError(
-            f"batch_size: expected a multiple of mesh.fsdp={config.mesh.fsdp}, found "
-            f"{config.batch_size}"
-        )
     common.warn_of_idle_devices(mesh.size)
     return None if mesh.size == 1 else mesh
 
@@ -115,9 +110,8 @@ def first_row(config: RunConfig, processor: Processor) -> str:
     return processor.explain(processor.collate([example]))
 
 
-def load_model(config: RunConfig, mesh: Mesh | None) -> nnx.Module:
-    """The checkpoint, with adapters or, to train all of it, in float32."""
-    model = common.load_base(config, mesh)
+def prepare_model(config: RunConfig, model: nnx.Module) -> nnx.Module:
+    """The checkpoint's model with adapters or, to train all of it, in float32."""
     adapted = config.lora is not None
     model = common.add_lora(config, model) if adapted else common.in_float32(model)
     return common.stacked(config, model)
