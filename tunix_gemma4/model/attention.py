@@ -20,7 +20,7 @@ KeysValues = tuple[jax.Array, jax.Array]
 BLOCK = 256
 DENSE_LENGTH = 512
 # Blocks of a group meet as many keys as its last: 1/2 + 1 / (2 * FULL_GROUPS) of all pairs.
-FULL_GROUPS = 8
+FULL_GROUPS = 4
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:

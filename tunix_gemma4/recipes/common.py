@@ -35,6 +35,7 @@ def prepare_output(config: TrainSettings, fixed: Sequence[str]) -> Path:
         config: of the run.
         fixed: settings that a run which is resumed must have had.
     """
+    _require_directory(config.model)
     output = Path(config.output_dir)
     finished = [name for name in (ADAPTER, MODEL) if (output / name).exists()]
     if finished:
@@ -63,6 +64,17 @@ def prepare_output(config: TrainSettings, fixed: Sequence[str]) -> Path:
         output.mkdir(parents=True, exist_ok=True)
         settings.write_text(to_yaml(config), "utf-8")
     return output
+
+
+def _require_directory(model: str) -> None:
+    """Raises ValueError for what is not on this disk, with the command that puts it there."""
+    if Path(model).is_dir():
+        return
+    message = f"model: expected a checkpoint directory, and there is no {model}"
+    if model.count("/") == 1 and not model.startswith((".", "/")):
+        name = model.split("/")[1]
+        message += f". Download it (hf download {model} --local-dir {name}) and give model={name}"
+    raise ValueError(message)
 
 
 def device_mesh(

@@ -10,7 +10,7 @@ loaded, and nothing runs.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +150,7 @@ def plan(
     *,
     images: int | None = None,
     settings: tuple[str, ...] = (),
+    only: Collection[str] = (),
 ) -> Plan:
     """Compiles what the recipe of `config` would run on `topology`.
 
@@ -159,6 +160,7 @@ def plan(
         topology: such as "v5e:2x4", "h200:8" or "cpu:8"; see `planning.hardware`.
         images: most images of a row; None: what the settings allow, or 0 for text only.
         settings: what was changed in `config`, to be told in the plan.
+        only: names of the programs to compile; all if empty.
 
     Raises:
         ValueError: a topology or model that is not known, a compiler that is not installed, or a
@@ -179,6 +181,7 @@ def plan(
         sampler = _sampler(config, shapes, devices[mesh.size :])
         used += 0 if sampler is None else sampler.mesh.size
         found = grpo_programs(config, shapes, count, sampler)
+    found = [program for program in found if not only or program.name in only]
     return Plan(
         chips=used,
         settings=settings,

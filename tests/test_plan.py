@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The planner: counted operations, the recipe's own programs, and what it finds to fit."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from tunix_gemma4.__main__ import main
+from tunix_gemma4.checkpoint import abstract_model
+from tunix_gemma4.planning.flops import count_flops
+from tunix_gemma4.planning.hardware import hardware
+from tunix_gemma4.planning.measure import _asked
+from tunix_gemma4.recipes import plan as planner
+from tunix_gemma4.recipes import sft
+from tunix_gemma4.recipes.plan_command import load_settings
+from tunix_gemma4.recipes.plan_search import largest
+from tunix_gemma4.tiny import build_tiny_checkpoint
+
+SFT = """
+output_dir: out
+text_only: true
+lora: {rank: 4, alpha: 8, targets: language}
+scan_layers: true
+batch_size: 2
+gradient_accumulation_steps: 2
+data: {max_length: 64}
+"""
+GRPO = """
+output_dir: out
+lora: {rank: 4, alpha: 8, targets: language}
+reward_functions: [exact_answer]
+data: {max_prompt_length: 48, max_soft_tokens: 70}
+num_generations: 2
+max_completion_length: 8
+batch_size: 2
+beta: 0.04
+"""
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return build_tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "model")
+
+
+def write(tmp_path, text, directory):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"model: {directory}\n{text}")
+    return str(path)
+
+
+# ---- Operations.
+
+
+def test_loops_and_recomputation_are_counted_as_often_as_they_run():
+    def function(matrix, x):
+        def body(x, _):
+            return jax.checkpoint(lambda x: jnp.tanh(x @ matrix))(x), None
+
+        return jax.lax.scan(body, x, None, length=5)[0].sum()
+
+    traced = jax.jit(jax.grad(function)).trace(jnp.ones((8, 8)), jnp.ones((4, 8)))
+    # Forward, forward again, and two products of the backward pass.
+    assert count_flops(traced.jaxpr) == 5 * 4 * (2 * 4 * 8 * 8)
+
+
+def test_experts_meet_their_own_rows_alone():
+    function = lambda x, w, sizes: jax.lax.ragged_dot(x, w, sizes).sum()  # noqa: E731
+    sizes = jnp.array([4, 4, 4], jnp.int32)
+    traced = jax.jit(jax.grad(function, (0, 1))).trace(
+        jnp.ones((12, 8)), jnp.ones((3, 8, 16)), sizes
+    )
+    assert count_flops(traced.jaxpr) == 3 * (2 * 12 * 8 * 16)
+
+
+def test_branches_while_loops_and_convolutions():
+    def function(x, kernel, choose):
+        x = jax.lax.conv(x, kernel, (1, 1), "SAME")[0, 0]
+        x = jax.lax.cond(choose, lambda x: x @ x, lambda x: x, x)
+        return jax.lax.while_loop(lambda x: x.sum() < 1, lambda x: x @ x @ x, x)
+
+    traced = jax.jit(function).trace(jnp.ones((1, 3, 8, 8)), jnp.ones((1, 3, 2, 2)), True)
+    product = 2 * 8**3
+    assert count_flops(traced.jaxpr, while_trips=7) == 2 * 64 * 12 + product + 7 * 2 * product
+
+
+# ---- Hardware.
+
+
+@pytest.mark.parametrize("topology", ["v5e", "v5e:", "v9:2x2", "h200:two", ""])
+def test_unknown_chips_are_refused_with_those_that_are_known(topology):
+    with pytest.raises(ValueError, match=r"topology: expected one such as v5e:2x4, .*h200:8"):
+        hardware(topology)
+
+
+@pytest.mark.parametrize(
+    ("topology", "chips", "gb"), [("v5e:2x4", 8, 16.9), ("v5p:2x2x1", 4, 102.8), ("h200:8", 8, 141)]
+)
+def test_chips_and_their_memory(topology, chips, gb):
+    found = hardware(topology)
+    assert found.chips == chips
+    assert found.capacity == pytest.approx(gb * 1e9, rel=1e-3)
+
+
+def test_a_compiler_that_is_not_installed_is_an_error_that_names_the_extra(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"libtpu is not installed; pip install .*\[aot\]"):
+        hardware("v5e:2x4").devices()
+    with pytest.raises(ValueError, match=r"jax_cuda12_plugin is not .*\[aot-gpu\]"):
+        hardware("h200:8").devices()
+
+
+def test_more_cpu_devices_than_there_are_are_refused():
+    jax.devices()  # Before there are any, their number could still be set.
+    with pytest.raises(ValueError, match="xla_force_host_platform_device_count=4096"):
+        hardware("cpu:4096").devices()
+
+
+def test_what_a_refused_program_asked_for_is_read_from_the_compilers_message():
+    message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 16.92G of 15.75G hbm"
+    assert _asked(message) == int(16.92 * 2**30)
+    assert _asked("INTERNAL: something else") is None
+
+
+# ---- Plans.
+
+
+def test_a_plan_of_supervised_fine_tuning_has_the_compiled_steps_own_bytes(
+    tmp_path, directory, capsys
+):
+    path = write(tmp_path, SFT, directory)
+    assert main(["plan", path, "topology=cpu:2", "mesh.fsdp=2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    parts = found["bytes_per_chip"]
+    step = found["programs"]["step"]
+    compiled = step["arguments"] + step["outputs"] - step["aliased"] + step["temporaries"]
+    assert parts["total"] == step["total"] == compiled + step["code"]
+    assert parts["total"] == sum(size for name, size in parts.items() if name in _PARTS)
+    assert found["flops_per_step"] == 2 * step["flops"]
+    assert found["fits"] is None
+    assert found["images_per_row"] == 0
+
+
+_PARTS = (
+    *("weights", "adapters", "optimizer", "reference", "logits", "caches", "code"),
+    *("activations and other temporaries", "batch and results"),
+)
+
+
+def test_the_planned_step_is_the_one_that_the_recipe_compiles(tmp_path, directory, monkeypatch):
+    """Its arguments and results have the shapes and dtypes of a real run's."""
+    path = write(tmp_path, SFT, directory)
+    rows = [{"messages": [{"role": r, "content": "ab"} for r in ("user", "assistant")]}] * 2
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    given = [f"output_dir={tmp_path}/out", f"data.path={tmp_path}/train.jsonl", "max_steps=1"]
+    config = load_settings(
+        path, [*given, "data.bucket_lengths=[64]", "gradient_accumulation_steps=1"]
+    )
+    planned = planner.plan(config, "cpu:1").programs["step"]
+    with planned.mesh:
+        wanted = jax.tree.map(_kind, planned.trace().lower().in_avals)
+    seen = []
+    original = sft.Gemma4Trainer.jit_train_and_eval_step
+
+    def spy(self, *args, **kwargs):
+        step, evaluate = original(self, *args, **kwargs)
+
+        def call(inputs):
+            lowered = step.jitted_fn.trace(*step.arguments(), inputs).lower()
+            seen.append(jax.tree.map(_kind, lowered.in_avals))
+            return step(inputs)
+
+        call.func = step
+        return call, evaluate
+
+    monkeypatch.setattr(sft.Gemma4Trainer, "jit_train_and_eval_step", spy)
+    sft.run(config)
+    assert jax.tree.leaves(seen[0]) == jax.tree.leaves(wanted)
+
+
+def _kind(aval):
+    return f"{aval.dtype}{list(aval.shape)}"
+
+
+def test_a_plan_of_reinforcement_learning_has_rollouts_caches_and_the_reference(
+    tmp_path, directory, capsys
+):
+    path = write(tmp_path, GRPO, directory)
+    assert main(["plan", path, "topology=cpu:1", "images=0", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found["programs"]) == {"step", "log-probs", "rollout"}
+    assert found["programs"]["rollout"]["beside"] > 0  # The optimizer waits meanwhile.
+    assert found["bytes_per_chip"]["reference"] == 0  # The policy's own backbone.
+    config = load_settings(path, ["lora=null"])
+    full = planner.plan(config, "cpu:1", images=0)
+    assert full.programs["step"].resident.reference > 0
+
+
+def test_weights_alone_need_no_compiler_and_are_those_of_the_model(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    path = write(tmp_path, SFT, "google/gemma-4-E2B-it")
+    assert main(["plan", path, "--weights", "--json", "mesh.fsdp=2", "topology=v5e:2x4"]) == 0
+    parts = json.loads(capsys.readouterr().out)["bytes_per_chip"]
+    config = load_settings(path, ["mesh.fsdp=2"])
+    settled = planner.common.model_config(config, planner.model_source(config.model))
+    model = planner.Shapes(settled, None)
+    del model
+
+    total = sum(
+        x.size * x.dtype.itemsize for x in jax.tree.leaves(nnx.state(abstract_model(settled)))
+    )
+    assert parts["weights"] == pytest.approx(total / 2, rel=0.05)
+
+
+def test_images_to_a_text_only_plan_and_an_unknown_model_are_refused(tmp_path, directory, capsys):
+    path = write(tmp_path, SFT, directory)
+    assert main(["plan", path, "topology=cpu:1", "images=1"]) == 2
+    assert "images: expected 0 with text_only, found 1" in capsys.readouterr().err
+    assert main(["plan", path, "topology=cpu:1", "model=gemma-3"]) == 2
+    assert (
+        "model: expected a checkpoint directory or google/gemma-4-SIZE" in capsys.readouterr().err
+    )
+    assert main(["plan", path]) == 2
+    assert "topology must be given, such as topology=v5e:2x4" in capsys.readouterr().err
+
+
+# ---- What fits.
+
+
+@pytest.mark.parametrize("start", [256, 1024, 8192])
+def test_the_largest_that_fits_is_found_from_below_and_from_above(start):
+    tries = []
+
+    def total(length):
+        tries.append(length)
+        return 1_000_000 + 500 * length
+
+    found = largest(total, 3_000_000, start=start, unit=256, limit=131_072)
+    assert found == 3840
+    assert len(tries) == len(set(tries)) <= 4
+
+
+def test_the_largest_that_fits_is_tried_where_bytes_grow_faster_than_foretold():
+    total = lambda length: 1_000_000 + length**2  # noqa: E731
+    found = largest(total, 17_000_000, start=512, unit=256, limit=131_072)
+    assert total(found) <= 17_000_000
+    assert found >= 3584
+
+
+def test_nothing_fits():
+    assert largest(lambda length: 10, 5, start=512, unit=256, limit=1024) is None
+
+
+def test_what_to_change_is_found_by_trying(tmp_path, directory, capsys, monkeypatch):
+    path = write(tmp_path, SFT, directory)
+    real = planner.hardware
+
+    def small(topology):
+        return dataclasses.replace(real(topology), capacity=small.capacity, flops=1e12)
+
+    small.capacity = None
+    monkeypatch.setattr(planner, "hardware", small)
+    config = load_settings(path, [])
+    whole = planner.plan(config, "cpu:1").total
+    small.capacity = whole - 1
+    assert main(["plan", path, "topology=cpu:1"]) == 1
+    said = capsys.readouterr().out
+    assert "does not fit in" in said
+    assert "batch_size=1 gradient_accumulation_steps=4" in said
+    assert "greatest data.max_length that fits: none" in said  # Its unit is a block, 256.
