@@ -85,7 +85,7 @@ def test_cost_follows_the_window():
         assert groups[-1][1] == length
         return sum((end - first) * keys for first, end, keys in groups) / length**2
 
-    assert share(1600, None) == pytest.approx(1 / 2 + 1 / 16, abs=0.01)
+    assert share(1600, None) == pytest.approx(1 / 2 + 1 / 8, abs=0.02)
     assert share(1600, 32) == 48 / 1600
     assert share(3200, 32) == 48 / 3200
     assert share(1600, 32, ahead=32) == 80 / 1600
