@@ -32,29 +32,24 @@ import time
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# They only silence warnings about the TPU that is not here.
-os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
-os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from tunix.rl import algo_core, common
-from tunix.rl.grpo import grpo_learner
-from tunix.rl.rl_cluster import RLTrainingConfig
-from tunix.rl.trainer import Trainer
+from tunix.rl import common
 
 import tunix_gemma4
 from tunix_gemma4 import LoraConfig, ModelConfig, apply_lora, sharding
-from tunix_gemma4.host import binding, learner
+from tunix_gemma4.host import binding, rl_step
+from tunix_gemma4.host.grpo import make_algorithm
 from tunix_gemma4.host.train_step import TrainStep
 from tunix_gemma4.model.gemma4 import Gemma4ForConditionalGeneration
 from tunix_gemma4.model.scores import Gemma4ForTokenScores
 from tunix_gemma4.model.stacking import stack_layers
+from tunix_gemma4.planning.hardware import hardware
 
 ROWS, GENERATIONS, RANK = 8, 4, 16
 PROGRAMS = ("logps", "score", "step")
@@ -62,38 +57,14 @@ MESHES = ("8x1", "4x2")
 GB = 1e9
 # What a chip of each kind has, in GB, as its maker counts.
 CAPACITY = {"tpu": (16,), "gpu": (80, 141)}
-# An H200, in the compiler's own text format.
-_HOPPER = """
-gpu_device_info {
-  threads_per_block_limit: 1024  threads_per_warp: 32  shared_memory_per_block: 49152
-  shared_memory_per_core: 233472  threads_per_core_limit: 2048  core_count: 132  fpus_per_core: 128
-  block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
-  memory_bandwidth: 4800000000000  l2_cache_size: 52428800  clock_rate_ghz: 1.98
-  device_memory_size: 150000000000  shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 }
-  registers_per_core_limit: 65536  registers_per_block_limit: 65536
-}
-platform_name: "CUDA"  dnn_version_info { major: 9 minor: 8 }
-runtime_version { major: 12 minor: 9 }  device_description_str: "NVIDIA H200"
-"""
-
-
-# Triton's matrix products are chosen by timing them, which takes a GPU.
-_OPTIONS = {"tpu": None, "gpu": {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0}}
+_CHIPS = {"tpu": "v5e:2x4", "gpu": "h200:8"}
 
 
 def make_mesh(platform: str, shape: str) -> Mesh:
     """Eight chips that are not here, as fsdp x tp."""
-    if platform == "tpu":
-        topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4")
-    else:
-        topology = topologies.get_topology_desc(
-            platform="cuda", topology_name="", topology="1x1x8", target_config=_HOPPER
-        )
-    return Mesh(
-        np.array(topology.devices).reshape([int(size) for size in shape.split("x")]),
-        ("fsdp", "tp"),
-    )
+    sizes = [int(size) for size in shape.split("x")]
+    devices = np.array(hardware(_CHIPS[platform]).devices())
+    return Mesh(devices.reshape(sizes), ("fsdp", "tp"))
 
 
 def make_config(size: str, layers: int | None) -> ModelConfig:
@@ -181,49 +152,42 @@ def lower_score(shapes: Shapes):
 
 def lower_step(shapes: Shapes):
     """The step that `GRPOLearner` makes its actor's trainer take, as that jits it."""
+    _, algorithm = make_algorithm("grpo", num_generations=GENERATIONS, beta=0.04)
+    algorithm.temperature = 1.0
     made = []
 
     def build():
         model = Gemma4ForConditionalGeneration(shapes.config, rngs=nnx.Rngs(0))
         model = stack_layers(apply_lora(model, LoraConfig(rank=RANK)))
-        training = RLTrainingConfig(actor_optimizer=optax.adamw(1e-5), eval_every_n_steps=1)
-        trainer = Trainer(model, training.actor_optimizer, training, dict)
-        made.append(trainer)
-        return trainer.model, trainer.optimizer
+        prompts = ROWS // GENERATIONS
+        made.append(
+            rl_step.make_trainer(
+                *(model, optax.adamw(1e-5), algorithm),
+                mini=prompts,
+                micro=prompts,
+                pad_id=0,
+                eos_id=1,
+            )
+        )
+        return made[0].model, made[0].optimizer
 
     model, optimizer = nnx.eval_shape(build)
-    (trainer,) = made
-    grpo = grpo_learner.GRPOConfig(num_generations=GENERATIONS, beta=0.04)
-    grpo.temperature = 1.0
-    trainer.with_loss_fn(
-        lambda model, train_example, algo_config: algo_core.grpo_loss_fn(
-            model, train_example, algo_config=algo_config, pad_id=0, eos_id=1
-        ),
-        has_aux=True,
-    )
-    trainer.with_gen_model_input_fn(lambda x: {"train_example": x, "algo_config": grpo})
     for node in (model, optimizer):
         nnx.update(node, shapes.placed(node)[1])
-    step = TrainStep(trainer.create_train_step_fn(), model, optimizer, nnx.LoRAParam)
-    return step.jitted_fn.lower(*step.arguments(), make_example(shapes))
-
-
-def make_example(shapes: Shapes):
-    """What `GRPOLearner` hands its trainer, with images."""
-    floats = shapes.completions(jnp.float32)
-    return learner.extended(grpo_learner.TrainExample)(
-        prompt_ids=shapes.prompts(),
-        prompt_mask=shapes.prompts(),
-        completion_ids=shapes.completions(),
-        completion_mask=shapes.completions(),
-        advantages=shapes.rows(dtype=jnp.float32),
-        ref_per_token_logps=floats,
-        old_per_token_logps=None,
-        images=shapes.images(of_rows=True),
-        rollout_logps=floats,
-        image_repeats=GENERATIONS,
+    step = TrainStep(made[0].create_train_step_fn(), model, optimizer, nnx.LoRAParam)
+    example = rl_step.Example(
+        rows=ROWS,
+        prompt=shapes.arguments.prompt,
+        completion=shapes.arguments.completion,
+        repeats=GENERATIONS,
+        reference=True,
+        old=False,
         temperature=1.0,
         suppressed=(0, shapes.config.image_token_id),
+    )
+    make = lambda *shape, dtype=jnp.int32: shapes.rows(*shape[1:], dtype=dtype)  # noqa: E731
+    return step.jitted_fn.lower(
+        *step.arguments(), example.shapes(make, shapes.images(of_rows=True))
     )
 
 
@@ -295,7 +259,9 @@ def measure(program: str, shapes: Shapes) -> dict:
     with shapes.mesh:
         lowered = LOWER[program](shapes)
         try:
-            compiled = lowered.compile(compiler_options=_OPTIONS[shapes.arguments.platform])
+            compiled = lowered.compile(
+                compiler_options=hardware(_CHIPS[shapes.arguments.platform]).compiler_options
+            )
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise

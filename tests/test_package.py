@@ -16,9 +16,9 @@ NAME = PACKAGE.name
 # From the bottom up. A module imports its own layer or a lower one, never a higher one.
 LAYERS = (
     ("config", "sharding"),
-    ("model",),
+    ("model", "planning"),
     ("weights", "losses", "processor"),
-    ("checkpoint", "data", "lora", "sampling", "plan", "tiny", "parity", "params"),
+    ("checkpoint", "data", "lora", "sampling", "tiny", "parity", "params"),
     ("host",),
     ("recipes",),
     ("__main__",),

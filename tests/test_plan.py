@@ -3,23 +3,31 @@
 
 import dataclasses
 import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from jax.sharding import AbstractMesh
 
 from tunix_gemma4.__main__ import main
 from tunix_gemma4.checkpoint import abstract_model
 from tunix_gemma4.planning.flops import count_flops
 from tunix_gemma4.planning.hardware import hardware
 from tunix_gemma4.planning.measure import _asked
+from tunix_gemma4.recipes import common, sft
 from tunix_gemma4.recipes import plan as planner
-from tunix_gemma4.recipes import sft
 from tunix_gemma4.recipes.plan_command import load_settings
+from tunix_gemma4.recipes.plan_programs import Shapes, resident_of
 from tunix_gemma4.recipes.plan_search import largest
 from tunix_gemma4.tiny import build_tiny_checkpoint
 
+ROOT = Path(__file__).parents[1]
 SFT = """
 output_dir: out
 text_only: true
@@ -271,3 +279,30 @@ def test_what_to_change_is_found_by_trying(tmp_path, directory, capsys, monkeypa
     assert "does not fit in" in said
     assert "batch_size=1 gradient_accumulation_steps=4" in said
     assert "greatest data.max_length that fits: none" in said  # Its unit is a block, 256.
+
+
+@pytest.mark.slow
+def test_a_real_run_on_cpu_takes_what_was_planned():
+    script = ROOT / "benchmarks" / "plan_check.py"
+    environment = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(script.parents[1])}
+    run = subprocess.run(
+        [sys.executable, str(script)], env=environment, capture_output=True, text=True, check=True
+    )
+    ratio = float(re.search(r"([\d.]+) of the plan", run.stdout)[1])
+    assert 0.85 <= ratio <= 1.15
+
+
+@pytest.mark.parametrize("size", ["e2b", "26b_a4b"])
+@pytest.mark.parametrize("mesh", [(8, 1), (4, 2), (2, 4)])
+def test_each_chip_stores_its_share_of_everything(size, mesh):
+    """Tables, tower, adapters and the optimizer's state included; within 5 %."""
+
+    def stored(fsdp, tp):
+        path = ROOT / "configs" / "sft" / f"{size}_lora_image.yaml"
+        given = [f"mesh.fsdp={fsdp}", f"mesh.tp={tp}", "batch_size=8", "lora.targets=all"]
+        config = load_settings(str(path), given)
+        settled = common.model_config(config, planner.model_source(config.model))
+        mesh = AbstractMesh((fsdp, tp), ("fsdp", "tp"))
+        return sum(dataclasses.astuple(resident_of(config, Shapes(settled, mesh))))
+
+    assert stored(*mesh) * 8 <= 1.05 * stored(1, 1)

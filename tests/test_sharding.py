@@ -35,10 +35,10 @@ _ATTENTION = "language_model.layers.0.self_attn."
 def test_key_value_heads_are_split_between_heads_or_not_at_all(tp, whole):
     # 4 query heads and 2 key/value heads of 8 columns: 4 parts would cut the latter in half.
     found = specs(apply_lora(abstract_model(tiny_config("e4b")), LoraConfig()), make_mesh(2, tp))
-    keys = PartitionSpec("fsdp") if whole else PartitionSpec("fsdp", "tp")
+    keys = PartitionSpec(("fsdp", "tp")) if whole else PartitionSpec("fsdp", "tp")
     for name in ("k_proj", "v_proj"):
         assert found[f"{_ATTENTION}{name}.kernel"] == keys
-        adapter = PartitionSpec(None, "fsdp" if whole else ("tp", "fsdp"))
+        adapter = PartitionSpec(None, ("fsdp", "tp") if whole else ("tp", "fsdp"))
         assert found[f"{_ATTENTION}{name}.kernel_lora_b"] == adapter
     assert found[f"{_ATTENTION}q_proj.kernel"] == PartitionSpec("fsdp", "tp")
     assert found[f"{_ATTENTION}o_proj.kernel"] == PartitionSpec("tp", "fsdp")
@@ -50,7 +50,7 @@ def test_a_tower_whose_heads_do_not_divide_is_whole():
     name = "vision_tower.encoder.layers.0.self_attn.q_proj.linear.kernel"
     model = abstract_model(tiny_config("e2b", text_only=False))
     assert specs(model, make_mesh(4, 2))[name] == PartitionSpec("fsdp", "tp")
-    assert specs(model, make_mesh(2, 4))[name] == PartitionSpec("fsdp")
+    assert specs(model, make_mesh(2, 4))[name] == PartitionSpec(("fsdp", "tp"))
 
 
 @functools.cache

@@ -3,7 +3,7 @@
 
 Parameters are declared with logical axes (`metadata("embed", "heads")`); on a mesh, an axis that
 the mesh lacks or that does not divide the dimension is dropped, and that dimension is replicated.
-A dimension of heads is split between heads, never within one.
+A kernel's dimension of heads is split between heads, never within one.
 """
 
 from __future__ import annotations
@@ -75,16 +75,19 @@ def _fitting_spec(
         return PartitionSpec()
     fitting = [_fitting_axis(axis, size, mesh) for axis, size in zip(axes, shape, strict=False)]
     if heads is not None and heads % _head_parts(mesh):
-        fitting = [_without_heads(axis) for axis in fitting]
+        # The other side takes the mesh axis that the heads leave, so that no chip stores them all.
+        fitting = [
+            axis and (_fitting_axis(spread(axis), size, mesh) or axis)
+            for axis, size in zip(map(_without_heads, fitting), shape, strict=False)
+        ]
     while fitting and fitting[-1] is None:
         fitting.pop()
     return PartitionSpec(*fitting)
 
 
-def _without_heads(axis: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
-    if isinstance(axis, tuple):
-        return tuple(name for name in axis if name != _MESH_AXIS["heads"])
-    return None if axis == _MESH_AXIS["heads"] else axis
+def _without_heads(axis: str | tuple[str, ...] | None) -> str | None:
+    names = (axis,) if isinstance(axis, str) else axis or ()
+    return next((name for name in names if name != _MESH_AXIS["heads"]), None)
 
 
 def _fitting_axis(axis: str | tuple[str, ...] | None, size: int, mesh: Any) -> Any:
