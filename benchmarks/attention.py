@@ -49,7 +49,9 @@ PATCHES = 2520
 def make_config(implementation: str, **fields) -> ModelConfig:
     return ModelConfig.from_hf(
         ModelConfig.gemma4_e2b().source,
-        **{"dtype": "bfloat16", "param_dtype": "bfloat16", "remat_config": "decoder"},
+        dtype="bfloat16",
+        param_dtype="bfloat16",
+        remat_config="decoder",
         attention_implementation=implementation,
         **fields,
     )
@@ -152,9 +154,7 @@ def main() -> None:
     parser.add_argument("--length", nargs="+", type=int, default=[2048, 8192])
     parser.add_argument("--implementation", nargs="+", default=["xla", "splash"])
     arguments = parser.parse_args()
-    topology = topologies.get_topology_desc(
-        platform="tpu", topology_name=arguments.topology
-    )
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=arguments.topology)
     mesh = Mesh(np.array(topology.devices).reshape(-1, 1), ("fsdp", "tp"))
     lowerings = {"logps": lower_logps, "gradient": lower_gradient}
     for program in arguments.program:
