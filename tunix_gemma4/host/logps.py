@@ -179,13 +179,17 @@ def _chunked_logps(
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probabilities and entropies float32 [B, completion], or [B, T] of packed rows."""
     model = nnx.merge(graphdef, state)
-    # Its mask of all pairs says no more of real tokens than segments do, of which padding is one.
-    tokens, positions, _, padding = common.process_ids(
+    tokens, positions, mask, padding = common.process_ids(
         prompt_tokens, completion_tokens, pad_id, eos_id, segment_ids, segment_positions
     )
+    if model.config.attention == "splash":
+        # The kernel takes no mask of all pairs. Segments, of which padding is one, say the same
+        # of all tokens but padding.
+        mask = None
     hidden, _ = model(
         tokens,
         positions=positions,
+        attention_mask=mask,
         segment_ids=padding if segment_ids is None else segment_ids,
         images=images,
         skip_lm_head=True,
