@@ -4,12 +4,13 @@
     python benchmarks/attention.py layer logps gradient vision --topology v5e:2x4 --length 2048 8192
 
 Compiles ahead of time, with the real compiler and shapes, and runs nothing; needs no chip, but the
-extra `aot`. One row of tokens a chip on fsdp alone, bfloat16, with segments. Four programs:
+extra `aot`. One row of tokens a chip on fsdp alone, bfloat16, with segments. The programs:
 
     layer     gradient of one attention of E2B for queries, keys and values, sliding and full
     logps     per_token_logps of E2B, layers stacked
     gradient  next_token_loss of E2B and its gradient for adapters of rank 16 on every projection,
               layers stacked, decoder remat
+    pairs     compiles nothing: pairs of tokens that meet in one attention of E2B, over all pairs
     vision    gradient of one layer of E2B's tower for its input, one image of 280 soft tokens
               (2,520 patches) a chip; `xla` is a block of queries at a time, `dense` all at once
 
@@ -19,6 +20,8 @@ What it printed is in docs/explanation/attention.md.
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import os
 import time
 
@@ -35,14 +38,15 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tunix_gemma4 import LoraConfig, ModelConfig, apply_lora, sharding
+from tunix_gemma4.config import LayerSpec
 from tunix_gemma4.losses import next_token_loss, per_token_logps
-from tunix_gemma4.model import attention
+from tunix_gemma4.model import attention, splash
 from tunix_gemma4.model.gemma4 import Gemma4ForConditionalGeneration
 from tunix_gemma4.model.masks import Visibility
 from tunix_gemma4.model.stacking import stack_layers
 from tunix_gemma4.model.vision import VisionLayer
 
-PROGRAMS = ("layer", "logps", "gradient", "vision")
+PROGRAMS = ("layer", "logps", "gradient", "pairs", "vision")
 PATCHES = 2520
 
 
@@ -73,8 +77,7 @@ def placed(model: nnx.Module, mesh: Mesh):
     return graphdef, state
 
 
-def lower_layer(config: ModelConfig, mesh: Mesh, length: int, kind: str):
-    spec = next(spec for spec in config.layers if spec.kind == kind)
+def lower_layer(config: ModelConfig, mesh: Mesh, length: int, spec: LayerSpec):
     heads = (config.num_attention_heads, spec.num_kv_heads, spec.num_kv_heads)
     arrays = [rows(mesh, length, count, spec.head_dim) for count in heads]
 
@@ -132,6 +135,16 @@ def lower_vision(mesh: Mesh):
     return jax.jit(jax.grad(loss)).lower(x, state, angles, valid)
 
 
+def pairs(spec: LayerSpec, length: int, implementation: str) -> float:
+    """Pairs of tokens that meet, over all pairs; `length` is a multiple of the blocks'."""
+    if implementation == "xla":
+        groups = attention.block_groups(length, spec.window)
+        return sum((end - first) * keys for first, end, keys in groups) / length**2
+    kernel = splash.make_kernel(length, 1, spec.window, splash.BLOCKS[0])
+    blocks = np.asarray(kernel.fwd_mask_info.block_mask)
+    return np.count_nonzero(blocks) * (splash.BLOCKS[0] / length) ** 2
+
+
 def report(name: str, mesh: Mesh, lower) -> None:
     """Prints a line. Compile time is of this machine; all else is the compiler's own."""
     start = time.process_time()
@@ -154,28 +167,33 @@ def main() -> None:
     parser.add_argument("--length", nargs="+", type=int, default=[2048, 8192])
     parser.add_argument("--implementation", nargs="+", default=["xla", "splash"])
     arguments = parser.parse_args()
+    implementations = arguments.implementation
     topology = topologies.get_topology_desc(platform="tpu", topology_name=arguments.topology)
     mesh = Mesh(np.array(topology.devices).reshape(-1, 1), ("fsdp", "tp"))
     lowerings = {"logps": lower_logps, "gradient": lower_gradient}
     for program in arguments.program:
         name = f"{arguments.topology} {program}"
         if program == "vision":
-            report(f"{name} xla", mesh, lambda: lower_vision(mesh))
+            lower = functools.partial(lower_vision, mesh)
+            report(f"{name} xla", mesh, lower)
             kept, attention.DENSE_LENGTH = attention.DENSE_LENGTH, PATCHES
-            report(f"{name} dense", mesh, lambda: lower_vision(mesh))
+            report(f"{name} dense", mesh, lower)
             attention.DENSE_LENGTH = kept
             continue
-        for length in arguments.length:
-            for implementation in arguments.implementation:
-                config = make_config(implementation)
-                what = f"{length} {implementation}"
-                if program == "layer":
-                    for kind in ("sliding", "full"):
-                        lower = lambda: lower_layer(config, mesh, length, kind)  # noqa: B023,E731
-                        report(f"{name} {kind} {what}", mesh, lower)
+        for length, implementation in itertools.product(arguments.length, implementations):
+            config = make_config(implementation)
+            what = f"{length} {implementation}"
+            if program in lowerings:
+                lower = functools.partial(lowerings[program], config, mesh, length)
+                report(f"{name} {what}", mesh, lower)
+                continue
+            for spec in config.layers[3:5]:  # A sliding one and a full one.
+                if program == "pairs":
+                    share = pairs(spec, length, implementation)
+                    print(f"pairs {spec.kind} {what:<30} {share:.3f}", flush=True)
                 else:
-                    lower = lambda: lowerings[program](config, mesh, length)  # noqa: B023,E731
-                    report(f"{name} {what}", mesh, lower)
+                    lower = functools.partial(lower_layer, config, mesh, length, spec)
+                    report(f"{name} {spec.kind} {what}", mesh, lower)
 
 
 if __name__ == "__main__":

@@ -258,8 +258,8 @@ def test_what_the_kernel_cannot_express_runs_in_blocks(on_tpu, monkeypatch, capl
         assert why in said
     assert path(tiny_config("e2b", attention_implementation="xla"), inputs, free) == ("xla", "")
     assert path(tiny_config("e2b", use_flash_attention=True), inputs, free) == ("splash", "")
+    assert path(tiny_config("e2b"), inputs, free) == ("xla", "")
     monkeypatch.setattr(attention, "platform", lambda: "gpu")
     taken, said = path(config, inputs, free)
     assert taken == "xla"
     assert "compiled for gpu" in said
-    assert path(tiny_config("e2b"), inputs, free) == ("xla", "")

@@ -59,7 +59,7 @@ def splash_attend(
     axes = ("batch", None, "heads", None), *2 * [("batch", None, "kv_heads", None)], ("batch",)
 
     def of_chip(q, k, v, *segments):
-        kernel = _kernel(q.shape[1], q.shape[2], window, largest_block)
+        kernel = make_kernel(q.shape[1], q.shape[2], window, largest_block)
         q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
         out = jax.vmap(kernel)(q, k, v, *(kernels.SegmentIds(x, x) for x in segments))
         return jnp.swapaxes(out, 1, 2)
@@ -67,7 +67,8 @@ def splash_attend(
     return map_shards(of_chip, arrays, axes[: len(arrays)])[:, :length]
 
 
-def _kernel(length: int, heads: int, window: int | None, largest_block: int):
+def make_kernel(length: int, heads: int, window: int | None, largest_block: int):
+    """The kernel for one row of `length` tokens, a multiple of `LANES`."""
     shape = (length, length)
     if window is None:
         mask = kernel_masks.CausalMask(shape)
