@@ -1,15 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention a block of queries at a time: the same as all at once, at a cost that windows bound."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl import logging
+from flax import nnx
+from jax.sharding import Mesh
 from small_models import assert_logits_agree, draw_images, draw_tokens, random_model
 
-from tunix_gemma4.model import attention
-from tunix_gemma4.model.attention import attend, attend_blocks, block_groups
+from tunix_gemma4.losses import next_token_loss
+from tunix_gemma4.model import attention, splash
+from tunix_gemma4.model.attention import (
+    attend,
+    attend_all_ways,
+    attend_blocks,
+    attend_rows,
+    block_groups,
+)
 from tunix_gemma4.model.masks import Visibility
+from tunix_gemma4.model.stacking import stack_layers
+from tunix_gemma4.sharding import shard_model
+from tunix_gemma4.tiny import tiny_config
 
 B, N, K, H = 2, 4, 2, 8
 
@@ -20,11 +35,14 @@ def _small_blocks(monkeypatch):
     monkeypatch.setattr(attention, "DENSE_LENGTH", 32)
 
 
-def draw(length, *, padding, segments, images, seed=0):
+def draw(length, *, padding=False, segments=False, images=False, kv_heads=K, head_dim=H):
     """Queries, keys, values and a `Visibility`; and the weight of each output in a loss."""
-    rng = np.random.default_rng(seed)
-    q, k, v = (jnp.array(rng.normal(size=(B, length, n, H)), jnp.float32) for n in (N, K, K))
-    weights = rng.normal(size=(B, length, N, H)).astype(np.float32)
+    rng = np.random.default_rng(0)
+    q, k, v = (
+        jnp.array(rng.normal(size=(B, length, n, head_dim)) * (H / head_dim) ** 0.25, jnp.float32)
+        for n in (N, kv_heads, kv_heads)
+    )
+    weights = rng.normal(size=q.shape).astype(np.float32)
     visible = segment_ids = blocks = None
     if padding:
         real = np.arange(length) >= np.array([[length // 4], [0]])
@@ -51,16 +69,24 @@ def test_blocks_equal_all_at_once(window, length, padding, segments, images):
     def whole(q, k, v):
         return attend(q, k, v, visibility.tile(window, (0, length), (0, length)))
 
+    assert_equal(lambda q, k, v: attend_blocks(q, k, v, visibility, window), whole, inputs, weights)
+
+
+def assert_equal(function, expected, inputs, weights):
+    """Values and gradients within 1e-5 of the largest, all finite."""
+
     def value_and_gradients(function):
         def loss(*inputs):
             out = function(*inputs)
             return (out * weights).sum(), out
 
         (_, out), gradients = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(*inputs)
+        assert np.isfinite(out).all()
         return np.where(weights != 0, out, 0), *gradients
 
-    found = value_and_gradients(lambda q, k, v: attend_blocks(q, k, v, visibility, window))
-    for one, other in zip(found, value_and_gradients(whole), strict=True):
+    for one, other in zip(
+        value_and_gradients(function), value_and_gradients(expected), strict=True
+    ):
         np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(other).max())
 
 
@@ -94,9 +120,146 @@ def test_cost_follows_the_window():
 @pytest.mark.parametrize("window", [None, 32])
 def test_nothing_of_all_pairs_is_held(window):
     length = 512
-    inputs, visibility, _ = draw(length, padding=False, segments=True, images=False)
+    inputs, visibility, _ = draw(length, segments=True)
     loss = lambda *inputs: attend_blocks(*inputs, visibility, window).sum()  # noqa: E731
     text = str(jax.make_jaxpr(jax.value_and_grad(loss, (0, 1, 2)))(*inputs))
     assert f"{length},{length}]" not in text
     dense = str(jax.make_jaxpr(lambda q, k, v: attend(q, k, v, jnp.ones((1, 1, 1), bool)))(*inputs))
     assert f"{length},{length}]" in dense
+
+
+# ---- Images' patches, which all see each other.
+
+
+@pytest.mark.parametrize("length", [30, 90])
+def test_patches_see_all_valid_ones_a_block_at_a_time(length):
+    inputs, _, weights = draw(length, kv_heads=N)
+    valid = jnp.arange(length) < jnp.array([[length], [length - 13]])
+    weights = weights * valid[:, :, None, None]
+    mask = valid[:, None, :]
+    assert_equal(
+        lambda *inputs: attend_all_ways(*inputs, valid),
+        lambda *inputs: attend(*inputs, mask),
+        inputs,
+        weights,
+    )
+    loss = lambda *inputs: attend_all_ways(*inputs, valid).sum()  # noqa: E731
+    text = str(jax.make_jaxpr(jax.value_and_grad(loss, (0, 1, 2)))(*inputs))
+    assert (f"{length},{length}]" in text) == (length <= attention.DENSE_LENGTH)
+
+
+# ---- The kernel for TPU, interpreted.
+
+
+@pytest.fixture
+def on_tpu(monkeypatch):
+    monkeypatch.setattr(attention, "platform", lambda: "tpu")
+    monkeypatch.setattr(splash, "INTERPRET", True)
+
+
+def make_mesh(fsdp, tp):
+    return Mesh(np.array(jax.devices()[: fsdp * tp]).reshape(fsdp, tp), ("fsdp", "tp"))
+
+
+@pytest.mark.parametrize(
+    ("length", "window", "segments", "kv_heads", "mesh"),
+    [
+        (128, None, False, 2, None),
+        (200, None, True, 2, None),
+        (300, 40, True, 1, None),
+        (300, 150, False, 4, None),
+        (200, None, True, 2, (2, 2)),
+        (200, 40, True, 1, (1, 4)),
+        (200, 40, True, 1, (4, 1)),
+    ],
+)
+def test_the_kernel_equals_all_at_once(on_tpu, length, window, segments, kv_heads, mesh):
+    """Also with heads that tp does not divide, and rows that fsdp does not."""
+    config = tiny_config("e2b", attention_implementation="splash", flash_attention_block_size=128)
+    inputs, visibility, weights = draw(
+        length, segments=segments, kv_heads=kv_heads, head_dim=splash.LANES
+    )
+
+    def kernel(*inputs):
+        return attend_rows(config, *inputs, visibility, window)
+
+    def whole(*inputs):
+        return attend(*inputs, visibility.tile(window, (0, length), (0, length)))
+
+    with jax.set_mesh(make_mesh(*mesh)) if mesh else contextlib.nullcontext():
+        text = str(jax.make_jaxpr(kernel)(*inputs))
+        assert "splash" in text
+        assert ("shard_map" in text) == (mesh is not None)
+        assert_equal(kernel, whole, inputs, weights)
+
+
+@pytest.mark.slow
+def test_stacked_layers_on_a_mesh_train_as_well_through_the_kernel(on_tpu):
+    """A scan over layers, each checkpointed."""
+    fields = {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_hidden_layers": 4}
+    fields |= {"num_kv_shared_layers": 0, "head_dim": 128, "global_head_dim": 256}
+    tokens, real = draw_tokens(tiny_config("e2b"), "t" * 60, "." * 20 + "t" * 40)
+    segments = jnp.where(jnp.arange(60) < 40, real, 2 * real)
+
+    def step(implementation, mesh=None):
+        model = random_model("e2b", attention_implementation=implementation, **fields)
+        model.config.remat_config = "decoder"
+        for layer in model.language_model.layers:
+            # Logits as small as those of small heads: large ones magnify rounding.
+            layer.self_attn.q_norm.weight[...] *= H / layer.spec.head_dim
+        model = stack_layers(model)
+        graphdef, state = nnx.split(model if mesh is None else shard_model(model, mesh))
+
+        def loss(state):
+            model = nnx.merge(graphdef, state)
+            return next_token_loss(model, tokens, real, segment_ids=segments)
+
+        with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+            traced = jax.jit(jax.value_and_grad(loss)).trace(state)
+            assert ("splash" in str(traced.jaxpr)) == (implementation == "splash")
+            loss, gradient = traced.lower().compile()(state)
+        return loss, jax.tree.leaves(gradient)
+
+    (loss, gradient), (expected, theirs) = step("splash", make_mesh(2, 2)), step("xla")
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    for one, other in zip(gradient, theirs, strict=True):
+        assert_logits_agree(one, other)
+
+
+def test_what_the_kernel_cannot_express_runs_in_blocks(on_tpu, monkeypatch, caplog):
+    monkeypatch.setattr(logging.get_absl_logger(), "propagate", True)
+    length = 40
+    inputs, free, _ = draw(length, head_dim=splash.LANES)
+    _, masked, _ = draw(length, padding=True)
+    _, with_images, _ = draw(length, segments=True)
+    with_images = with_images._replace(blocks=jnp.zeros((B, length), jnp.int32))
+    config = tiny_config("e2b", attention_implementation="splash")
+
+    def path(config, inputs, visibility, window=None):
+        """Which path ran, and what the log says of it."""
+        monkeypatch.setattr(logging, "_log_counter_per_token", {})
+        caplog.clear()
+        call = lambda *inputs: attend_rows(config, *inputs, visibility, window)  # noqa: E731
+        text = str(jax.make_jaxpr(call)(*inputs))
+        return ("splash" if "splash" in text else "xla"), caplog.text
+
+    short = [x[:, :20] for x in inputs]
+    narrow, _, _ = draw(length, head_dim=64)
+    assert path(config, inputs, free) == ("splash", "")
+    assert path(config, inputs, with_images) == ("splash", "")
+    for case, why in (
+        ((inputs, with_images, 10), "tokens of an image look both ways"),
+        ((inputs, masked), "the caller gives a mask of all pairs"),
+        ((narrow, free), "the head size is 64"),
+        ((short, free), "rows of 20 tokens"),
+    ):
+        taken, said = path(config, *case)
+        assert taken == "xla"
+        assert why in said
+    assert path(tiny_config("e2b", attention_implementation="xla"), inputs, free) == ("xla", "")
+    assert path(tiny_config("e2b", use_flash_attention=True), inputs, free) == ("splash", "")
+    assert path(tiny_config("e2b"), inputs, free) == ("xla", "")
+    monkeypatch.setattr(attention, "platform", lambda: "gpu")
+    taken, said = path(config, inputs, free)
+    assert taken == "xla"
+    assert "compiled for gpu" in said

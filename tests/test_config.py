@@ -456,6 +456,23 @@ def test_remat_that_does_not_exist_is_refused(value):
     )
 
 
+def test_attention_that_does_not_exist_or_contradicts_itself_is_refused():
+    assert refusal(raw(), attention_implementation="sdpa") == (
+        "attention_implementation: found 'sdpa'; supported: 'auto', 'xla', 'splash'"
+    )
+    assert refusal(raw(), use_flash_attention=True, attention_implementation="xla").startswith(
+        "use_flash_attention: found True with attention_implementation='xla'"
+    )
+    assert refusal(raw(), flash_attention_block_size=64) == (
+        "flash_attention_block_size: expected at least 128, found 64"
+    )
+
+
+def test_tunixs_flash_attention_is_the_kernel():
+    assert tiny_config("e2b").attention == "auto"
+    assert tiny_config("e2b", use_flash_attention=True).attention == "splash"
+
+
 def test_files_that_are_missing_or_broken_are_named(tmp_path):
     assert refusal(tmp_path).startswith(f"{tmp_path / 'config.json'}: no such file")
     (tmp_path / "config.json").write_text("{")

@@ -296,12 +296,13 @@ def test_causal_mask_is_the_lower_triangle():
 
 def _sliding_and_full(config, drawn: str, **inputs) -> dict[str, np.ndarray]:
     tokens, _ = draw_tokens(config, drawn)
-    keys = masks.Keys(jnp.arange(len(drawn)), True)
     inputs = {"attention_mask": None, "segment_ids": None} | inputs
-    result = masks.attention_masks(
-        config, tokens, first_slot=0, keys={"sliding": keys, "full": keys}, **inputs
-    )
-    return {kind: np.asarray(mask[0], int) for kind, mask in result.items()}
+    visibility = masks.Visibility.of(config, tokens, **inputs)
+    whole = (0, len(drawn))
+    return {
+        kind: np.asarray(visibility.tile(window, whole, whole)[0], int)
+        for kind, window in (("sliding", config.sliding_window), ("full", None))
+    }
 
 
 def test_sliding_layers_see_one_window_themselves_included():

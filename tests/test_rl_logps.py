@@ -22,7 +22,7 @@ from rl_rows import (
     scorer,
     scores,
 )
-from small_models import draw_images
+from small_models import draw_images, random_model
 from tunix.rl import algo_core, common
 from tunix.sft.sharding_utils import shard_input
 
@@ -71,6 +71,16 @@ def test_chunked_logps_and_entropies_equal_the_plain_ones(plain):
     np.testing.assert_allclose(algo_core.compute_entropy_from_logits(entropy), plain[2], atol=1e-5)
     options.pop("return_logits")
     np.testing.assert_array_equal(logps(policy(), prompts, completions, **options), found)
+
+
+def test_segments_say_what_the_mask_does_where_the_kernel_cannot_take_one(plain):
+    prompts, completions, images = with_images()
+    model = random_model("demo", attention_implementation="splash")
+    found = logps(model, prompts, completions, images=images, temperature=0.7)
+    words = np.asarray(completions != model.config.pad_token_id)
+    np.testing.assert_allclose(found[words], plain[0][words], atol=1e-5)
+    assert np.isfinite(found).all()
+    assert np.abs(found - plain[0])[~words].max() > 1e-3  # So the mask was left out.
 
 
 def test_images_and_temperature_in_work_are_used(plain):

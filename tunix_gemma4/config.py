@@ -47,8 +47,11 @@ class ModelConfig:
         text_only: build no vision parameters.
         dtype: activations. param_dtype: parameters at initialisation.
         remat_config: see `RematConfig`; also Tunix's integers and names.
-        use_flash_attention, flash_attention_block_size: accepted because Tunix's command line
-            sets them; only False is supported so far.
+        attention_implementation: "xla", "splash" (JAX's kernel for TPU where it can express the
+            case, else as "xla") or "auto"; see docs/explanation/attention.md.
+        use_flash_attention: Tunix's name of `attention_implementation="splash"`.
+        flash_attention_block_size: tokens that the kernel handles at once at most; it takes 128,
+            256 or 512.
         use_sliding_window_kv_cache: sliding layers cache one window (a ring) instead of
             `max_seq_len` tokens.
         source: the `config.json` this was read from; `to_hf` keeps what it does not know.
@@ -96,6 +99,7 @@ class ModelConfig:
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     remat_config: Any = RematConfig.NONE
+    attention_implementation: str = "auto"
     use_flash_attention: bool = False
     flash_attention_block_size: int = 1024
     use_sliding_window_kv_cache: bool = True
@@ -242,6 +246,13 @@ class ModelConfig:
     def remat(self) -> RematConfig:
         """`remat_config`, in whatever spelling it was given, as a member."""
         return RematConfig.parse(self.remat_config)
+
+    @property
+    def attention(self) -> str:
+        """`attention_implementation`, with what `use_flash_attention` says about "auto"."""
+        if self.use_flash_attention and self.attention_implementation == "auto":
+            return "splash"
+        return self.attention_implementation
 
     @property
     def image_blocks_attend_both_ways(self) -> bool:

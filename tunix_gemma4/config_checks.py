@@ -6,11 +6,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from absl import logging
-
 if TYPE_CHECKING:
     from .config import ModelConfig
 
+ATTENTION_IMPLEMENTATIONS = ("auto", "xla", "splash")
 KINDS = {"sliding_attention": "sliding", "full_attention": "full"}
 DEFAULT_ROPE = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
@@ -45,8 +44,25 @@ def validate(config: ModelConfig) -> None:
     _validate_rope(config)
     _validate_sizes(config)
     config.remat  # noqa: B018  raises for an unknown spelling
-    if config.use_flash_attention:
-        logging.warning("use_flash_attention=True: there is no flash kernel yet; using XLA's.")
+    _validate_attention(config)
+
+
+def _validate_attention(config: ModelConfig) -> None:
+    if config.attention_implementation not in ATTENTION_IMPLEMENTATIONS:
+        raise ValueError(
+            f"attention_implementation: found {config.attention_implementation!r}; supported: "
+            + ", ".join(map(repr, ATTENTION_IMPLEMENTATIONS))
+        )
+    if config.use_flash_attention and config.attention_implementation == "xla":
+        raise ValueError(
+            "use_flash_attention: found True with attention_implementation='xla', which "
+            "contradict each other; leave one of them at its default"
+        )
+    if config.flash_attention_block_size < 128:
+        raise ValueError(
+            "flash_attention_block_size: expected at least 128, found "
+            f"{config.flash_attention_block_size}"
+        )
 
 
 def _validate_sharing(config: ModelConfig) -> None:

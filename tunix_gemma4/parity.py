@@ -22,8 +22,7 @@ from flax import nnx
 
 from .checkpoint import load_checkpoint
 from .config import ModelConfig
-from .model.cache import cached_keys
-from .model.masks import attention_masks
+from .model.masks import Visibility
 from .parity_inputs import make_inputs
 from .processor import Batch
 
@@ -230,14 +229,12 @@ def _masks(torch: Any, config: ModelConfig, batch: Batch) -> dict[str, Any]:
     tokens = jnp.asarray(batch.tokens)
     slots = np.arange(tokens.shape[1])
     visible = (slots[:, None] >= slots[None, :])[None] & batch.padding_mask.astype(bool)[:, None, :]
-    masks = attention_masks(
-        config,
-        tokens,
-        first_slot=0,
-        keys=cached_keys(config, None, tokens.shape[1]),
-        attention_mask=jnp.asarray(visible),
-        segment_ids=None,
-    )
+    visibility = Visibility.of(config, tokens, jnp.asarray(visible), None)
+    whole = (0, tokens.shape[1])
+    masks = {
+        kind: visibility.tile(window, whole, whole)
+        for kind, window in (("sliding", config.sliding_window), ("full", None))
+    }
     dtype = getattr(torch, config.dtype.name)
     lowest = torch.finfo(dtype).min
     return {

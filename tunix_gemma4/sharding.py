@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -203,3 +203,46 @@ def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
     axes = metadata(*logical_axes)["out_sharding"]
     spec = _fitting_spec(axes, x.shape, mesh)
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
+def platform() -> str:
+    """Platform of the devices compiled for: those of the mesh, or else JAX's default ones.
+
+    When a program is compiled ahead of time for a machine that is not here they differ.
+    """
+    mesh = active_mesh()
+    if isinstance(mesh, Mesh):
+        return mesh.devices.flat[0].platform
+    device = getattr(mesh, "abstract_device", None)
+    return jax.default_backend() if device is None else device.platform
+
+
+def head_repeats(heads: int, kv_heads: int) -> int:
+    """How often to repeat key/value heads so that the mesh splits them like their query heads."""
+    mesh = active_mesh()
+    parts = 1 if mesh is None else _head_parts(mesh)
+    return 1 if heads % parts else math.lcm(kv_heads, parts) // kv_heads
+
+
+def map_shards(
+    function: Callable[..., jax.Array],
+    arrays: Sequence[jax.Array],
+    logical_axes: Sequence[tuple[str | None, ...]],
+) -> jax.Array:
+    """`function` of every chip's own parts of `arrays`, for what the compiler cannot split itself.
+
+    Args:
+        function: of the parts; gives a part of an array that is split like the first one.
+        arrays: whole ones.
+        logical_axes: of each array, as `constrain` takes them.
+    """
+    mesh = active_mesh()
+    if mesh is None:
+        return function(*arrays)
+    specs = tuple(
+        _fitting_spec(metadata(*axes)["out_sharding"], x.shape, mesh)
+        for x, axes in zip(arrays, logical_axes, strict=True)
+    )
+    # Kernels do not say over which axes their results vary, so that is not checked.
+    mapped = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)
+    return mapped(*arrays)

@@ -12,8 +12,7 @@ from transformers import Gemma4TextConfig
 from transformers.models.gemma4 import modeling_gemma4 as hf_code
 
 from tunix_gemma4.model import rope
-from tunix_gemma4.model.cache import cached_keys
-from tunix_gemma4.model.masks import attention_masks
+from tunix_gemma4.model.masks import Visibility
 from tunix_gemma4.model.vision import pool
 
 from . import oracle
@@ -150,20 +149,14 @@ def test_masks_equal_the_prepared_ones(pair, size):
     config, _, ours = pair(size)
     inputs = oracle.image_inputs()
     tokens = jnp.asarray(inputs.tokens)
-    masks = attention_masks(
-        config,
-        tokens,
-        first_slot=0,
-        keys=cached_keys(config, None, tokens.shape[1]),
-        attention_mask=ours.get_attention_mask(tokens, inputs_mask=jnp.asarray(inputs.mask)),
-        segment_ids=None,
-    )
+    visible = ours.get_attention_mask(tokens, inputs_mask=jnp.asarray(inputs.mask))
+    visibility = Visibility.of(config, tokens, visible, None)
+    whole = (0, tokens.shape[1])
     expected = oracle.prepared_masks(config, inputs)
-    for kind, name in (("sliding", oracle.SLIDING), ("full", oracle.FULL)):
-        visible = (expected[name] == 0).numpy()[:, 0]
-        np.testing.assert_array_equal(
-            np.asarray(masks[kind])[inputs.real], visible[inputs.real], err_msg=kind
-        )
+    for name, window in ((oracle.SLIDING, config.sliding_window), (oracle.FULL, None)):
+        found = np.asarray(visibility.tile(window, whole, whole))
+        theirs = (expected[name] == 0).numpy()[:, 0]
+        np.testing.assert_array_equal(found[inputs.real], theirs[inputs.real], err_msg=name)
 
 
 def attention_inputs(config, hf, layer):

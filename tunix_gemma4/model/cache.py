@@ -52,14 +52,12 @@ def _ring_slots(size: int, last: jax.Array) -> jax.Array:
     return last - (last - jnp.arange(size)) % size
 
 
-def cached_keys(config: ModelConfig, cache: Cache | None, length: int) -> dict[str, Keys]:
+def cached_keys(config: ModelConfig, cache: Cache, length: int) -> dict[str, Keys]:
     """The keys that `length` new tokens meet in layers of each kind, after storing them.
 
     In a ring, several tokens at once meet what the ring held and then themselves: the earlier
     of them need keys that the later ones push out.
     """
-    if cache is None:
-        return {kind: Keys(jnp.arange(length), True) for kind in ("sliding", "full")}
     keys = {}
     for spec in config.layers:
         if spec.kind in keys or spec.shares_kv:

@@ -72,7 +72,6 @@ class Gemma4Model(nnx.Module):
                 first_slot=first_slot,
                 keys=cached_keys(config, cache, tokens.shape[1]),
                 attention_mask=attention_mask,
-                segment_ids=segment_ids,
             )
         x, text_tokens = self._embed(tokens, images, image_repeats)
         x = constrain(x, "batch", None, None)

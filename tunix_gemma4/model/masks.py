@@ -152,21 +152,18 @@ def attention_masks(
     first_slot: jax.Array | int,
     keys: dict[str, Keys],
     attention_mask: jax.Array | None,
-    segment_ids: jax.Array | None,
 ) -> dict[str, jax.Array]:
-    """The mask of each kind of layer, bool [B, T, S of that kind].
+    """With a cache, the mask of each kind of layer, bool [B, T, S of that kind].
 
         full    = caller's
         sliding = (caller's, or the same image block where the config asks for it) and in window
-        both respect segments.
 
     Args:
         config: decides windows and image blocks.
         tokens: int [B, T], the queries.
-        first_slot: slot of the first query; 0 without a cache.
+        first_slot: slot of the first query.
         keys: per kind, where the keys come from.
         attention_mask: bool or int [B, T, slots], or None for causal.
-        segment_ids: int [B, T] or None; without a cache only.
     """
     q_slots = first_slot + jnp.arange(tokens.shape[1])
     result = {}
@@ -181,8 +178,6 @@ def attention_masks(
             if config.image_blocks_attend_both_ways and tokens.shape[1] > 1:
                 visible = visible | _same_block(config, tokens, first_slot, slots)
             visible = visible & window_mask(q_slots, slots, config.sliding_window)
-        if segment_ids is not None:
-            visible = visible & (segment_ids[:, :, None] == segment_ids[:, None, :])
         visible = visible & (slots >= 0)
         result[kind] = jnp.broadcast_to(visible, (tokens.shape[0], *visible.shape[1:]))
     return result
