@@ -11,7 +11,7 @@ the extra `aot`. Two sizes, bfloat16, rank 16 on all language projections, decod
 
 and three programs of each:
 
-    stacked     `Gemma4Trainer`'s step with layers stacked (`scan_layers: true`)
+    stacked     the supervised recipe's step with layers stacked (`scan_layers: true`)
     unstacked   the same, layers as they are
     tunix       `PeftTrainer`'s step of `tunix.models.gemma4`, its default loss; remat is switched
                 on once the adapters are there, because with it they cannot be added
@@ -80,10 +80,13 @@ def rows(size: str, mesh: Mesh) -> jax.ShapeDtypeStruct:
 
 def ours(size: str, mesh: Mesh, *, stacked: bool) -> tuple[Any, tuple]:
     """The jitted step of a supervised run, and its arguments."""
+    from tunix.sft import peft_trainer
+
     from tunix_gemma4 import LoraConfig, ModelConfig, apply_lora
     from tunix_gemma4.host.optimizer import make_optimizer
     from tunix_gemma4.host.train_step import TrainStep
-    from tunix_gemma4.host.trainer import Gemma4Trainer, TrainingConfig
+    from tunix_gemma4.host.trainer import model_input
+    from tunix_gemma4.losses import next_token_loss
     from tunix_gemma4.model.gemma4 import Gemma4ForConditionalGeneration
     from tunix_gemma4.model.stacking import stack_layers
     from tunix_gemma4.processor import Batch
@@ -98,10 +101,12 @@ def ours(size: str, mesh: Mesh, *, stacked: bool) -> tuple[Any, tuple]:
         model = apply_lora(model, LoraConfig(rank=RANK))
         model = stack_layers(model) if stacked else model
         optimizer = make_optimizer(optax.constant_schedule(RATE))
-        made.append(Gemma4Trainer(model, optimizer, TrainingConfig(eval_every_n_steps=1)))
+        training = peft_trainer.TrainingConfig(eval_every_n_steps=1)
+        made.append(peft_trainer.PeftTrainer(model, optimizer, training))
         return model, made[0].optimizer
 
     model, optimizer = nnx.eval_shape(build)
+    made[0].with_loss_fn(next_token_loss).with_gen_model_input_fn(model_input)
     placed(model, mesh)
     placed(optimizer, mesh)
     step = TrainStep(made[0].create_train_step_fn(), model, optimizer, nnx.LoRAParam)
