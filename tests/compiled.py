@@ -31,9 +31,11 @@ def compiled_programs():
     propagates = logger.propagate
     logger.addHandler(counter)
     logger.propagate = False
+    # In every thread, unlike `jax.log_compiles`: the host samples in one of its own.
+    jax.config.update("jax_log_compiles", True)
     try:
-        with jax.log_compiles(True):
-            yield counter.programs
+        yield counter.programs
     finally:
+        jax.config.update("jax_log_compiles", False)
         logger.removeHandler(counter)
         logger.propagate = propagates
