@@ -19,8 +19,8 @@ and three programs of each:
 Each is compiled in a process of its own, in turns, so that nothing is cached and all see the same
 machine. Times are medians over the rounds: `build` of the abstract model with adapters, `lower` of
 its step (tracing included), `compile`; then the processor's own seconds in all three, which other
-programs disturb less. `temp` is the compiled program's memory of temporaries on one chip; `lines` are
-those of the program that the compiler is given.
+programs disturb less. `temp` is the compiled program's memory of temporaries on one chip, `lines`
+the length of the program that the compiler is given.
 
 What it printed is in docs/how-to/compile_time.md.
 """
