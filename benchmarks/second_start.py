@@ -39,25 +39,26 @@ LAYERS, SHARED = 35, 20
 
 def make_files(directory: Path) -> None:
     """Checkpoints `demo` and `deep`, and rows.jsonl of digits."""
-    from flax import nnx
+    from safetensors.numpy import save_file
 
-    from tunix_gemma4.checkpoint import save_checkpoint
-    from tunix_gemma4.config import ModelConfig
-    from tunix_gemma4.model.gemma4 import Gemma4ForConditionalGeneration
     from tunix_gemma4.recipes.digits import DIGIT, write_scans, write_task
     from tunix_gemma4.tiny import build_tiny_checkpoint
+    from tunix_gemma4.tiny_weights import random_tensor, tensor_shapes
 
     build_tiny_checkpoint(directory / "demo", preset="demo")
-    source = build_tiny_checkpoint(directory / "e2b", preset="e2b")
-    kinds = [*["sliding_attention"] * 4, "full_attention"] * (LAYERS // 5)
-    config = ModelConfig.from_hf(
-        source,
-        text_only=False,
-        num_hidden_layers=LAYERS,
-        num_kv_shared_layers=SHARED,
-        layer_types=kinds,
-    )
-    save_checkpoint(Gemma4ForConditionalGeneration(config, rngs=nnx.Rngs(0)), directory / "deep")
+    deep = build_tiny_checkpoint(directory / "deep", preset="e2b")
+    config = json.loads((deep / "config.json").read_text())
+    config["text_config"] |= {
+        "num_hidden_layers": LAYERS,
+        "num_kv_shared_layers": SHARED,
+        "layer_types": [*["sliding_attention"] * 4, "full_attention"] * (LAYERS // 5),
+    }
+    (deep / "config.json").write_text(json.dumps(config))
+    tensors = {
+        name: random_tensor(name, shape, seed=0, plain=True)
+        for name, shape in tensor_shapes(config).items()
+    }
+    save_file(tensors, deep / "model.safetensors", metadata={"format": "pt"})
     scans, digits = write_scans(directory / "data")
     write_task(directory / "data", DIGIT, scans, digits)
 
