@@ -10,6 +10,8 @@ import sys
 # Read by JAX when its backend starts, so they are set before any test imports it. A caller's own
 # choice of platform or flags stands.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# The recipes keep compiled programs in the user's cache directory; tests leave that alone.
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 # Tiny models spend nearly all of a test compiling; without LLVM's optimisations that is about
 # three times faster (a tiny loss with gradients: 6.0 s to 2.2 s) and runs as fast.
 _flags = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tunix's DPO trainer, both of its algorithms, on text and images, with adapters and without."""
 
+import contextlib
+
 import jax
 import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import Mesh
 from rl_setup import draw_picture, question
 from tunix.rl import common
 from tunix.sft.dpo import dpo_trainer
@@ -73,6 +76,7 @@ def loss_of(trainer, batch):
 def assert_learns(trainer, batch):
     trainer.train([batch] * STEPS)
     assert trainer.train_steps == STEPS
+    assert trainer._jitted_train_step_fn.func.jitted_fn._cache_size() == 1
     losses, margins = metric(trainer, "loss"), metric(trainer, "rewards/margin")
     assert len(losses) == len(margins) == STEPS
     assert np.isfinite(losses).all() and (np.diff(losses) < 0).all()
@@ -137,6 +141,16 @@ def test_dpo_on_text_trains_every_weight_against_a_model_of_its_own(directory, p
     losses, margins = assert_learns(trainer, make_batch(processor))
     np.testing.assert_allclose(losses[0], np.log(2), rtol=1e-5)
     jax.tree.map(np.testing.assert_array_equal, arrays(reference), before)
+
+
+def test_orpo_on_a_mesh_learns_alike(directory, processor):
+    batch, losses = make_batch(processor), []
+    for mesh in (None, Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("fsdp", "tp"))):
+        model = apply_lora(load_checkpoint(directory, mesh), LORA)
+        trainer = make_trainer(model, algorithm="orpo")
+        with mesh or contextlib.nullcontext():
+            losses.append(assert_learns(trainer, batch)[0])
+    np.testing.assert_allclose(*losses, rtol=1e-4)
 
 
 def test_the_chunked_log_probabilities_are_the_hosts_own(directory, processor):

@@ -22,6 +22,7 @@ from ..sampling import generate
 from ..tiny import build_tiny_checkpoint
 from . import sft
 from .common import ADAPTER, MODEL
+from .compile_cache import compilation_cache
 from .digits import DIGIT, MINUS, NUM_CURVE, Task, TaskData, write_scans, write_task
 from .run_config import load_run_config
 
@@ -119,19 +120,20 @@ def _stage(
     }
     settings = [f"{key}={value}" for key, value in paths.items()]
     config = load_run_config(path, [*settings, *overrides])
-    processor = _processor(model_directory)
-    base = load_checkpoint(model_directory, text_only=False)
-    before = accuracy(answers(base, processor, data.held_out), data.held_out)
-    curve = []
+    with compilation_cache(config.compilation_cache_dir):
+        processor = _processor(model_directory)
+        base = load_checkpoint(model_directory, text_only=False)
+        before = accuracy(answers(base, processor, data.held_out), data.held_out)
+        curve = []
 
-    def look(trainer: Any) -> None:
-        rows = data.held_out[:NUM_CURVE]
-        right = accuracy(answers(trainer.model, processor, rows), rows)
-        curve.append((trainer.train_steps, right))
-        print(f"      step {trainer.train_steps}  held-out accuracy {right:.3f}", flush=True)
+        def look(trainer: Any) -> None:
+            rows = data.held_out[:NUM_CURVE]
+            right = accuracy(answers(trainer.model, processor, rows), rows)
+            curve.append((trainer.train_steps, right))
+            print(f"      step {trainer.train_steps}  held-out accuracy {right:.3f}", flush=True)
 
-    result = sft.run(config, after_eval=look)
-    given = answers(result.model, processor, data.held_out)
+        result = sft.run(config, after_eval=look)
+        given = answers(result.model, processor, data.held_out)
     return Stage(
         title=title,
         before=before,

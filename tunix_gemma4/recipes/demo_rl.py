@@ -27,6 +27,7 @@ from ..tiny import build_tiny_checkpoint
 from . import grpo, sft
 from .arithmetic import write_sums
 from .common import MODEL
+from .compile_cache import compilation_cache
 from .demo import accuracy, answers_to, new_figure, questions, unused
 from .digits import DIGIT, TaskData, write_blank, write_scans, write_task
 from .rl_config import load_grpo_config
@@ -228,9 +229,10 @@ def reinforce(
     }
     config = load_grpo_config(_settings(subject.name), [*_assigned(paths), *overrides])
     looks = _Looks(subject, Processor.from_pretrained(model, config.data.max_soft_tokens))
-    looks.ask(0, load_checkpoint(model, text_only=config.text_only))
-    result = grpo.run(config, after_step=looks.after_step)
-    looks.ask(result.steps, result.model)
+    with compilation_cache(config.compilation_cache_dir):
+        looks.ask(0, load_checkpoint(model, text_only=config.text_only))
+        result = grpo.run(config, after_step=looks.after_step)
+        looks.ask(result.steps, result.model)
     rows = [dict.fromkeys(FIELDS, math.nan) | {"step": step} for step in range(result.steps + 1)]
     for name, metric in _METRICS.items():
         # Those of a rollout stand in the row of its first optimizer step.

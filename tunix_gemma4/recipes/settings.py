@@ -9,6 +9,7 @@ from omegaconf import MISSING
 
 from ..config_parts import RematConfig
 from ..host.optimizer import SCHEDULES
+from .compile_cache import AUTO
 
 
 @dataclasses.dataclass
@@ -78,6 +79,9 @@ class TrainSettings:
         resume_from_checkpoint: go on from the latest checkpoint in `output_dir`, if there is one.
         report_to: "tensorboard", "wandb" or "none".
         seed: of the data's order, of what is sampled and of the adapter's initial values.
+        compilation_cache_dir: keeps compiled programs for the next start; null: keeps none. "auto"
+            is tunix_gemma4/compilation in `$XDG_CACHE_HOME` or ~/.cache. What
+            `JAX_COMPILATION_CACHE_DIR` names is used instead.
     """
 
     model: str = MISSING
@@ -106,6 +110,7 @@ class TrainSettings:
     resume_from_checkpoint: bool = True
     report_to: str = "tensorboard"
     seed: int = 0
+    compilation_cache_dir: str | None = AUTO
 
     def validate(self) -> None:
         """Raises ValueError for settings that cannot be meant."""
