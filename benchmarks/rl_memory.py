@@ -16,7 +16,7 @@ Each line also says what the compiled program shows of the sharding of activatio
 Layers are stacked (`scan_layers: true`). `--layers` cuts the depth, and the tower to one layer. For
 a program that the compiler refuses as too large the line is its own message.
 
-What it printed is in docs/how-to/choose_mesh.md.
+docs/how-to/choose_mesh.md says what for.
 """
 
 from __future__ import annotations
