@@ -24,10 +24,12 @@ from tunix_gemma4.host.optimizer import make_optimizer
 from tunix_gemma4.host.trainer import Gemma4Trainer
 from tunix_gemma4.model.gemma4 import num_parameters
 from tunix_gemma4.tiny import tiny_hf_config
+from tunix_gemma4.tiny_tokenizer import VOCAB_SIZE
 from tunix_gemma4.tiny_weights import random_tensor, tensor_shapes
 
 RANK, ALPHA, RATE = 8, 16.0, 1e-4
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+TARGETS = rf"language_model\.layers\.\d+\.\w+\.({'|'.join(PROJECTIONS)})"
 _BLOCK = ["sliding_attention"] * 4 + ["full_attention"]
 # E2B's structure with a third of its width: per-layer inputs, a layer in five full, two thirds of
 # the layers with the keys of others and MLPs of twice the width, one key/value head.
@@ -48,8 +50,8 @@ TEXT = {
     "max_position_embeddings": 16_384,
 }
 SMALL = {
-    "vocab_size": 128,
-    "vocab_size_per_layer_input": 128,
+    "vocab_size": 512,
+    "vocab_size_per_layer_input": 512,
     "hidden_size": 64,
     "intermediate_size": 128,
     "head_dim": 16,
@@ -109,9 +111,9 @@ def read_config(directory: Path) -> g4.ModelConfig:
 
 
 def draw_inputs(config: g4.ModelConfig, rows: int, length: int, images: int = 0) -> Inputs:
-    """Random words, no special token among them, behind `images` images in every row."""
+    """Random words, none of them special, behind `images` images in every row."""
     rng = np.random.default_rng(0)
-    tokens = rng.integers(32, config.vocab_size, (rows, length), dtype=np.int32)
+    tokens = rng.integers(VOCAB_SIZE, config.vocab_size, (rows, length), dtype=np.int32)
     tokens[:, 0] = config.bos_token_id
     if not images:
         return Inputs(tokens)
@@ -136,6 +138,27 @@ def compiled(function: Callable[..., Any], model: nnx.Module) -> Callable[[Input
     return lambda inputs: jax.block_until_ready(call(state, *inputs))
 
 
+def lora_step(
+    model: nnx.Module, lora: g4.LoraConfig, *, scan_layers: bool
+) -> Callable[[Inputs], float]:
+    """The recipes' training step, on new adapters of `model`: inputs to the loss before it."""
+    model = g4.apply_lora(model, lora)
+    optimizer = make_optimizer(optax.constant_schedule(RATE), max_grad_norm=None)
+    settings = peft_trainer.TrainingConfig(eval_every_n_steps=1000, max_steps=1000)
+    trainer = Gemma4Trainer(g4.stack_layers(model) if scan_layers else model, optimizer, settings)
+    compiled_step, _ = trainer.jit_train_and_eval_step()
+
+    def step(inputs: Inputs) -> float:
+        ones = np.ones_like(inputs.tokens)
+        batch = g4.Batch(
+            tokens=inputs.tokens, loss_mask=ones, padding_mask=ones, images=inputs.images
+        )
+        loss, *_ = compiled_step(batch)
+        return float(jax.block_until_ready(loss))
+
+    return step
+
+
 class Ours:
     """This package, as its recipes run it.
 
@@ -151,16 +174,14 @@ class Ours:
         self._directory, self._remat, self._scan_layers = directory, remat, scan_layers
         self._base = self._load()
         self.parameters = num_parameters(self._base)
-        model = self._stacked(nnx.clone(self._base))
+        model = nnx.clone(self._base)
+        model = g4.stack_layers(model) if scan_layers else model
         self.forward = compiled(self._logits, model)
         self.logps = compiled(self._logps, model)
 
     def _load(self) -> nnx.Module:
         text_only = read_config(self._directory).text_only
         return g4.load_checkpoint(self._directory, text_only=text_only)
-
-    def _stacked(self, model: nnx.Module) -> nnx.Module:
-        return g4.stack_layers(model) if self._scan_layers else model
 
     @staticmethod
     def _logits(model: nnx.Module, tokens: jax.Array, images: jax.Array | None) -> jax.Array:
@@ -175,21 +196,12 @@ class Ours:
         """Makes adapters and an optimizer; `step` compiles when first called."""
         model = self._load()
         model.config.remat_config = self._remat
-        names = "|".join(PROJECTIONS)
-        targets = rf"language_model\.layers\.\d+\.\w+\.({names})"
-        model = g4.apply_lora(model, g4.LoraConfig(rank=RANK, alpha=ALPHA, targets=targets))
-        optimizer = make_optimizer(optax.constant_schedule(RATE), max_grad_norm=None)
-        settings = peft_trainer.TrainingConfig(eval_every_n_steps=1000, max_steps=1000)
-        trainer = Gemma4Trainer(self._stacked(model), optimizer, settings)
-        self._step, _ = trainer.jit_train_and_eval_step()
+        lora = g4.LoraConfig(rank=RANK, alpha=ALPHA, targets=TARGETS)
+        self._step = lora_step(model, lora, scan_layers=self._scan_layers)
 
     def step(self, inputs: Inputs) -> float:
         """One optimizer step on every token that is predicted; the loss before it."""
-        ones = np.ones_like(inputs.tokens)
-        loss, *_ = self._step(
-            g4.Batch(tokens=inputs.tokens, loss_mask=ones, padding_mask=ones, images=inputs.images)
-        )
-        return float(jax.block_until_ready(loss))
+        return self._step(inputs)
 
     def decode(self, inputs: Inputs, count: int) -> np.ndarray:
         """`count` tokens more of every row, int [B, count]."""

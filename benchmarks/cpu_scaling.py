@@ -3,9 +3,9 @@
 
 One row. Lengths go from 256 to 8,192 in text; images from 0 to 8 of 70 soft tokens each in a row of
 1,024 tokens, for this package and transformers, Tunix's model having none. Every point is a process
-of its own, which calls the work twice and times the second call. A curve ends where a call takes
-longer than `--limit` seconds, where the next one is sure to, or where memory runs out; the CSV
-says which.
+of its own, which times the last of three calls (Tunix compiles its step twice). A curve ends where
+the next call is sure to take more than `--limit` seconds, twice the last one, or where memory runs
+out; the CSV says which.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def point(options: argparse.Namespace) -> int:
         runner = getattr(cpu_peers, side)(Path(directory))
     if work == "step":
         runner.prepare_step()
-    for _ in range(2):
+    for _ in range(3):
         start = time.perf_counter()
         getattr(runner, work)(inputs)
         seconds = time.perf_counter() - start
