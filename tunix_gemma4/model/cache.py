@@ -83,8 +83,11 @@ def store(
     """
     length, size, end = k.shape[1], cache["k"].shape[1], cache["end_index"][0]
     k, v = (x.astype(cache["k"].dtype) for x in (k, v))
-    if not _is_ring(config, spec.kind):
-        place = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, end, axis=1)  # noqa: E731
+    ring = _is_ring(config, spec.kind)
+    if not ring or length == 1:
+        # A slice, which is written in place where a scatter may be a pass over the whole cache.
+        start = end % size if ring else end
+        place = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=1)  # noqa: E731
     else:
         kept = min(length, size)
         places = (end + length - kept + jnp.arange(kept)) % size
@@ -94,7 +97,7 @@ def store(
         "v": place(cache["v"], v),
         "end_index": cache["end_index"] + length,
     }
-    if _is_ring(config, spec.kind) and length > 1:
+    if ring and length > 1:
         k = jnp.concatenate([cache["k"], k], axis=1)
         v = jnp.concatenate([cache["v"], v], axis=1)
         return k, v, stored
