@@ -125,4 +125,4 @@ def test_rl_programs_compile_once(changes, logps, tiny_checkpoint, data, tmp_pat
         result = grpo.run(config)
     assert result.steps == 6
     assert programs["jit(step)"] == programs["jit(_eval_step)"] == programs["jit(_generate)"] == 1
-    assert programs["jit(_chunked_logps)"] == logps
+    assert programs["jit(chunked_logps)"] == logps

@@ -69,8 +69,8 @@ def test_the_cluster_places_models_by_the_rules_of_the_model(unplaced, monkeypat
     cluster = unplaced(monkeypatch, mesh)
     model = cluster.actor_trainer.model
     attention = model.language_model.layers[0].self_attn
-    # One key/value head: four parts would cut it.
-    assert attention.k_proj.kernel[...].sharding.spec == PartitionSpec("fsdp")
+    # One key/value head: four parts would cut it, so the other side is split.
+    assert attention.k_proj.kernel[...].sharding.spec == PartitionSpec(("fsdp", "tp"))
     assert attention.q_proj.kernel[...].sharding.spec == PartitionSpec("fsdp", "tp")
     assert_placed(model, nnx.Param, mesh)
 

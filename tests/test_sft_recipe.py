@@ -167,7 +167,10 @@ def test_checkpoints_are_not_overwritten_without_resuming(broken_off):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mesh": MeshConfig(fsdp=64)}, "fsdp 64 x tp 1 is 64 devices, and there are 8"),
+        (
+            {"mesh": MeshConfig(fsdp=64), "batch_size": 64},
+            "fsdp 64 x tp 1 is 64 devices, and there are 8",
+        ),
         ({"mesh": MeshConfig(fsdp=8)}, "batch_size: expected a multiple of mesh.fsdp=8, found 4"),
         ({"max_steps": None, "num_train_epochs": None}, "both are null"),
         ({"text_only": True}, "text_only=False"),
