@@ -103,8 +103,8 @@ CASES = {
     ),
 }
 QUICK = {
-    "quick-logps-1024": dataclasses.replace(CASES["logps-1024"], layers=4),
-    "quick-lora-2048": dataclasses.replace(CASES["lora-2048"], layers=4),
+    "quick-logps-1024": dataclasses.replace(CASES["logps-1024"], layers=4, peer=None),
+    "quick-lora-2048": dataclasses.replace(CASES["lora-2048"], layers=4, peer=None),
 }
 
 
