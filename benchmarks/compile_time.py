@@ -22,7 +22,7 @@ its step (tracing included), `compile`; then the processor's own seconds in all 
 programs disturb less. `temp` is the compiled program's memory of temporaries on one chip, `lines`
 the length of the program that the compiler is given.
 
-What it printed is in docs/how-to/compile_time.md.
+What has been measured is in docs/how-to/compile_time.md.
 """
 
 from __future__ import annotations
