@@ -127,7 +127,7 @@ def test_an_adapter_loads_onto_the_mesh_of_its_base(saved, model):
     loaded = load_adapter(shard_model(nnx.clone(model), mesh), directory)
     assert_same(loaded, lora)
     a = loaded.language_model.layers[0].self_attn.q_proj.kernel_lora_a.get_raw_value()
-    assert a.sharding.spec == jax.P("fsdp")
+    assert a.sharding.spec == jax.P(("fsdp", "tp"))
 
 
 def test_an_adapter_of_the_text_only_class_loads(saved, edit, model):
