@@ -21,7 +21,7 @@ import qwix
 from flax import nnx
 
 from .lora_targets import grouped, linears
-from .sharding import eval_shape, param_shardings, spread
+from .sharding import constrain, eval_shape, param_shardings, spread
 from .weights import SCORE
 
 QTYPES = ("nf4", "int8")
@@ -88,7 +88,9 @@ class LoraLinear(nnx.Linear):
             y = _quantized_dot(x, unboxed(self.kernel), dtype=self.dtype)
         else:
             y = super().__call__(x)
-        delta = _dot32(_dot32(x, self.kernel_lora_a[...]), self.kernel_lora_b[...])
+        # Gathered first: else rows would travel to the chips that store parts of the long side.
+        a, b = (constrain(m[...], None, None) for m in (self.kernel_lora_a, self.kernel_lora_b))
+        delta = _dot32(_dot32(x, a), b)
         return (y + self.lora.scale * delta).astype(y.dtype)
 
 
