@@ -15,6 +15,7 @@ from flax import nnx
 from PIL import Image
 from small_models import draw_images, draw_tokens, forward, random_model
 
+from tunix_gemma4 import sampling
 from tunix_gemma4.processor import Batch
 from tunix_gemma4.sampling import generate, sample
 from tunix_gemma4.sharding import shard_model
@@ -281,3 +282,39 @@ def test_the_example_answers_with_and_without_images(tiny_dir, tmp_path):
         )
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith("What digit is this?\n    ")
+
+
+def _compiled_memory(monkeypatch, model, batch, **settings) -> tuple[int, int]:
+    """Bytes of temporaries and of arguments of the program that `generate` compiles."""
+    found = []
+
+    def record(*arguments, **options):
+        memory = compiled(*arguments, **options).compile().memory_analysis()
+        found.append((memory.temp_size_in_bytes, memory.argument_size_in_bytes))
+        return run(*arguments, **options)
+
+    run = sampling._generate
+    compiled = run.lower
+    with monkeypatch.context() as patch:
+        patch.setattr(sampling, "_generate", record)
+        generate(model, batch, **settings)
+    return found[0]
+
+
+def test_generate_holds_one_set_of_caches_and_of_weights(monkeypatch):
+    # What a longer answer adds is its caches, which the loop writes in place; their values once
+    # more, transposed, as XLA for CPU multiplies them; and a few numbers a slot. A second set of
+    # caches would make it nearly three. The prompt is one token: a longer one's scores grow too.
+    model = random_model("e2b", text_only=True, use_sliding_window_kv_cache=False)
+    tokens, padding = (np.asarray(x) for x in draw_tokens(model.config, *["t"] * 4))
+    batch = Batch(tokens=tokens, loss_mask=0 * tokens, padding_mask=padding)
+    short, long = 1000, 5000
+    (least, weights), (most, _) = (
+        _compiled_memory(monkeypatch, model, batch, max_new_tokens=count, stop_ids=[])
+        for count in (short, long)
+    )
+    caches = jax.eval_shape(lambda: model.init_cache(4, long - short, jnp.float32))
+    added = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(caches))
+    assert added <= most - least <= 2 * added
+    state = jax.tree.leaves(nnx.state(model))
+    assert weights <= 1.05 * sum(leaf.size * leaf.dtype.itemsize for leaf in state)
