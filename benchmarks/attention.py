@@ -26,15 +26,11 @@ import os
 import time
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# They only silence warnings about the TPU that is not here.
-os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
-os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tunix_gemma4 import LoraConfig, ModelConfig, apply_lora, sharding
@@ -45,6 +41,7 @@ from tunix_gemma4.model.gemma4 import Gemma4ForConditionalGeneration
 from tunix_gemma4.model.masks import Visibility
 from tunix_gemma4.model.stacking import stack_layers
 from tunix_gemma4.model.vision import VisionLayer
+from tunix_gemma4.planning.hardware import hardware
 
 PROGRAMS = ("layer", "logps", "gradient", "pairs", "vision")
 PATCHES = 2520
@@ -69,12 +66,7 @@ def rows(mesh: Mesh, *shape: int, dtype=jnp.bfloat16) -> jax.ShapeDtypeStruct:
 
 def placed(model: nnx.Module, mesh: Mesh):
     graphdef, state = nnx.split(model)
-    state = jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-        state,
-        sharding.param_shardings(state, mesh),
-    )
-    return graphdef, state
+    return graphdef, sharding.shapes_on(state, mesh)
 
 
 def lower_layer(config: ModelConfig, mesh: Mesh, length: int, spec: LayerSpec):
@@ -138,8 +130,9 @@ def lower_vision(mesh: Mesh):
 def pairs(spec: LayerSpec, length: int, implementation: str) -> float:
     """Pairs of tokens that meet, over all pairs; `length` is a multiple of the blocks'."""
     if implementation == "xla":
-        groups = attention.block_groups(length, spec.window)
-        return sum((end - first) * keys for first, end, keys in groups) / length**2
+        block = 2 * attention.BLOCK if spec.window is None else attention.BLOCK
+        tiles = attention.row_tiles(length, block, spec.window, both_ways=False)
+        return tiles.queries * tiles.keys * len(tiles.starts) / length**2
     kernel = splash.make_kernel(length, 1, spec.window, splash.BLOCKS[0])
     blocks = np.asarray(kernel.fwd_mask_info.block_mask)
     return np.count_nonzero(blocks) * (splash.BLOCKS[0] / length) ** 2
@@ -168,17 +161,17 @@ def main() -> None:
     parser.add_argument("--implementation", nargs="+", default=["xla", "splash"])
     arguments = parser.parse_args()
     implementations = arguments.implementation
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=arguments.topology)
-    mesh = Mesh(np.array(topology.devices).reshape(-1, 1), ("fsdp", "tp"))
+    devices = np.array(hardware(arguments.topology).devices())
+    mesh = Mesh(devices.reshape(-1, 1), ("fsdp", "tp"))
     lowerings = {"logps": lower_logps, "gradient": lower_gradient}
     for program in arguments.program:
         name = f"{arguments.topology} {program}"
         if program == "vision":
             lower = functools.partial(lower_vision, mesh)
             report(f"{name} xla", mesh, lower)
-            kept, attention.DENSE_LENGTH = attention.DENSE_LENGTH, PATCHES
+            kept, attention.BLOCK = attention.BLOCK, PATCHES
             report(f"{name} dense", mesh, lower)
-            attention.DENSE_LENGTH = kept
+            attention.BLOCK = kept
             continue
         for length, implementation in itertools.product(arguments.length, implementations):
             config = make_config(implementation)

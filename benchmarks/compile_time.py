@@ -34,90 +34,55 @@ import statistics
 import subprocess
 import sys
 import time
-from typing import Any
+from collections.abc import Callable
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# They only silence warnings about the TPU that is not here.
-os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
-os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from memory import CASES, ROOT
+
+from tunix_gemma4.planning.hardware import hardware
+from tunix_gemma4.sharding import shapes_on
 
 PROGRAMS = ("stacked", "unstacked", "tunix")
+# Of memory.py.
+SIZES = {"e2b": CASES["lora-2048"], "31b": CASES["31b-lora-3072"]}
 # Rows, tokens, fsdp, tp.
-SIZES = {"e2b": (4, 2048, 4, 1), "31b": (1, 3072, 1, 4)}
+SHAPES = {"e2b": (4, 2048, 4, 1), "31b": (1, 3072, 1, 4)}
 RANK, RATE = 16, 1e-4
 TIMES = ("build", "lower", "compile", "cpu")
 
-
-def make_mesh(size: str) -> Mesh:
-    """Four v5p chips that are not here, as fsdp x tp."""
-    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1")
-    return Mesh(np.array(topology.devices).reshape(SIZES[size][2:]), ("fsdp", "tp"))
+Program = tuple[Callable[[], jax.stages.Traced], Mesh]
 
 
-def placed(node: Any, mesh: Mesh) -> None:
+def ours(size: str, *, stacked: bool) -> Program:
+    """What traces the step of the supervised recipe, and its mesh."""
+    from tunix_gemma4.recipes import common
+    from tunix_gemma4.recipes.plan import model_source
+    from tunix_gemma4.recipes.plan_command import load_settings
+    from tunix_gemma4.recipes.plan_programs import Shapes, sft_programs
+
+    case = SIZES[size]
+    settings = [*case.settings.split(), f"scan_layers={stacked}", f"lora.rank={RANK}"]
+    config = load_settings(str(ROOT / "configs" / f"{case.recipe}.yaml"), settings)
+    mesh = common.device_mesh(config.mesh, devices=hardware(case.topology).devices())
+    shapes = Shapes(common.model_config(config, model_source(config.model)), mesh)
+    (program,) = sft_programs(config, shapes, 0)
+    return program.trace, mesh
+
+
+def place(node: nnx.Module, mesh: Mesh) -> None:
     """Says of each abstract variable of a module or optimizer, in place, where it lies."""
-    from tunix_gemma4.sharding import param_shardings
-
-    state = nnx.state(node)
-    shardings = param_shardings(state, mesh)
-    struct = jax.ShapeDtypeStruct
-    nnx.update(
-        node, jax.tree.map(lambda x, at: struct(x.shape, x.dtype, sharding=at), state, shardings)
-    )
+    nnx.update(node, shapes_on(nnx.state(node), mesh))
 
 
-def rows(size: str, mesh: Mesh) -> jax.ShapeDtypeStruct:
-    where = NamedSharding(mesh, PartitionSpec("fsdp"))
-    return jax.ShapeDtypeStruct(SIZES[size][:2], jnp.int32, sharding=where)
-
-
-def ours(size: str, mesh: Mesh, *, stacked: bool) -> tuple[Any, tuple]:
-    """The jitted step of a supervised run, and its arguments."""
-    from tunix.sft import peft_trainer
-
-    from tunix_gemma4 import LoraConfig, ModelConfig, apply_lora
-    from tunix_gemma4.host.optimizer import make_optimizer
-    from tunix_gemma4.host.train_step import TrainStep
-    from tunix_gemma4.host.trainer import model_input
-    from tunix_gemma4.losses import next_token_loss
-    from tunix_gemma4.model.gemma4 import Gemma4ForConditionalGeneration
-    from tunix_gemma4.model.stacking import stack_layers
-    from tunix_gemma4.processor import Batch
-
-    source = getattr(ModelConfig, f"gemma4_{size}")().source
-    fields = {"dtype": "bfloat16", "param_dtype": "bfloat16", "remat_config": "decoder"}
-    config = ModelConfig.from_hf(source, text_only=True, **fields)
-    made = []
-
-    def build() -> tuple[nnx.Module, nnx.Optimizer]:
-        model = Gemma4ForConditionalGeneration(config, rngs=nnx.Rngs(0))
-        model = apply_lora(model, LoraConfig(rank=RANK))
-        model = stack_layers(model) if stacked else model
-        optimizer = make_optimizer(optax.constant_schedule(RATE))
-        training = peft_trainer.TrainingConfig(eval_every_n_steps=1)
-        made.append(peft_trainer.PeftTrainer(model, optimizer, training))
-        return model, made[0].optimizer
-
-    model, optimizer = nnx.eval_shape(build)
-    made[0].with_loss_fn(next_token_loss).with_gen_model_input_fn(model_input)
-    placed(model, mesh)
-    placed(optimizer, mesh)
-    step = TrainStep(made[0].create_train_step_fn(), model, optimizer, nnx.LoRAParam)
-    tokens = rows(size, mesh)
-    batch = Batch(tokens=tokens, loss_mask=tokens, padding_mask=tokens, images=None)
-    return step.jitted_fn, (*step.arguments(), batch)
-
-
-def tunix(size: str, mesh: Mesh) -> tuple[Any, tuple]:
-    """The host's jitted step of its own model, and its arguments."""
+def tunix(size: str) -> Program:
+    """What traces the host's step of its own model, and its mesh."""
     import qwix
     from tunix.models.gemma4 import model as gemma4
     from tunix.sft import peft_trainer, utils
@@ -148,23 +113,24 @@ def tunix(size: str, mesh: Mesh) -> tuple[Any, tuple]:
         }
 
     made[0].with_gen_model_input_fn(model_input)
-    placed(model, mesh)
-    placed(optimizer, mesh)
+    rows, length, *sizes = SHAPES[size]
+    devices = np.array(hardware(SIZES[size].topology).devices())
+    mesh = Mesh(devices.reshape(sizes), ("fsdp", "tp"))
+    place(model, mesh)
+    place(optimizer, mesh)
+    where = NamedSharding(mesh, PartitionSpec("fsdp"))
+    tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=where)
     step = nnx.jit(made[0].create_train_step_fn(), donate_argnames=("optimizer",))
-    return step, (model, optimizer, rows(size, mesh))
+    return lambda: step.trace(model, optimizer, tokens), mesh
 
 
 def measure(size: str, program: str) -> dict[str, float]:
     """Seconds and bytes of one program."""
-    mesh = make_mesh(size)
     start, cpu = time.monotonic(), time.process_time()
-    if program == "tunix":
-        step, arguments = tunix(size, mesh)
-    else:
-        step, arguments = ours(size, mesh, stacked=program == "stacked")
+    trace, mesh = tunix(size) if program == "tunix" else ours(size, stacked=program == "stacked")
     built = time.monotonic()
     with mesh:
-        lowered = step.lower(*arguments)
+        lowered = trace().lower()
     lowered_at = time.monotonic()
     compiled = lowered.compile()
     end = time.monotonic()

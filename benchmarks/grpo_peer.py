@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import qwix
-from compile_time import RANK, RATE, placed
+from compile_time import RANK, RATE, place
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tunix.models.gemma4 import model as gemma4
@@ -67,8 +67,8 @@ def main() -> None:
     model, optimizer = nnx.eval_shape(build)
     # With remat the adapters could not be added.
     config.remat_config = gemma4.RematConfig.DECODER
-    placed(model, mesh)
-    placed(optimizer, mesh)
+    place(model, mesh)
+    place(optimizer, mesh)
     step = nnx.jit(made[0].create_train_step_fn(), donate_argnames=("optimizer",))
     try:
         with mesh:

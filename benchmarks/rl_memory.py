@@ -97,11 +97,7 @@ class Shapes:
         leaves = jax.tree.leaves(state)
         self.weights |= {leaf.shape for leaf in leaves}
         self.bytes += sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-        return graphdef, jax.tree.map(
-            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-            state,
-            sharding.param_shardings(state, self.mesh),
-        )
+        return graphdef, sharding.shapes_on(state, self.mesh)
 
     def rows(self, *shape, dtype=jnp.int32):
         where = NamedSharding(self.mesh, PartitionSpec("fsdp"))

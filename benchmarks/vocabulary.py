@@ -36,11 +36,7 @@ def compiled(mesh, step, spread):
     sharding._MESH_AXIS["vocab"] = ("fsdp", "tp") if spread else "tp"
     model = nnx.eval_shape(lambda: Gemma4ForConditionalGeneration(config, rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(model)
-    state = jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-        state,
-        sharding.param_shardings(state, mesh),
-    )
+    state = sharding.shapes_on(state, mesh)
     rows = NamedSharding(mesh, PartitionSpec("fsdp"))
     tokens = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32, sharding=rows)
     with jax.set_mesh(mesh):

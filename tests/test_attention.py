@@ -2,6 +2,7 @@
 """Attention a block of queries at a time: the same as all at once, at a cost that windows bound."""
 
 import contextlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,16 +11,16 @@ import pytest
 from absl import logging
 from flax import nnx
 from jax.sharding import Mesh
-from small_models import assert_logits_agree, draw_images, draw_tokens, random_model
+from small_models import assert_logits_agree, draw_images, draw_tokens, forward, random_model
 
 from tunix_gemma4.losses import next_token_loss
 from tunix_gemma4.model import attention, splash
 from tunix_gemma4.model.attention import (
     attend,
-    attend_all_ways,
     attend_blocks,
+    attend_given,
     attend_rows,
-    block_groups,
+    row_tiles,
 )
 from tunix_gemma4.model.masks import Visibility
 from tunix_gemma4.model.stacking import stack_layers
@@ -32,7 +33,7 @@ B, N, K, H = 2, 4, 2, 8
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch):
     monkeypatch.setattr(attention, "BLOCK", 16)
-    monkeypatch.setattr(attention, "DENSE_LENGTH", 32)
+    monkeypatch.setattr(attention, "CPU_BLOCK", 16)
 
 
 def draw(length, *, padding=False, segments=False, images=False, kv_heads=K, head_dim=H):
@@ -97,7 +98,7 @@ def test_a_long_row_gets_the_logits_of_attention_all_at_once(preset, monkeypatch
     tokens, real = draw_tokens(model.config, *rows)
     inputs = {"segment_ids": real, "images": draw_images(model.config, [(2, 2)], [(2, 2)])}
     found, _ = model(tokens, **inputs)
-    monkeypatch.setattr(attention, "DENSE_LENGTH", 1000)
+    monkeypatch.setattr(attention, "CPU_BLOCK", 1000)
     expected, _ = model(tokens, **inputs)
     assert_logits_agree(found * real[..., None], expected * real[..., None])
 
@@ -105,16 +106,14 @@ def test_a_long_row_gets_the_logits_of_attention_all_at_once(preset, monkeypatch
 def test_cost_follows_the_window():
     """Pairs of tokens that meet, over all pairs."""
 
-    def share(length, window, ahead=0):
-        groups = block_groups(length, window, ahead)
-        assert groups[0][0] == 0
-        assert groups[-1][1] == length
-        return sum((end - first) * keys for first, end, keys in groups) / length**2
+    def share(length, window, both_ways=False):
+        tiles = row_tiles(length, 16, window, both_ways=both_ways)
+        return tiles.queries * tiles.keys * len(tiles.starts) / length**2
 
-    assert share(1600, None) == pytest.approx(1 / 2 + 1 / 8, abs=0.02)
+    assert share(1600, None) == pytest.approx(1 / 2, abs=0.01)
     assert share(1600, 32) == 48 / 1600
     assert share(3200, 32) == 48 / 3200
-    assert share(1600, 32, ahead=32) == 80 / 1600
+    assert share(1600, 32, both_ways=True) == 80 / 1600
 
 
 @pytest.mark.parametrize("window", [None, 32])
@@ -128,7 +127,7 @@ def test_nothing_of_all_pairs_is_held(window):
     assert f"{length},{length}]" in dense
 
 
-# ---- Images' patches, which all see each other.
+# ---- Images' patches, which all see each other, and new tokens with a cache before them.
 
 
 @pytest.mark.parametrize("length", [30, 90])
@@ -138,14 +137,58 @@ def test_patches_see_all_valid_ones_a_block_at_a_time(length):
     weights = weights * valid[:, :, None, None]
     mask = valid[:, None, :]
     assert_equal(
-        lambda *inputs: attend_all_ways(*inputs, valid),
+        lambda *inputs: attend_given(*inputs, mask),
         lambda *inputs: attend(*inputs, mask),
         inputs,
         weights,
     )
-    loss = lambda *inputs: attend_all_ways(*inputs, valid).sum()  # noqa: E731
+    loss = lambda *inputs: attend_given(*inputs, mask).sum()  # noqa: E731
     text = str(jax.make_jaxpr(jax.value_and_grad(loss, (0, 1, 2)))(*inputs))
-    assert (f"{length},{length}]" in text) == (length <= attention.DENSE_LENGTH)
+    assert (f"{length},{length}]" in text) == (length <= 2 * attention.CPU_BLOCK)
+
+
+@pytest.mark.parametrize("ring", [True, False])
+@pytest.mark.parametrize("preset", ["e2b", "31b"])
+def test_a_long_prefill_in_one_call_or_two_gives_what_the_row_gives(preset, ring):
+    """With windows of 5, images (31b's look both ways) and padding on the left."""
+    model = random_model(preset, sliding_window=5, use_sliding_window_kv_cache=ring)
+    rows = ["t" * 30 + "(iiii)" + "t" * 60, "." * 20 + "(iiii)" + "t" * 70]
+    tokens, real = draw_tokens(model.config, *rows)
+    images = draw_images(model.config, [(2, 2)], [(2, 2)])
+    mask = model.get_attention_mask(tokens, real)
+    inputs = {"images": images, "skip_lm_head": True}
+    expected, _ = forward(model, tokens, attention_mask=mask, **inputs)
+    expected *= real[..., None]
+    half, more = 48, 7
+    mask = jnp.pad(mask, ((0, 0), (0, 0), (0, more)))
+    empty = model.init_cache(2, tokens.shape[1] + more, jnp.float32)
+    whole, _ = forward(model, tokens, cache=empty, attention_mask=mask, **inputs)
+    assert_logits_agree(whole * real[..., None], expected)
+    _, cache = forward(
+        model, tokens[:, :half], cache=empty, attention_mask=mask[:, :half], **inputs
+    )
+    rest, _ = forward(
+        model, tokens[:, half:], cache=cache, attention_mask=mask[:, half:], skip_lm_head=True
+    )
+    assert_logits_agree(rest, expected[:, half:])
+
+
+@pytest.mark.parametrize("preset", ["e2b", "31b"])
+def test_a_prefill_holds_no_scores_of_all_pairs(preset, monkeypatch):
+    model = random_model(preset, sliding_window=5)
+    length, room = 200, 230
+    tokens, _ = draw_tokens(model.config, "t" * length)
+    cache = model.init_cache(1, room, jnp.float32)
+    mask = jnp.ones((1, length, room), bool)
+
+    def scores() -> set[str]:
+        call = lambda cache: model(tokens, cache=cache, attention_mask=mask, skip_lm_head=True)  # noqa: E731
+        text = str(jax.make_jaxpr(call)(cache))
+        return set(re.findall(rf"f32\[[\d,]*,{length},[\d,]*(?:{room}|{length + 5})\]", text))
+
+    assert not scores()
+    monkeypatch.setattr(attention, "CPU_BLOCK", 1000)
+    assert scores()
 
 
 # ---- The kernel for TPU, interpreted.

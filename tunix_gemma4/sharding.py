@@ -170,6 +170,15 @@ def param_shardings(state: Any, mesh: Mesh) -> Any:
     return jax.tree.map(of_variable, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
+def shapes_on(state: Any, mesh: Mesh) -> Any:
+    """`state` as shapes, each with the sharding that `param_shardings` gives it."""
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        state,
+        param_shardings(state, mesh),
+    )
+
+
 def shard_model(model: nnx.Module, mesh: Mesh) -> nnx.Module:
     """Moves the arrays of `model` onto `mesh`, in place, and returns it."""
     state = nnx.state(model)

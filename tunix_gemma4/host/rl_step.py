@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -56,48 +55,42 @@ def make_trainer(
     return trainer
 
 
-@dataclasses.dataclass(frozen=True)
-class Example:
-    """Settings of a micro-batch of examples.
+def example_shapes(
+    make: Callable[..., jax.ShapeDtypeStruct],
+    shape: tuple[int, int, int],
+    *,
+    images: Any,
+    repeats: int,
+    reference: bool,
+    old: bool,
+    temperature: float,
+    suppressed: tuple[int, ...],
+) -> TrainExample:
+    """A micro-batch as the learner hands it to the trainer.
 
-    Attributes:
-        rows: completions.
-        prompt, completion: tokens.
+    Args:
+        make: `make(*shape, dtype=int32)` gives a placed shape.
+        shape: completions, and tokens of a prompt and of a completion.
+        images: shapes of the images of every row, or None.
         repeats: completions of a prompt.
         reference, old: whether log-probabilities of the reference and the old policy are there.
         temperature: of sampling.
         suppressed: ids that are never drawn.
     """
-
-    rows: int
-    prompt: int
-    completion: int
-    repeats: int
-    reference: bool
-    old: bool
-    temperature: float
-    suppressed: tuple[int, ...]
-
-    def shapes(self, make: Callable[..., jax.ShapeDtypeStruct], images: Any) -> TrainExample:
-        """What the learner hands the trainer.
-
-        Args:
-            make: `make(*shape, dtype=int32)` gives a placed shape.
-            images: shapes of the images of every row, or None.
-        """
-        prompts, completions = make(self.rows, self.prompt), make(self.rows, self.completion)
-        floats = make(self.rows, self.completion, dtype=jnp.float32)
-        return extended(TrainExample)(
-            prompt_ids=prompts,
-            prompt_mask=prompts,
-            completion_ids=completions,
-            completion_mask=completions,
-            advantages=make(self.rows, dtype=jnp.float32),
-            ref_per_token_logps=floats if self.reference else None,
-            old_per_token_logps=floats if self.old else None,
-            images=images,
-            rollout_logps=floats,
-            image_repeats=self.repeats if images is not None else 1,
-            temperature=self.temperature,
-            suppressed=self.suppressed,
-        )
+    rows, prompt, completion = shape
+    prompts, completions = make(rows, prompt), make(rows, completion)
+    floats = make(rows, completion, dtype=jnp.float32)
+    return extended(TrainExample)(
+        prompt_ids=prompts,
+        prompt_mask=prompts,
+        completion_ids=completions,
+        completion_mask=completions,
+        advantages=make(rows, dtype=jnp.float32),
+        ref_per_token_logps=floats if reference else None,
+        old_per_token_logps=floats if old else None,
+        images=images,
+        rollout_logps=floats,
+        image_repeats=repeats if images is not None else 1,
+        temperature=temperature,
+        suppressed=suppressed,
+    )

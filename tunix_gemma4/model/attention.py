@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 from absl import logging
@@ -12,19 +10,19 @@ from flax import nnx
 
 from ..config import LayerSpec, ModelConfig
 from ..sharding import constrain, platform
-from .cache import LayerCache, store
+from .cache import LayerCache, is_ring, store
 from .layers import RMSNorm, linear
-from .masks import Visibility
+from .masks import Given, Visibility
 from .rope import rotate
 from .splash import LANES, splash_attend
+from .tiles import Tiles, attend_tiles, causal_tiles, sliding_tiles, whole_tiles
 
 KeysValues = tuple[jax.Array, jax.Array]
 
-# Queries whose attention exists at once in rows longer than DENSE_LENGTH.
-BLOCK = 256
-DENSE_LENGTH = 512
-# Blocks of a group meet as many keys as its last: 1/2 + 1 / (2 * FULL_GROUPS) of all pairs.
-FULL_GROUPS = 4
+# Queries, and in full layers keys, that meet at once; rows of at most two blocks meet all at once.
+BLOCK, CPU_BLOCK = 256, 128
+# From here on a full layer's blocks are twice as long.
+LONG = 2048
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
@@ -76,8 +74,8 @@ def _obstacle(q: jax.Array, visibility: Visibility, window: int | None) -> str |
     length, head_dim = q.shape[1], q.shape[3]
     if platform() != "tpu":
         return f"the kernel is for TPU, and this is compiled for {platform()}"
-    if length <= DENSE_LENGTH:
-        return f"rows of {length} tokens are no longer than {DENSE_LENGTH}"
+    if length <= 2 * BLOCK:
+        return f"rows of {length} tokens are no longer than {2 * BLOCK}"
     if head_dim % LANES:
         return f"the head size is {head_dim}, which is no multiple of {LANES}"
     if visibility.visible is not None:
@@ -90,81 +88,69 @@ def _obstacle(q: jax.Array, visibility: Visibility, window: int | None) -> str |
 def attend_blocks(
     q: jax.Array, k: jax.Array, v: jax.Array, visibility: Visibility, window: int | None
 ) -> jax.Array:
-    """`attend` over whole rows of T tokens, a block of queries at a time.
+    """`attend` over whole rows of T tokens, a block of queries and one of keys at a time.
 
-    A sliding layer's block meets the keys of its window alone, so that cost grows with T x window;
-    a full layer's meets the keys before the end of its group, `FULL_GROUPS` of which cover the
-    row. The backward pass makes each block's attention again. Nothing [N, T, T] exists.
+    A sliding layer's queries meet the keys of their window alone, so that cost grows with
+    T x window; a full layer's meet no block behind them. Nothing [N, T, T] exists.
     """
     length = q.shape[1]
-    if length <= DENSE_LENGTH:
+    block = block_size(length if window is None else 0)
+    if length <= 2 * block:
         return attend(q, k, v, visibility.tile(window, (0, length), (0, length)))
-    padding = -length % BLOCK
+    padding = -length % block
     if padding:
         q, k, v = (_pad(x, padding) for x in (q, k, v))
         visibility = visibility.padded(padding)
-    ahead = window if window is not None and visibility.blocks is not None else 0
-
-    def group(first: int, end: int, keys: int) -> jax.Array:
-        def block(q: jax.Array, start: jax.Array) -> jax.Array:
-            first_key = jnp.clip(start + BLOCK + ahead - keys, 0, k.shape[1] - keys)
-            near = (jax.lax.dynamic_slice_in_dim(x, first_key, keys, axis=1) for x in (k, v))
-            mask = visibility.tile(window, (start, BLOCK), (first_key, keys))
-            return attend(q, *near, mask)
-
-        return _map_blocks(block, q[:, first:end], first)
-
-    groups = block_groups(q.shape[1], window, ahead)
-    return jnp.concatenate([group(*g) for g in groups], axis=1)[:, :length]
+    tiles = row_tiles(q.shape[1], block, window, both_ways=visibility.blocks is not None)
+    return attend_tiles(tiles, window, q, k, v, visibility)[:, :length]
 
 
-def attend_all_ways(q: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array) -> jax.Array:
-    """`attend` of every token to every valid one, a block of queries at a time in long rows.
+def attend_given(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, tiles: Tiles | None = None
+) -> jax.Array:
+    """`attend` under any mask [B, 1 or T, S], a block of queries at a time in long rows.
 
-    q, k and v are [B, T, N, H] and valid is bool [B, T]. Nothing [N, T, T] exists.
+    `tiles` are known to hold every visible pair; None: each query meets all keys. Nothing
+    [N, T, S] exists.
     """
-    length = q.shape[1]
-    mask = valid[:, None, :]
-    if length <= DENSE_LENGTH:
+    length, block = q.shape[1], block_size()
+    if length <= 2 * block:
         return attend(q, k, v, mask)
-    q = _pad(q, -length % BLOCK)
-    return _map_blocks(lambda q, _: attend(q, k, v, mask), q, 0)[:, :length]
+    padding = -length % block
+    q = _pad(q, padding)
+    if mask.shape[1] > 1:
+        mask = jnp.pad(mask, ((0, 0), (0, padding), (0, 0)))
+    tiles = tiles or whole_tiles(q.shape[1], block, k.shape[1])
+    return attend_tiles(tiles, None, q, k, v, Given(mask))[:, :length]
+
+
+def block_size(causal_length: int = 0) -> int:
+    """Queries handled at once: few for the caches of a CPU, more where causal tiles are many."""
+    if platform() == "cpu":
+        return CPU_BLOCK
+    return 2 * BLOCK if causal_length >= LONG else BLOCK
+
+
+def row_tiles(length: int, block: int, window: int | None, *, both_ways: bool) -> Tiles:
+    """Of whole rows of `length` tokens, a multiple of `block`.
+
+    `both_ways` says that queries of a sliding layer may look forward too.
+    """
+    if window is not None:
+        ahead = window if both_ways else 0
+        tiles = sliding_tiles(length, block, length, back=_back(window, block), ahead=ahead)
+        if tiles.keys < length or both_ways:
+            return tiles
+    return causal_tiles(length, block)
+
+
+def _back(window: int, block: int) -> int:
+    """Whole blocks that reach to a query's first key, window - 1 before it."""
+    return block * -(-(window - 1) // block)
 
 
 def _pad(x: jax.Array, count: int) -> jax.Array:
     return jnp.pad(x, ((0, 0), (0, count), (0, 0), (0, 0)))
-
-
-def _map_blocks(
-    function: Callable[[jax.Array, jax.Array], jax.Array], q: jax.Array, first: int
-) -> jax.Array:
-    """`function(block of BLOCK queries, slot of its first)` of every block, one after the other.
-
-    The backward pass makes each block's result again. q is [B, T, N, H] with T a multiple of
-    BLOCK; its first slot is `first`.
-    """
-    function = jax.checkpoint(function)
-    blocks = q.reshape(q.shape[0], -1, BLOCK, *q.shape[2:])
-    starts = first + BLOCK * jnp.arange(blocks.shape[1])
-    out = jax.lax.map(lambda xs: function(*xs), (jnp.moveaxis(blocks, 1, 0), starts))
-    return jnp.moveaxis(out, 0, 1).reshape(q.shape)
-
-
-def block_groups(length: int, window: int | None, ahead: int = 0) -> list[tuple[int, int, int]]:
-    """First slot, end, and number of keys per block, of each group of blocks of queries.
-
-    `length` is a multiple of `BLOCK`; `ahead` is how far a query may look forward.
-    """
-    blocks = length // BLOCK
-    if window is not None:
-        # A query's first key lies window - 1 before it.
-        keys = BLOCK * (1 + -(-(window - 1) // BLOCK)) + ahead
-        if keys < length:
-            return [(0, length, keys)]
-    ends = sorted({BLOCK * -(-blocks * (i + 1) // FULL_GROUPS) for i in range(FULL_GROUPS)})
-    return [
-        (first, end, min(end + ahead, length)) for first, end in zip([0, *ends], ends, strict=False)
-    ]
 
 
 class Attention(nnx.Module):
@@ -210,8 +196,17 @@ class Attention(nnx.Module):
         if isinstance(mask, Visibility):
             out = attend_rows(self.config, q, k, v, mask, self.spec.window)
         else:
-            out = attend(q, k, v, mask)
+            out = attend_given(q, k, v, mask, self._ring_tiles(q.shape[1], k.shape[1]))
         return self.o_proj(out.reshape(*x.shape[:2], -1)), (k, v), cache
+
+    def _ring_tiles(self, length: int, keys: int) -> Tiles | None:
+        """Of `length` new tokens and what a ring held before them; None where there is no ring."""
+        if not is_ring(self.config, self.spec.kind):
+            return None
+        window, block = self.spec.window, block_size()
+        ahead = window if self.config.image_blocks_attend_both_ways else 0
+        reach = {"back": _back(window, block), "ahead": ahead, "cached": keys - length}
+        return sliding_tiles(length + -length % block, block, keys, **reach)
 
     def _heads(self, x: jax.Array) -> jax.Array:
         return constrain(

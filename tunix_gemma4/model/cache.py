@@ -30,7 +30,7 @@ def init_cache(config: ModelConfig, batch_size: int, max_seq_len: int, dtype) ->
     for spec in config.layers:
         if spec.shares_kv:
             continue
-        size = min(spec.window, max_seq_len) if _is_ring(config, spec.kind) else max_seq_len
+        size = min(spec.window, max_seq_len) if is_ring(config, spec.kind) else max_seq_len
         shape = (batch_size, size, spec.num_kv_heads, spec.head_dim)
         cache[cache_name(spec.index)] = {
             "k": jnp.zeros(shape, dtype),
@@ -40,7 +40,7 @@ def init_cache(config: ModelConfig, batch_size: int, max_seq_len: int, dtype) ->
     return cache
 
 
-def _is_ring(config: ModelConfig, kind: str) -> bool:
+def is_ring(config: ModelConfig, kind: str) -> bool:
     return kind == "sliding" and config.use_sliding_window_kv_cache
 
 
@@ -64,7 +64,7 @@ def cached_keys(config: ModelConfig, cache: Cache, length: int) -> dict[str, Key
             continue
         entry = cache[cache_name(spec.index)]
         size, end = entry["k"].shape[1], entry["end_index"][0]
-        if not _is_ring(config, spec.kind):
+        if not is_ring(config, spec.kind):
             keys[spec.kind] = Keys(jnp.arange(size), True)
         elif length == 1:
             keys[spec.kind] = Keys(_ring_slots(size, end), False)
@@ -83,7 +83,7 @@ def store(
     """
     length, size, end = k.shape[1], cache["k"].shape[1], cache["end_index"][0]
     k, v = (x.astype(cache["k"].dtype) for x in (k, v))
-    ring = _is_ring(config, spec.kind)
+    ring = is_ring(config, spec.kind)
     if not ring or length == 1:
         # A slice, which is written in place where a scatter may be a pass over the whole cache.
         start = end % size if ring else end

@@ -140,4 +140,10 @@ def remat_call(module: nnx.Module, enabled: bool, *args):
     if not enabled or getattr(module, "qwix_rngs", None) is not None:
         return module(*args)
     graphdef, state = nnx.split(module)
-    return jax.checkpoint(lambda state, *args: nnx.merge(graphdef, state)(*args))(state, *args)
+
+    def call(state, *args):
+        # Fused with their use, the slices of stacked weights make programs that take longer to
+        # compile and more memory to run.
+        return nnx.merge(graphdef, jax.lax.optimization_barrier(state))(*args)
+
+    return jax.checkpoint(call)(state, *args)

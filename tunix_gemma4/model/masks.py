@@ -145,6 +145,18 @@ class Visibility(NamedTuple):
         return visible
 
 
+class Given(NamedTuple):
+    """A mask of queries and keys, bool [B, 1 or T, S]; `tile` is that of `Visibility`."""
+
+    visible: jax.Array
+
+    def tile(
+        self, window: int | None, rows: tuple[Any, int], columns: tuple[Any, int]
+    ) -> jax.Array:
+        mask = jax.lax.dynamic_slice_in_dim(self.visible, *columns, axis=2)
+        return mask if mask.shape[1] == 1 else jax.lax.dynamic_slice_in_dim(mask, *rows, axis=1)
+
+
 def attention_masks(
     config: ModelConfig,
     tokens: jax.Array,

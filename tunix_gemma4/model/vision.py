@@ -12,7 +12,7 @@ from flax import nnx
 
 from ..config import ModelConfig, RematConfig
 from ..sharding import constrain, metadata
-from .attention import attend_all_ways
+from .attention import attend_given
 from .layers import ClippableLinear, HasBuffers, RMSNorm, gelu, linear, remat_call
 from .rope import angles, frequencies, rotate_2d
 
@@ -66,7 +66,7 @@ class VisionAttention(nnx.Module):
         )  # [I, M, N, H]
         q = rotate_2d(self.q_norm(q), *by_axis)
         k = rotate_2d(self.k_norm(k), *by_axis)
-        out = attend_all_ways(q, k, self.v_norm(v), valid)
+        out = attend_given(q, k, self.v_norm(v), valid[:, None, :])
         return self.o_proj(out.reshape(*x.shape[:2], -1))
 
 

@@ -31,7 +31,7 @@ from ..model.cache import init_cache
 from ..model.gemma4 import Gemma4ForConditionalGeneration
 from ..planning.measure import bytes_per_chip
 from ..processor import Batch
-from ..sharding import eval_shape, param_shardings
+from ..sharding import eval_shape, shapes_on
 from . import common, grpo, sft
 from .rl_config import GrpoRunConfig
 from .run_config import RunConfig
@@ -114,8 +114,7 @@ class Shapes:
         with contextlib.redirect_stdout(io.StringIO()):
             modules = eval_shape(build)  # Recipes tell of their model, and plans try many.
         for module in modules:
-            state = nnx.state(module)
-            nnx.update(module, jax.tree.map(_placed, state, param_shardings(state, self.mesh)))
+            nnx.update(module, shapes_on(nnx.state(module), self.mesh))
         return made[0], modules
 
     def rows(self, *shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
@@ -148,10 +147,6 @@ class Shapes:
             split = tp if leaf.ndim == 4 and leaf.shape[2] % tp == 0 else 1
             total += leaf.size * leaf.dtype.itemsize // (self.mesh.shape["fsdp"] * split)
         return total
-
-
-def _placed(leaf: Any, where: NamedSharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
 
 def resident_of(config: RunConfig | GrpoRunConfig, shapes: Shapes) -> Resident:
@@ -275,16 +270,16 @@ def grpo_programs(
     resident = _resident(model, optimizer, *reference)
     suppressed = (*sampling.media_ids(shapes.config), shapes.config.pad_token_id)
     rows = config.micro * config.num_generations
-    example = rl_step.Example(
-        rows=rows,
-        prompt=config.data.max_prompt_length,
-        completion=config.max_completion_length,
+    example = rl_step.example_shapes(
+        shapes.rows,
+        (rows, config.data.max_prompt_length, config.max_completion_length),
+        images=shapes.images(rows, images, config.data.max_soft_tokens),
         repeats=config.num_generations,
         reference=bool(config.beta),
         old=config.num_iterations > 1,
         temperature=config.temperature,
         suppressed=suppressed,
-    ).shapes(shapes.rows, shapes.images(rows, images, config.data.max_soft_tokens))
+    )
     step = _step(trainer.create_train_step_fn(), model, optimizer, example)
     logits = shapes.logits(rows * config.max_completion_length)
     runs = config.mini // config.micro

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention a tile of queries and keys at a time: no array of all pairs, forward or backward.
+
+One loop goes over the tiles, so a compiler sees one tile whatever the length. The softmax is the
+online one, and the backward pass makes each tile's probabilities again from the logarithm of their
+sum.
+
+Source: Dao, FlashAttention-2, 2023, algorithms 1 and 2.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from ..sharding import constrain
+
+# Of scores that do not count; finite, so that a query that may see nothing gets no NaN.
+MASKED = -1e30
+
+
+class Masks(Protocol):
+    """Says who may look at whom; a pytree of arrays."""
+
+    def tile(
+        self, window: int | None, rows: tuple[Any, int], columns: tuple[Any, int]
+    ) -> jax.Array:
+        """Bool [B or 1, queries, keys] of the given first slots and numbers."""
+
+
+class Tiles(NamedTuple):
+    """The pairs of a block of queries and a block of keys that meet.
+
+    Attributes:
+        queries: in a block.
+        keys: in a block; blocks of different queries may overlap.
+        starts: first query and first key of each pair, those of the same queries in a row.
+    """
+
+    queries: int
+    keys: int
+    starts: tuple[tuple[int, int], ...]
+
+
+def causal_tiles(length: int, block: int) -> Tiles:
+    """Those of a full layer over `length` tokens, a multiple of `block`."""
+    firsts = range(0, length, block)
+    return Tiles(block, block, tuple((q, k) for q in firsts for k in firsts if k <= q))
+
+
+def sliding_tiles(
+    length: int, block: int, keys: int, *, back: int, ahead: int = 0, cached: int = 0
+) -> Tiles:
+    """One for each block of queries, whose keys reach `back` before it and `ahead` behind it.
+
+    Args:
+        length: of the queries, a multiple of `block`.
+        block: queries in a tile.
+        keys: how many there are.
+        back: how far before its first query a tile's keys reach.
+        ahead: how far behind its last one.
+        cached: keys before the first query's own, in any order: a query that reaches back to any
+            of them meets them all.
+    """
+    width = min(cached + back + block + ahead, keys)
+    firsts = range(0, length, block)
+    ends = (cached + first + block + ahead for first in firsts)
+    starts = (min(max(end - width, 0), keys - width) for end in ends)
+    return Tiles(block, width, tuple(zip(firsts, starts, strict=True)))
+
+
+def whole_tiles(length: int, block: int, keys: int) -> Tiles:
+    """One for each block of queries, with all keys; `length` is a multiple of `block`."""
+    return Tiles(block, keys, tuple((first, 0) for first in range(0, length, block)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def attend_tiles(
+    tiles: Tiles,
+    window: int | None,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    masks: Masks,
+) -> jax.Array:
+    """Softmax attention with scale 1 over `tiles`, softmax in float32.
+
+    Args:
+        tiles: together they hold every pair that `masks` lets meet.
+        window: of a sliding layer; None in a full one.
+        q: [B, T, N, H].
+        k: [B, S, K, H] with N a multiple of K.
+        v: like k.
+        masks: of queries and keys.
+
+    Returns:
+        [B, T, N, H] in the dtype of q. A query that may see nothing gets the mean of the values in
+        its tiles.
+    """
+    return _forward(tiles, window, q, k, v, masks)[0]
+
+
+def _slice(x: jax.Array, start: jax.Array, size: int, axis: int = 1) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(x, start, size, axis)
+
+
+def _write(x: jax.Array, part: jax.Array, start: jax.Array, axis: int = 1) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(x, part.astype(x.dtype), start, axis)
+
+
+def _scores(tiles, window, q, k, masks, starts) -> jax.Array:
+    """Of one tile, masked: float32 [B, K, queries, N / K, keys]."""
+    (first_q, first_k) = starts
+    scores = jnp.einsum("bqkgh,bskh->bkqgs", q, k, preferred_element_type=jnp.float32)
+    mask = masks.tile(window, (first_q, tiles.queries), (first_k, tiles.keys))
+    return jnp.where(mask[:, None, :, None, :], scores, MASKED)
+
+
+def _grouped(x: jax.Array, kv_heads: int) -> jax.Array:
+    """[B, T, N, H] as [B, T, K, N / K, H]."""
+    return x.reshape(*x.shape[:2], kv_heads, -1, x.shape[3])
+
+
+def _loop(step, carry, tiles: Tiles):
+    """`step` over the tiles; it is told whether a tile is the first of its queries."""
+    queries, keys = zip(*tiles.starts, strict=True)
+    fresh = [i == 0 or queries[i] != queries[i - 1] for i in range(len(queries))]
+    xs = jnp.array(queries), jnp.array(keys), jnp.array(fresh)
+    return jax.lax.scan(lambda carry, x: (step(carry, x[:2], x[2]), None), carry, xs)[0]
+
+
+def _forward(tiles, window, q, k, v, masks):
+    """The output, and what the backward pass wants."""
+    batch, length, heads, size = q.shape
+    groups = heads // k.shape[2]
+    online = len({first for first, _ in tiles.starts}) < len(tiles.starts)
+
+    def step(carry, starts, fresh):
+        out, log_sums, running = carry
+        q_tile = _grouped(_slice(q, starts[0], tiles.queries), k.shape[2])
+        k_tile, v_tile = (_slice(x, starts[1], tiles.keys) for x in (k, v))
+        scores = _scores(tiles, window, q_tile, k_tile, masks, starts)
+        largest = scores.max(axis=-1)
+        if online:
+            before, total, mixed = (jnp.where(fresh, 0, x) for x in running)
+            before = jnp.where(fresh, -jnp.inf, before)
+            largest = jnp.maximum(largest, before)
+        weights = jnp.exp(scores - largest[..., None])
+        sums = weights.sum(axis=-1)
+        values = jnp.einsum(
+            "bkqgs,bskh->bkqgh",
+            weights.astype(v.dtype),
+            v_tile,
+            preferred_element_type=jnp.float32,
+        )
+        if online:
+            shrink = jnp.exp(before - largest)
+            sums, values = sums + shrink * total, values + shrink[..., None] * mixed
+            running = largest, sums, values
+        tile = jnp.moveaxis(values / sums[..., None], 1, 2)
+        out = _write(out, tile.reshape(batch, tiles.queries, heads, size), starts[0])
+        log_sums = _write(log_sums, largest + jnp.log(sums), starts[0], axis=2)
+        return out, log_sums, running
+
+    small = (batch, k.shape[2], tiles.queries, groups)
+    zeros = lambda shape: jnp.zeros(shape, jnp.float32)  # noqa: E731
+    running = (zeros(small), zeros(small), zeros((*small, size))) if online else ()
+    out = constrain(jnp.zeros(q.shape, q.dtype), "batch", None, "heads", None)
+    log_sums = zeros((batch, k.shape[2], length, groups))
+    out, log_sums, _ = _loop(step, (out, log_sums, running), tiles)
+    return out, (q, k, v, masks, out, log_sums)
+
+
+def _backward(tiles, window, saved, d_out):
+    q, k, v, masks, out, log_sums = saved
+    kv_heads, size = k.shape[2:]
+    product = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1)  # [B, T, N]
+    product = jnp.moveaxis(product.reshape(*q.shape[:2], kv_heads, -1), 1, 2)
+
+    def add(total, part, start):
+        return _write(total, _slice(total, start, tiles.keys) + part, start)
+
+    def step(carry, starts, fresh):
+        d_q, d_k, d_v, running = carry
+        q_tile, d_out_tile = (
+            _grouped(_slice(x, starts[0], tiles.queries), kv_heads) for x in (q, d_out)
+        )
+        k_tile, v_tile = (_slice(x, starts[1], tiles.keys) for x in (k, v))
+        of_queries = lambda x: _slice(x, starts[0], tiles.queries, axis=2)[..., None]  # noqa: E731
+        einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+        scores = _scores(tiles, window, q_tile, k_tile, masks, starts)
+        weights = jnp.exp(scores - of_queries(log_sums))
+        d_v = add(d_v, einsum("bkqgs,bqkgh->bskh", weights.astype(q.dtype), d_out_tile), starts[1])
+        d_weights = einsum("bqkgh,bskh->bkqgs", d_out_tile, v_tile)
+        d_scores = (weights * (d_weights - of_queries(product))).astype(q.dtype)
+        d_k = add(d_k, einsum("bkqgs,bqkgh->bskh", d_scores, q_tile), starts[1])
+        running = einsum("bkqgs,bskh->bqkgh", d_scores, k_tile) + jnp.where(fresh, 0, running)
+        d_q = _write(d_q, running.reshape(q.shape[0], tiles.queries, *q.shape[2:]), starts[0])
+        return d_q, d_k, d_v, running
+
+    d_q = constrain(jnp.zeros(q.shape, q.dtype), "batch", None, "heads", None)
+    d_k = constrain(jnp.zeros(k.shape, jnp.float32), "batch", None, "kv_heads", None)
+    running = jnp.zeros((q.shape[0], tiles.queries, kv_heads, q.shape[2] // kv_heads, size))
+    d_q, d_k, d_v, _ = _loop(step, (d_q, d_k, d_k, running), tiles)
+    return d_q, d_k.astype(k.dtype), d_v.astype(v.dtype), None
+
+
+attend_tiles.defvjp(_forward, _backward)
