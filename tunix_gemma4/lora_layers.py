@@ -91,38 +91,42 @@ class LoraLinear(nnx.Linear):
         # Gathered first: else rows would travel to the chips that store parts of the long side.
         a, b = (constrain(m[...], None, None) for m in (self.kernel_lora_a, self.kernel_lora_b))
         # Scaled while it is narrow.
-        return (y + _widen(self.lora.scale * _dot32(x, a), b)).astype(y.dtype)
-
-
-def _dot32(x: jax.Array, matrix: jax.Array) -> jax.Array:
-    """`x @ matrix` in float32. A bfloat16 x is not converted first: its gradient keeps it as is."""
-    contract = (((x.ndim - 1,), (0,)), ((), ()))
-    return jax.lax.dot_general(x, matrix, contract, preferred_element_type=jnp.float32)
+        return (y + _dot32(self.lora.scale * _dot32(x, a), b)).astype(y.dtype)
 
 
 @jax.custom_vjp
-def _widen(narrow: jax.Array, b: jax.Array) -> jax.Array:
-    """`narrow @ b` in float32, with the gradient of `b` as `narrow` transposed times the output's.
+def _dot32(x: jax.Array, matrix: jax.Array) -> jax.Array:
+    """`x @ matrix` in float32, one side of the matrix being far longer than the other.
 
-    JAX's own puts the output's gradient first, which XLA for CPU transposes to multiply it: a tenth
-    of the LoRA step of benchmarks/cpu_speed.py.
+    The gradient of the matrix starts from the narrower of `x` and the output's gradient: JAX's own
+    may start from the wide one, which XLA for CPU transposes to multiply it. A bfloat16 x is not
+    converted first, so the backward pass keeps it as it is.
     """
-    return _dot32(narrow, b)
+    return _contract(x, matrix, x.ndim - 1, 0)
 
 
-def _widen_forward(narrow: jax.Array, b: jax.Array) -> tuple[jax.Array, tuple]:
-    return _dot32(narrow, b), (narrow, b)
+def _contract(one: jax.Array, other: jax.Array, *axes: Any) -> jax.Array:
+    """Sum of products over `axes[0]` of `one` and `axes[1]` of `other`, in float32."""
+    contracted = tuple((axis,) if isinstance(axis, int) else axis for axis in axes)
+    return jax.lax.dot_general(
+        one, other, (contracted, ((), ())), preferred_element_type=jnp.float32
+    )
 
 
-def _widen_backward(saved: tuple, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
-    narrow, b = saved
-    *rows, last = range(gradient.ndim)
-    of_narrow = jax.lax.dot_general(gradient, b, (((last,), (1,)), ((), ())))
-    of_b = jax.lax.dot_general(narrow, gradient, ((rows, rows), ((), ())))
-    return of_narrow, of_b
+def _dot32_forward(x: jax.Array, matrix: jax.Array) -> tuple[jax.Array, tuple]:
+    return _dot32(x, matrix), (x, matrix)
 
 
-_widen.defvjp(_widen_forward, _widen_backward)
+def _dot32_backward(saved: tuple, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, matrix = saved
+    rows = tuple(range(x.ndim - 1))
+    of_x = _contract(gradient, matrix, len(rows), 1).astype(x.dtype)
+    if x.shape[-1] < gradient.shape[-1]:
+        return of_x, _contract(x, gradient, rows, rows)
+    return of_x, _contract(gradient, x, rows, rows).T
+
+
+_dot32.defvjp(_dot32_forward, _dot32_backward)
 
 
 def _quantized_dot(x: jax.Array, kernel: qwix.QArray, *, dtype: Any) -> jax.Array:

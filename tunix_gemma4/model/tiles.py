@@ -111,11 +111,31 @@ def _write(x: jax.Array, part: jax.Array, start: jax.Array, axis: int = 1) -> ja
     return jax.lax.dynamic_update_slice_in_dim(x, part.astype(x.dtype), start, axis)
 
 
+# Products of queries' rows [B, queries, K, N / K, H], keys' [B, keys, K, H] and what each pair of
+# them has [B, K, queries, N / K, keys], in float32. Spelt out, because XLA for CPU copies what
+# pairs have where `einsum` contracts it in another order.
+_dot = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
+
+
+def _of_pairs(of_queries: jax.Array, of_keys: jax.Array) -> jax.Array:
+    return _dot(of_queries, of_keys, (((4,), (3,)), ((0, 2), (0, 2))))
+
+
+def _over_keys(of_pairs: jax.Array, of_keys: jax.Array) -> jax.Array:
+    """[B, K, queries, N / K, H]."""
+    return _dot(of_pairs, of_keys, (((4,), (1,)), ((0, 1), (0, 2))))
+
+
+def _over_queries(of_queries: jax.Array, of_pairs: jax.Array) -> jax.Array:
+    """[B, keys, K, H]."""
+    product = _dot(of_queries, of_pairs, (((1, 3), (2, 3)), ((0, 2), (0, 1))))  # [B, K, H, keys]
+    return jnp.moveaxis(product, 3, 1)
+
+
 def _scores(tiles, window, q, k, masks, starts) -> jax.Array:
     """Of one tile, masked: float32 [B, K, queries, N / K, keys]."""
-    (first_q, first_k) = starts
-    scores = jnp.einsum("bqkgh,bskh->bkqgs", q, k, preferred_element_type=jnp.float32)
-    mask = masks.tile(window, (first_q, tiles.queries), (first_k, tiles.keys))
+    scores = _of_pairs(q, k)
+    mask = masks.tile(window, (starts[0], tiles.queries), (starts[1], tiles.keys))
     return jnp.where(mask[:, None, :, None, :], scores, MASKED)
 
 
@@ -150,12 +170,7 @@ def _forward(tiles, window, q, k, v, masks):
             largest = jnp.maximum(largest, before)
         weights = jnp.exp(scores - largest[..., None])
         sums = weights.sum(axis=-1)
-        values = jnp.einsum(
-            "bkqgs,bskh->bkqgh",
-            weights.astype(v.dtype),
-            v_tile,
-            preferred_element_type=jnp.float32,
-        )
+        values = _over_keys(weights.astype(v.dtype), v_tile)
         if online:
             shrink = jnp.exp(before - largest)
             sums, values = sums + shrink * total, values + shrink[..., None] * mixed
@@ -190,20 +205,20 @@ def _backward(tiles, window, saved, d_out):
         )
         k_tile, v_tile = (_slice(x, starts[1], tiles.keys) for x in (k, v))
         of_queries = lambda x: _slice(x, starts[0], tiles.queries, axis=2)[..., None]  # noqa: E731
-        einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
         scores = _scores(tiles, window, q_tile, k_tile, masks, starts)
         weights = jnp.exp(scores - of_queries(log_sums))
-        d_v = add(d_v, einsum("bkqgs,bqkgh->bskh", weights.astype(q.dtype), d_out_tile), starts[1])
-        d_weights = einsum("bqkgh,bskh->bkqgs", d_out_tile, v_tile)
+        d_v = add(d_v, _over_queries(d_out_tile, weights.astype(q.dtype)), starts[1])
+        d_weights = _of_pairs(d_out_tile, v_tile)
         d_scores = (weights * (d_weights - of_queries(product))).astype(q.dtype)
-        d_k = add(d_k, einsum("bkqgs,bqkgh->bskh", d_scores, q_tile), starts[1])
-        running = einsum("bkqgs,bskh->bqkgh", d_scores, k_tile) + jnp.where(fresh, 0, running)
-        d_q = _write(d_q, running.reshape(q.shape[0], tiles.queries, *q.shape[2:]), starts[0])
+        d_k = add(d_k, _over_queries(q_tile, d_scores), starts[1])
+        running = _over_keys(d_scores, k_tile) + jnp.where(fresh, 0, running)
+        tile = jnp.moveaxis(running, 1, 2)
+        d_q = _write(d_q, tile.reshape(q.shape[0], tiles.queries, *q.shape[2:]), starts[0])
         return d_q, d_k, d_v, running
 
     d_q = constrain(jnp.zeros(q.shape, q.dtype), "batch", None, "heads", None)
     d_k = constrain(jnp.zeros(k.shape, jnp.float32), "batch", None, "kv_heads", None)
-    running = jnp.zeros((q.shape[0], tiles.queries, kv_heads, q.shape[2] // kv_heads, size))
+    running = jnp.zeros((q.shape[0], kv_heads, tiles.queries, q.shape[2] // kv_heads, size))
     d_q, d_k, d_v, _ = _loop(step, (d_q, d_k, d_k, running), tiles)
     return d_q, d_k.astype(k.dtype), d_v.astype(v.dtype), None
 
