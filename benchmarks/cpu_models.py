@@ -166,6 +166,10 @@ class Ours:
         directory: the checkpoint.
         remat: of the LoRA step.
         scan_layers: stack the layers of forward, log-probabilities and step.
+
+    Attributes:
+        parameters: how many there are.
+        factors: how many of them multiply each token.
     """
 
     name = "this package"
@@ -174,6 +178,9 @@ class Ours:
         self._directory, self._remat, self._scan_layers = directory, remat, scan_layers
         self._base = self._load()
         self.parameters = num_parameters(self._base)
+        linears = [m for _, m in nnx.iter_modules(self._base) if isinstance(m, nnx.Linear)]
+        table = self._base.language_model.embed_tokens.embedding  # The head's too.
+        self.factors = sum(linear.kernel.size for linear in linears) + table.size
         model = nnx.clone(self._base)
         model = g4.stack_layers(model) if scan_layers else model
         self.forward = compiled(self._logits, model)

@@ -15,13 +15,16 @@ numbers of parameters must be equal and results must agree.
 
 Each side runs as its own trainer, sampler or `generate` does it; the work of a round is done by one
 after the other, and the table shows medians over rounds. Ratios are what counts on a machine that
-others use too; `--clock cpu` counts seconds of processors instead of those on the wall.
-The exit code is 1 if a target is missed.
+others use too; `--clock cpu` counts seconds of processors instead of those on the wall. `limit` is
+what the products with the weights alone take at the rate of one large product measured in the same
+run, and for decoding, with few rows, reading the weights at the rate of one such product: no
+implementation with these products is faster. The exit code is 1 if a target is missed.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import statistics
 import sys
@@ -102,7 +105,8 @@ def table(options: argparse.Namespace) -> bool:
             f"{options.threads} threads, {options.clock} seconds, remat {options.remat}, "
             f"scan_layers {options.scan_layers}"
         )
-        print(f"{'work':<10}" + "".join(f"{side.name:>14}" for side in sides), flush=True)
+        header = "".join(f"{side.name:>14}" for side in sides)
+        print(f"{'work':<10}{header}{'limit':>14}", flush=True)
         met = True
         for work in options.only:
             calls = {}
@@ -111,8 +115,34 @@ def table(options: argparse.Namespace) -> bool:
                     side.prepare_step()
                 arguments = (prompts, more) if work == "decode" else (inputs,)
                 calls[side.name] = _bound(getattr(side, work), *arguments)
+            # One product takes `count` rows; each weight is met forward, in steps backward too.
+            count = ROWS if work == "decode" else ROWS * length
+            times = {"decode": more, "step": 2}.get(work, 1)
+            calls["limit"] = _product(sides[0].factors, count, times)
             met &= _row(work, calls, options)
     return met
+
+
+def _product(factors: int, rows: int, times: int) -> Callable[[], None]:
+    """`rows` rows times about `factors` numbers in equal matrices, `times` over."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    size = 2048
+    shape = (max(1, round(factors / size**2)), size, size)
+    # Scaled so that the rows keep their size.
+    matrices = np.random.default_rng(0).standard_normal(shape, np.float32) / np.sqrt(size)
+
+    @jax.jit
+    def chain(x: jax.Array, matrices: jax.Array) -> jax.Array:
+        def once(_: int, x: jax.Array) -> jax.Array:
+            return functools.reduce(jnp.matmul, matrices, x)
+
+        return jax.lax.fori_loop(0, times, once, x)
+
+    x = jnp.ones((rows, size), jnp.float32)
+    return lambda: jax.block_until_ready(chain(x, matrices))
 
 
 def _bound(function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
@@ -120,7 +150,8 @@ def _bound(function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
 
 
 def _row(work: str, calls: dict[str, Callable[[], Any]], options: argparse.Namespace) -> bool:
-    difference = agree(work, {name: call() for name, call in calls.items()})
+    results = {name: call() for name, call in calls.items() if name != "limit"}
+    difference = agree(work, results)
     for call in calls.values():
         call()  # Tunix compiles its step twice.
     seconds = medians(calls, options.repeats, CLOCKS[options.clock])

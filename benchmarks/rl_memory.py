@@ -170,7 +170,7 @@ def lower_step(shapes: Shapes):
     model, optimizer = nnx.eval_shape(build)
     for node in (model, optimizer):
         nnx.update(node, shapes.placed(node)[1])
-    step = TrainStep(made[0].create_train_step_fn(), model, optimizer, nnx.LoRAParam)
+    step = TrainStep(made[0].create_train_step_fn(), model, optimizer)
     example = rl_step.Example(
         rows=ROWS,
         prompt=shapes.arguments.prompt,

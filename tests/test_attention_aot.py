@@ -11,14 +11,13 @@ pytestmark = pytest.mark.aot
 
 _PROGRAM = """
 import jax, jax.numpy as jnp, numpy as np
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from tunix_gemma4 import ModelConfig
 from tunix_gemma4.model.attention import attend_rows
 from tunix_gemma4.model.masks import Visibility
+from tunix_gemma4.planning.hardware import hardware
 
-devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
-mesh = Mesh(np.array(devices).reshape(4, 2), ("fsdp", "tp"))
+mesh = Mesh(np.array(hardware("v5e:2x4").devices()).reshape(4, 2), ("fsdp", "tp"))
 rows = NamedSharding(mesh, P("fsdp"))
 config = getattr(ModelConfig, "gemma4_{size}")()
 config.attention_implementation = "splash"
@@ -53,8 +52,6 @@ for spec in config.layers[:6]:
 def test_the_kernel_compiles_for_eight_tpu_chips(size, dtype, layers):
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-        "TPU_WORKER_HOSTNAMES": "localhost",
         "XLA_FLAGS": "",
     }
     program = _PROGRAM.replace("{size}", size).replace("{dtype}", dtype)

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from compiled import compiled_programs
 
-import tunix_gemma4
 from tunix_gemma4.recipes import grpo, sft
 from tunix_gemma4.recipes.rl_config import GrpoRunConfig, PromptConfig
 from tunix_gemma4.recipes.run_config import DataConfig, RunConfig
@@ -21,12 +20,6 @@ REWARDS = """
 def length(prompts, completions, **_):
     return [float(len(said)) for said in completions]
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def unregistered_afterwards():
-    yield
-    tunix_gemma4.unregister()
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,6 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-import tunix_gemma4
 from tunix_gemma4.checkpoint import load_checkpoint
 from tunix_gemma4.host.grpo import LOSS_TYPES, make_algorithm
 from tunix_gemma4.lora import load_adapter
@@ -33,12 +32,6 @@ def early_letters(prompts, completions, answer):
     early = [sum(letter.lower() < "m" for letter in said) for said in completions]
     return [count / max(len(said), 1) for count, said in zip(early, completions)]
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def unregistered_afterwards():
-    yield
-    tunix_gemma4.unregister()
 
 
 @pytest.fixture(scope="module")

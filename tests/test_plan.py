@@ -282,6 +282,21 @@ def test_what_to_change_is_found_by_trying(tmp_path, directory, capsys, monkeypa
     assert "greatest data.max_length that fits: none" in said  # Its unit is a block, 256.
 
 
+@pytest.mark.aot
+@pytest.mark.parametrize("topology", ["v5e:2x4", "v5p:2x2x1", "v6e:2x4"])
+def test_a_recipe_is_planned_for_every_tpu(topology, tmp_path, directory):
+    chips = hardware(topology).chips
+    given = [f"topology={topology}", f"mesh.fsdp={chips}", "batch_size=8", "--json"]
+    command = [sys.executable, "-m", "tunix_gemma4", "plan", write(tmp_path, SFT, directory)]
+    environment = {**os.environ, "XLA_FLAGS": ""}
+    del environment["JAX_PLATFORMS"]  # The planner sees to it.
+    run = subprocess.run([*command, *given], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout)
+    assert found["chips"] == chips
+    assert 0 < found["bytes_per_chip"]["total"] < found["bytes_per_chip"]["capacity"]
+
+
 @pytest.mark.slow
 def test_a_real_run_on_cpu_takes_what_was_planned():
     script = ROOT / "benchmarks" / "plan_check.py"

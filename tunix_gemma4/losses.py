@@ -22,8 +22,7 @@ from .sharding import constrain
 if TYPE_CHECKING:
     from .model.gemma4 import Gemma4ForConditionalGeneration
 
-# Tokens whose logits exist at once: 0.5 GiB of float32 over the whole mesh for the released sizes,
-# and enough of them that reading the table costs less than multiplying by it.
+# Tokens whose logits exist at once: 0.5 GiB of float32 over the whole mesh for the released sizes.
 CHUNK_TOKENS = 512
 
 # A logit with no probability in float32; finite, so that masked-out targets stay numbers.

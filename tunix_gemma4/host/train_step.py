@@ -27,10 +27,10 @@ class TrainStep:
             new trained parameters, the new optimizer state and the function's result.
     """
 
-    def __init__(
-        self, function: Callable, model: nnx.Module, optimizer: nnx.Optimizer, trained: type
-    ):
-        self._model, self._optimizer, self._trained = model, optimizer, trained
+    def __init__(self, function: Callable, model: nnx.Module, optimizer: nnx.Optimizer):
+        self._model, self._optimizer = model, optimizer
+        # As the host chooses what its optimizer is for.
+        trained = self._trained = nnx.LoRAParam if utils.is_lora_enabled(model) else nnx.Param
         model_graph, *_ = nnx.split(model, trained, ...)
         optimizer_graph, _ = nnx.split(optimizer)
         parameters, _, optimizer_state = self.arguments()
@@ -94,8 +94,7 @@ def wrap_jit_train_and_eval_step(original: Callable) -> Callable:
         if skip_jit or not isinstance(self.model, Gemma4Model):
             return train_step, eval_step
         if not isinstance(train_step, TrainStep):
-            kind = nnx.LoRAParam if utils.is_lora_enabled(self.model) else nnx.Param
-            train_step = TrainStep(self.create_train_step_fn(), self.model, self.optimizer, kind)
+            train_step = TrainStep(self.create_train_step_fn(), self.model, self.optimizer)
             self._jitted_train_step_fn = train_step
         return train_step, eval_step
 

@@ -139,11 +139,13 @@ def remat_call(module: nnx.Module, enabled: bool, *args):
     """
     if not enabled or getattr(module, "qwix_rngs", None) is not None:
         return module(*args)
-    graphdef, state = nnx.split(module)
+    graphdef, adapters, weights = nnx.split(module, nnx.LoRAParam, ...)
 
-    def call(state, *args):
+    def call(adapters, weights, *args):
         # Fused with their use, the slices of stacked weights make programs that take longer to
-        # compile and more memory to run.
-        return nnx.merge(graphdef, jax.lax.optimization_barrier(state))(*args)
+        # compile and more memory to run. Two barriers, because behind a common one frozen weights
+        # would have gradients too.
+        adapters, weights = map(jax.lax.optimization_barrier, (adapters, weights))
+        return nnx.merge(graphdef, adapters, weights)(*args)
 
-    return jax.checkpoint(call)(state, *args)
+    return jax.checkpoint(call)(adapters, weights, *args)

@@ -131,6 +131,8 @@ def _tpus(topology: str) -> Sequence[jax.Device]:
     # The compiler would else look for the TPU's own machine, and warn.
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    # Nothing is run, so another process may use the TPU, or plan, at the same time.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     except Exception as error:  # The plug-in's errors have no class of their own.
@@ -139,12 +141,14 @@ def _tpus(topology: str) -> Sequence[jax.Device]:
 
 def _gpus(kind: str, count: int) -> Sequence[jax.Device]:
     _require("jax_cuda12_plugin", "a GPU", "aot-gpu")
-    return topologies.get_topology_desc(
-        platform="cuda",
-        topology_name="",
-        topology=f"1x1x{count}",
-        target_config=_target(kind, _GPUS[kind]),
-    ).devices
+    options = {"topology": f"1x1x{count}", "target_config": _target(kind, _GPUS[kind])}
+    try:
+        return topologies.get_topology_desc(platform="cuda", topology_name="", **options).devices
+    except Exception as error:  # As above.
+        raise ValueError(
+            f"topology: the GPU compiler refuses {kind}:{count}: {error}; without a driver, "
+            "JAX_PLATFORMS=cpu must be set before JAX starts"
+        ) from error
 
 
 def _target(kind: str, gpu: _Gpu) -> str:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 from jax.sharding import AbstractMesh
 from omegaconf import OmegaConf
 
@@ -27,6 +28,9 @@ _UNREAD = ("data.path=unread", "output_dir=unread")
 
 def run(options: argparse.Namespace) -> int:
     """Prints the plan; 1 where it does not fit."""
+    if jax.config.jax_platforms is None:
+        # Nothing runs, so the chips that are here stay free; CUDA's plug-in wants a driver else.
+        jax.config.update("jax_platforms", "cpu")
     topology, images, overrides = _split(options.overrides)
     config = load_settings(options.config, overrides)
     if options.weights:

@@ -205,10 +205,9 @@ def _step(
     function: Callable, model: nnx.Module, optimizer: nnx.Module, batch: Any
 ) -> Callable[[], jax.stages.Traced]:
     """Traces a trainer's step on `batch`."""
-    kind = nnx.LoRAParam if jax.tree.leaves(nnx.state(model, nnx.LoRAParam)) else nnx.Param
 
     def trace() -> jax.stages.Traced:
-        step = TrainStep(function, model, optimizer, kind)
+        step = TrainStep(function, model, optimizer)
         return step.jitted_fn.trace(*step.arguments(), batch)
 
     return trace
