@@ -21,7 +21,7 @@ import qwix
 from flax import nnx
 
 from .lora_targets import grouped, linears
-from .sharding import constrain, eval_shape, param_shardings, spread
+from .sharding import eval_shape, gathered, param_shardings, spread
 from .weights import SCORE
 
 QTYPES = ("nf4", "int8")
@@ -89,7 +89,7 @@ class LoraLinear(nnx.Linear):
         else:
             y = super().__call__(x)
         # Gathered first: else rows would travel to the chips that store parts of the long side.
-        a, b = (constrain(m[...], None, None) for m in (self.kernel_lora_a, self.kernel_lora_b))
+        a, b = map(gathered, (self.kernel_lora_a, self.kernel_lora_b))
         # Scaled while it is narrow.
         return (y + _dot32(self.lora.scale * _dot32(x, a), b)).astype(y.dtype)
 

@@ -8,6 +8,7 @@ A kernel's dimension of heads is split between heads, never within one.
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -206,12 +207,33 @@ def active_mesh() -> Any | None:
 
 def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
     """Asks the compiler for a sharding of an activation; does nothing outside jit or a mesh."""
+    return _constrain(x, metadata(*logical_axes)["out_sharding"])
+
+
+def _constrain(x: jax.Array, axes: tuple) -> jax.Array:
     mesh = active_mesh()
     if mesh is None or not isinstance(x, jax.core.Tracer):
         return x
-    axes = metadata(*logical_axes)["out_sharding"]
     spec = _fitting_spec(axes, x.shape, mesh)
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
+def gathered(variable: nnx.Variable) -> jax.Array:
+    """A parameter's array, whole on every chip; its gradient goes back to where its parts lie."""
+    value = variable[...]
+    axes = tuple(variable.get_metadata().get("out_sharding") or ())
+    return _gathered(value, axes[len(axes) - value.ndim :])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gathered(x: jax.Array, axes: tuple) -> jax.Array:
+    return _constrain(x, ())
+
+
+_gathered.defvjp(
+    lambda x, axes: (_gathered(x, axes), None),
+    lambda axes, _, gradient: (_constrain(gradient, axes),),
+)
 
 
 def platform() -> str:
