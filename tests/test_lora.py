@@ -16,6 +16,8 @@ from tunix_gemma4.lora import LoraConfig, LoraLinear, apply_lora
 from tunix_gemma4.lora_layers import adapted, count_parameters
 from tunix_gemma4.lora_targets import as_regex, linears, resolve
 from tunix_gemma4.model.gemma4 import Gemma4ForConditionalGeneration
+from tunix_gemma4.model.stacking import stack_layers
+from tunix_gemma4.planning.flops import count_flops
 from tunix_gemma4.sharding import shard_model
 from tunix_gemma4.tiny import tiny_config
 
@@ -374,6 +376,24 @@ def test_a_second_apply_is_refused():
 def test_a_config_says_what_is_wrong_with_it(fields, message):
     with pytest.raises(ValueError, match=message):
         LoraConfig(**fields)
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_checkpointed_layers_cost_two_forward_passes_and_one_back(stacked):
+    """Not three: weights that are not trained get no gradient."""
+    model = apply_lora(plain(remat_config="decoder"), LoraConfig(rank=1))
+    graphdef, adapters, weights = nnx.split(
+        stack_layers(model) if stacked else model, nnx.LoRAParam, ...
+    )
+    tokens = jnp.ones((2, 24), jnp.int32)
+
+    def total(adapters):
+        return nnx.merge(graphdef, adapters, weights)(tokens, skip_lm_head=True)[0].sum()
+
+    forward, step = (
+        count_flops(jax.make_jaxpr(function)(adapters)) for function in (total, jax.grad(total))
+    )
+    assert 2.5 < step / forward < 3.4
 
 
 def test_qwix_itself_can_adapt_the_model_under_the_same_names():
