@@ -171,20 +171,17 @@ def lower_step(shapes: Shapes):
     for node in (model, optimizer):
         nnx.update(node, shapes.placed(node)[1])
     step = TrainStep(made[0].create_train_step_fn(), model, optimizer)
-    example = rl_step.Example(
-        rows=ROWS,
-        prompt=shapes.arguments.prompt,
-        completion=shapes.arguments.completion,
+    example = rl_step.example_shapes(
+        lambda *shape, dtype=jnp.int32: shapes.rows(*shape[1:], dtype=dtype),
+        (ROWS, shapes.arguments.prompt, shapes.arguments.completion),
+        images=shapes.images(of_rows=True),
         repeats=GENERATIONS,
         reference=True,
         old=False,
         temperature=1.0,
         suppressed=(0, shapes.config.image_token_id),
     )
-    make = lambda *shape, dtype=jnp.int32: shapes.rows(*shape[1:], dtype=dtype)  # noqa: E731
-    return step.jitted_fn.lower(
-        *step.arguments(), example.shapes(make, shapes.images(of_rows=True))
-    )
+    return step.jitted_fn.lower(*step.arguments(), example)
 
 
 LOWER = {"logps": lower_logps, "score": lower_score, "step": lower_step}
