@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,21 @@ beta: 0.04
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     return build_tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="module")
+def shallow(directory, tmp_path_factory):
+    """Of two layers, for plans that are compiled again and again."""
+    source = json.loads((directory / "config.json").read_text())
+    source["text_config"] |= {
+        "num_hidden_layers": 2,
+        "num_kv_shared_layers": 0,
+        "layer_types": ["sliding_attention", "full_attention"],
+    }
+    path = tmp_path_factory.mktemp("shallow") / "model"
+    shutil.copytree(directory, path)
+    (path / "config.json").write_text(json.dumps(source))
+    return path
 
 
 def write(tmp_path, text, directory):
@@ -195,9 +211,9 @@ def _kind(aval):
 
 
 def test_a_plan_of_reinforcement_learning_has_rollouts_caches_and_the_reference(
-    tmp_path, directory, capsys
+    tmp_path, shallow, capsys
 ):
-    path = write(tmp_path, GRPO, directory)
+    path = write(tmp_path, GRPO, shallow)
     assert main(["plan", path, "topology=cpu:1", "images=0", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert set(found["programs"]) == {"step", "log-probs", "rollout"}
@@ -215,9 +231,6 @@ def test_weights_alone_need_no_compiler_and_are_those_of_the_model(tmp_path, cap
     parts = json.loads(capsys.readouterr().out)["bytes_per_chip"]
     config = load_settings(path, ["mesh.fsdp=2"])
     settled = planner.common.model_config(config, planner.model_source(config.model))
-    model = planner.Shapes(settled, None)
-    del model
-
     total = sum(
         x.size * x.dtype.itemsize for x in jax.tree.leaves(nnx.state(abstract_model(settled)))
     )
@@ -263,8 +276,8 @@ def test_nothing_fits():
     assert largest(lambda length: 10, 5, start=512, unit=256, limit=1024) is None
 
 
-def test_what_to_change_is_found_by_trying(tmp_path, directory, capsys, monkeypatch):
-    path = write(tmp_path, SFT, directory)
+def test_what_to_change_is_found_by_trying(tmp_path, shallow, capsys, monkeypatch):
+    path = write(tmp_path, SFT, shallow)
     real = planner.hardware
 
     def small(topology):

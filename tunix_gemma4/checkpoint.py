@@ -12,6 +12,7 @@ import collections
 import dataclasses
 import functools
 import json
+import types
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,7 +39,10 @@ def abstract_model(
     config: ModelConfig, model_class: type[_Model] = Gemma4ForConditionalGeneration
 ) -> _Model:
     """A model of shapes and dtypes only; costs no memory."""
-    return eval_shape(lambda: model_class(config, rngs=nnx.Rngs(0)))
+    # Any key will do, and a real source of keys, which counts them, takes seconds to trace.
+    key = jax.random.key(0)
+    rngs = types.SimpleNamespace(params=lambda: key)
+    return eval_shape(lambda: model_class(config, rngs=rngs))
 
 
 # ---- Loading.

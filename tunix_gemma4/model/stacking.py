@@ -14,6 +14,7 @@ lead from one form to the other.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -212,9 +213,14 @@ def _stack_variable(axes: tuple[int, int], variables: tuple[nnx.Variable, ...]) 
         sharded = isinstance(where, NamedSharding) and not isinstance(first, jax.core.Tracer)
         if sharded:
             where = NamedSharding(where.mesh, PartitionSpec(None, None, *where.spec))
-        stack = lambda *xs: jnp.stack(xs).reshape(shape)  # noqa: E731
-        stacked = jax.jit(stack, out_shardings=where if sharded else None)(*values)
+        stacked = _stacker(shape, where if sharded else None)(*values)
     return _with_axes(variables[0], stacked, lambda names: (None, None, *names))
+
+
+@functools.cache
+def _stacker(shape: tuple[int, ...], where: NamedSharding | None) -> Callable[..., jax.Array]:
+    """One for all parameters alike, so that it compiles once."""
+    return jax.jit(lambda *xs: jnp.stack(xs).reshape(shape), out_shardings=where)
 
 
 def _unstack(state: nnx.State, index: tuple[int, int]) -> nnx.State:
