@@ -15,6 +15,7 @@ from small_models import assert_logits_agree, draw_images, draw_tokens, forward,
 
 from tunix_gemma4.losses import next_token_loss
 from tunix_gemma4.model import attention, splash
+from tunix_gemma4.model import tiles as tiles_module
 from tunix_gemma4.model.attention import (
     attend,
     attend_blocks,
@@ -125,6 +126,23 @@ def test_nothing_of_all_pairs_is_held(window):
     assert f"{length},{length}]" not in text
     dense = str(jax.make_jaxpr(lambda q, k, v: attend(q, k, v, jnp.ones((1, 1, 1), bool)))(*inputs))
     assert f"{length},{length}]" in dense
+
+
+def test_a_loop_over_layers_makes_each_tile_where_it_is_used(monkeypatch):
+    """Masks are those of every layer, and so are keys and values that are reused."""
+    length, tiles = 160, 55  # Ten blocks, each with itself and those before it.
+    model = stack_layers(random_model("e2b", remat_config="decoder"))
+    tokens = jnp.ones((1, length), jnp.int32)
+
+    def held():
+        loss = lambda model: next_token_loss(model, tokens, tokens, segment_ids=tokens)  # noqa: E731
+        graphdef, state = nnx.split(model)
+        traced = jax.make_jaxpr(jax.grad(lambda state: loss(nnx.merge(graphdef, state))))(state)
+        return set(re.findall(rf"\w+\[{tiles},[\d,]+\]", str(traced)))
+
+    assert not held()
+    monkeypatch.setattr(tiles_module, "_together", lambda arrays: arrays)
+    assert any(array.startswith("bool") for array in held())
 
 
 # ---- Images' patches, which all see each other, and new tokens with a cache before them.

@@ -141,3 +141,30 @@ def test_gpu_speed_measures_transformers_too(script):
     quantised = gpu_speed.measure(rows[-1], options)
     assert quantised["size"] == "31b"
     assert "bitsandbytes" in quantised["skipped"] or quantised["tokens_per_second"] > 0
+
+
+def test_collectives_count_as_often_as_their_loops_run(script):
+    text = """HloModule step
+%body (p: (s32[], bf16[8,4])) -> (s32[], bf16[8,4]) {
+  %x = bf16[2,4]{1,0} parameter(0)
+  %g = bf16[8,4]{1,0} all-gather(%x), replica_groups=[1,4]<=[4], metadata={op_name="jit(step)/take"}
+}
+%inner (p: f32[16]) -> f32[16] {
+  %s = f32[16]{0} all-reduce(%p), replica_groups={{0,1},{2,3}}, to_apply=%add
+}
+ENTRY %main (a: bf16[2,4]) -> f32[16] {
+  %w = (s32[], bf16[8,4]{1,0}) while(%t), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  %b = (f32[8]{0}, f32[8]{0}) all-gather-start(%c), replica_groups=[1,1]<=[1]
+  %f = f32[16]{0} fusion(%a), kind=kLoop, calls=%inner
+}
+"""  # noqa: E501
+    found = list(script("collectives").collectives(text))
+    assert [(one.kind, one.times, one.name) for one in found] == [
+        ("all-gather", 5, "jit(step)/take"),
+        ("all-gather", 1, ""),
+        ("all-reduce", 1, ""),
+    ]
+    # Three of four parts of 64 bytes; nothing from oneself; half of 64 bytes, there and back.
+    assert [one.arrives for one in found] == [48, 0, 64]
+    with pytest.raises(ValueError, match="trips are not known"):
+        list(script("collectives").collectives(text.replace("known_trip_count", "other")))

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from .config import ModelConfig
+from .model.columns import over_columns
 from .model.head import hidden_gradient, soft_cap, uncapped_logits
-from .sharding import constrain
 
 if TYPE_CHECKING:
     from .model.gemma4 import Gemma4ForConditionalGeneration
@@ -144,18 +144,19 @@ def _chunked(model, hidden, targets, temperature, *, with_entropy, suppressed=()
     the backward pass needs no logits at all.
     """
     scores = _Scores(model.config, with_entropy, suppressed)
+    columns = max(1, CHUNK_TOKENS // hidden.shape[0])
 
     @jax.custom_vjp
     def scored(table, temperature, *rows):
         score = lambda _, *xs: (_, scores.of_states(table, temperature, *xs))  # noqa: E731
-        return _over_columns(score, *rows)[1]
+        return over_columns(score, columns, *rows)[1]
 
     def forward(*primals):
         table, temperature, *rows = inputs = [primal.value for primal in primals]
         if primals[0].perturbed:
             return scored(*inputs), (inputs, None)
         score = lambda _, *xs: (_, scores.and_slopes(table, temperature, *xs))  # noqa: E731
-        _, (*found, slopes) = _over_columns(score, *rows)
+        _, (*found, slopes) = over_columns(score, columns, *rows)
         return tuple(found), (inputs, slopes)
 
     def backward(residuals, cotangents):
@@ -169,8 +170,8 @@ def _chunked(model, hidden, targets, temperature, *, with_entropy, suppressed=()
             more, of_hidden = jax.vjp(score, table, hidden)[1](of_scores)
             return of_table + more, of_hidden
 
-        of_table, of_hidden = _over_columns(
-            gradients, *rows, *map(_array, cotangents), carry=jnp.zeros_like(table)
+        of_table, of_hidden = over_columns(
+            gradients, columns, *rows, *map(_array, cotangents), carry=jnp.zeros_like(table)
         )
         return of_table, None, of_hidden, None
 
@@ -183,27 +184,3 @@ def _array(cotangent: jax.Array | SymbolicZero) -> jax.Array:
     if isinstance(cotangent, SymbolicZero):
         return jnp.zeros(cotangent.shape, cotangent.dtype)
     return cotangent
-
-
-def _over_columns(function, *rows, carry=None):
-    """`function(carry, *rows)` for a few columns of the rows [B, T, ...] at a time.
-
-    Returns the last carry, and what else `function` returned, joined.
-    """
-    batch, length = rows[0].shape[:2]
-    columns = min(length, max(1, CHUNK_TOKENS // batch))
-    count = -(-length // columns)
-    padding = count * columns - length
-
-    def split(x):
-        x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(batch, count, columns, *x.shape[2:]), 1, 0)
-
-    def join(x):
-        x = jnp.moveaxis(x, 0, 1).reshape(batch, count * columns, *x.shape[3:])[:, :length]
-        return constrain(x, "batch", *(None,) * (x.ndim - 1))
-
-    carry, parts = jax.lax.scan(
-        lambda carry, xs: function(carry, *xs), carry, tuple(map(split, rows))
-    )
-    return carry, jax.tree.map(join, parts)

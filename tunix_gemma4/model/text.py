@@ -14,6 +14,7 @@ from ..config import LayerSpec, ModelConfig, RematConfig
 from ..sharding import constrain, metadata
 from .attention import Attention, KeysValues
 from .cache import Cache, LayerCache, cache_name
+from .columns import lookup
 from .layers import MLP, HasBuffers, RMSNorm, gelu, linear, remat_call
 from .masks import Visibility
 from .moe import Experts, Router
@@ -124,10 +125,9 @@ class TextModel(nnx.Module):
 
         HF's embeddings are built with `padding_idx`, so that row trains through the head alone.
         """
-        rows = table(tokens)
+        rows = lookup(table, tokens)
         padding = (tokens == self.config.pad_token_id)[..., None]
-        rows = jnp.where(padding, jax.lax.stop_gradient(rows), rows)
-        return constrain(rows, "batch", None, None)
+        return jnp.where(padding, jax.lax.stop_gradient(rows), rows)
 
     def _root(self, size: int) -> jax.Array:
         return jnp.asarray(math.sqrt(size), self.config.dtype)

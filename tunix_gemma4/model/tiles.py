@@ -144,16 +144,29 @@ def _grouped(x: jax.Array, kv_heads: int) -> jax.Array:
     return x.reshape(*x.shape[:2], kv_heads, -1, x.shape[3])
 
 
-def _loop(step, carry, tiles: Tiles):
-    """`step` over the tiles; it is told whether a tile is the first of its queries."""
+def _steps(tiles: Tiles) -> tuple[jax.Array, ...]:
+    """Of each tile the first query and key, and whether it is the first of its queries."""
     queries, keys = zip(*tiles.starts, strict=True)
     fresh = [i == 0 or queries[i] != queries[i - 1] for i in range(len(queries))]
-    xs = jnp.array(queries), jnp.array(keys), jnp.array(fresh)
-    return jax.lax.scan(lambda carry, x: (step(carry, x[:2], x[2]), None), carry, xs)[0]
+    return jnp.array(queries), jnp.array(keys), jnp.array(fresh)
+
+
+def _loop(step, carry, steps):
+    return jax.lax.scan(lambda carry, x: (step(carry, x[:2], x[2]), None), carry, steps)[0]
+
+
+def _together(arrays: Any) -> Any:
+    """`arrays`, none of which is known before the others.
+
+    From what all layers share (places, masks and, in layers that reuse them, keys and values) JAX
+    would make the tiles before its loop over the layers, and keep those of all pairs of blocks.
+    """
+    return jax.lax.optimization_barrier(arrays)
 
 
 def _forward(tiles, window, q, k, v, masks):
     """The output, and what the backward pass wants."""
+    q, k, v, masks, steps = _together((q, k, v, masks, _steps(tiles)))
     batch, length, heads, size = q.shape
     groups = heads // k.shape[2]
     online = len({first for first, _ in tiles.starts}) < len(tiles.starts)
@@ -185,11 +198,12 @@ def _forward(tiles, window, q, k, v, masks):
     running = (zeros(small), zeros(small), zeros((*small, size))) if online else ()
     out = constrain(jnp.zeros(q.shape, q.dtype), "batch", None, "heads", None)
     log_sums = zeros((batch, k.shape[2], length, groups))
-    out, log_sums, _ = _loop(step, (out, log_sums, running), tiles)
+    out, log_sums, _ = _loop(step, (out, log_sums, running), steps)
     return out, (q, k, v, masks, out, log_sums)
 
 
 def _backward(tiles, window, saved, d_out):
+    saved, d_out, steps = _together((saved, d_out, _steps(tiles)))
     q, k, v, masks, out, log_sums = saved
     kv_heads, size = k.shape[2:]
     product = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1)  # [B, T, N]
@@ -219,7 +233,7 @@ def _backward(tiles, window, saved, d_out):
     d_q = constrain(jnp.zeros(q.shape, q.dtype), "batch", None, "heads", None)
     d_k = constrain(jnp.zeros(k.shape, jnp.float32), "batch", None, "kv_heads", None)
     running = jnp.zeros((q.shape[0], kv_heads, tiles.queries, q.shape[2] // kv_heads, size))
-    d_q, d_k, d_v, _ = _loop(step, (d_q, d_k, d_k, running), tiles)
+    d_q, d_k, d_v, _ = _loop(step, (d_q, d_k, d_k, running), steps)
     return d_q, d_k.astype(k.dtype), d_v.astype(v.dtype), None
 
 
