@@ -40,8 +40,8 @@ _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) .*\{$")
 _COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(KINDS)})(-start)?\(")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-_GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]+)\})")
+_KNOWN = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]+)\}|mesh\[(.*?)\] \{(.*?)\})")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +61,12 @@ class Collective:
     name: str
 
 
-def collectives(text: str) -> Iterator[Collective]:
-    """All of a compiled program."""
+def collectives(text: str) -> list[Collective]:
+    """All of a compiled program.
+
+    The TPU's compiler spreads one over several fusions, to compute meanwhile; its channel tells
+    which are the same.
+    """
     bodies: dict[str, list[str]] = {}
     entry = ""
     for line in text.splitlines():
@@ -72,23 +76,54 @@ def collectives(text: str) -> Iterator[Collective]:
         elif bodies:
             lines.append(line)
 
-    def of(computation: str, times: int) -> Iterator[Collective]:
+    def of(computation: str, times: int) -> Iterator[tuple[str, Collective]]:
         for line in bodies.get(computation, ()):
             if match := _COLLECTIVE.search(line):
                 name = re.search(r'op_name="([^"]*)"', line)
-                arrives = _arrives(match[2], bool(match[3]), match[1], line)
-                yield Collective(match[2], times, arrives, name[1] if name else "")
+                channel = re.search(r"channel_id=\d+", line)
+                kind, result = match[2], match[1]
+                arrives = _arrives(kind, bool(match[3]), result, line)
+                if computation.startswith("all-reduce-scatter"):  # Keeps a part of the sums.
+                    kind, arrives = "reduce-scatter", arrives / 2
+                found = Collective(kind, times, arrives, name[1] if name else "")
+                yield channel[0] if channel else line, found
                 continue
-            trips = _TRIPS.search(line)
-            if " while(" in line and trips is None:
-                raise ValueError(f"a loop whose trips are not known: {line.strip()[:200]}")
+            inside = times * (_trips(line, bodies) if " while(" in line else 1)
             called = _CALLED.findall(line)
             for branches in _BRANCHES.findall(line):
                 called += [branch.strip(" %") for branch in branches.split(",")]
             for name in called:
-                yield from of(name, times * (int(trips[1]) if trips else 1))
+                yield from of(name, inside)
 
-    return of(entry, 1)
+    return list(dict(of(entry, 1)).values())
+
+
+def _trips(line: str, bodies: dict[str, list[str]]) -> int:
+    """Of a loop, which counts from 0 to what its condition compares with."""
+    if match := _KNOWN.search(line):
+        return int(match[1])
+    condition, body = (
+        "\n".join(bodies[re.search(rf"{name}=%?([\w.-]+)", line)[1]])
+        for name in ("condition", "body")
+    )
+    limits = re.findall(r" = [su]32\[\]\S* constant\((\d+)\)", condition)
+    if len(limits) != 1 or "direction=LT" not in condition:
+        raise ValueError(f"a loop whose trips are not known: {line.strip()[:200]}")
+    return -(-int(limits[0]) // _stride(condition, body))
+
+
+def _stride(condition: str, body: str) -> int:
+    """What a loop adds to its counter: 2 where the compiler made one turn of two; else 1."""
+    counter = re.search(r" get-tuple-element\(.*?\), index=(\d+)", condition)
+    result = re.search(r"^ *ROOT .* tuple\((.*?)\)", body, re.MULTILINE)
+    if counter is None or result is None:
+        return 1
+    name = re.sub(r"/\*.*?\*/", "", result[1]).split(",")[int(counter[1])].strip()
+    added = re.search(rf"^ *{re.escape(name)} = .* add\(.*?, (\S+?)\)", body, re.MULTILINE)
+    if added is None:
+        return 1
+    value = re.search(rf"^ *{re.escape(added[1])} = .* constant\((\d+)\)", body, re.MULTILINE)
+    return int(value[1]) if value else 1
 
 
 def _arrives(kind: str, started: bool, result: str, line: str) -> float:
@@ -97,17 +132,26 @@ def _arrives(kind: str, started: bool, result: str, line: str) -> float:
         math.prod(int(size) for size in shape.split(",") if size) * _BYTES[dtype]
         for dtype, shape in re.findall(rf"({'|'.join(_BYTES)})\[([\d,]*)\]", result)
     )
-    groups = _GROUPS.search(line)
     if kind == "collective-permute":
         return size / 2 if started else size
-    if groups is None:
-        raise ValueError(f"a collective of unknown chips: {line.strip()[:200]}")
-    chips = int(groups[1]) if groups[1] else len(groups[2].split(","))
+    chips = _chips(line)
     if kind == "all-gather" and started:
         size *= chips / (chips + 1)
     if kind == "reduce-scatter":
         return size * (chips - 1)
     return size * (chips - 1) / chips * (2 if kind == "all-reduce" else 1)
+
+
+def _chips(line: str) -> int:
+    """How many take part together."""
+    groups = _GROUPS.search(line)
+    if groups is None:
+        raise ValueError(f"a collective of unknown chips: {line.strip()[:200]}")
+    count, first, mesh, axes = groups.groups()
+    if mesh is None:
+        return int(count) if count else len(first.split(","))
+    sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh))
+    return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", axes))
 
 
 def compiled_text(mesh: str, length: int, layers: int | None) -> tuple[str, float]:
@@ -146,7 +190,7 @@ def main() -> None:
     tunix_gemma4.register()
     for mesh in arguments.mesh:
         text, temporaries = compiled_text(mesh, arguments.length, arguments.layers)
-        found = list(collectives(text))
+        found = collectives(text)
         print(f"{mesh}: {temporaries / GB:.2f} GB of temporaries per chip", flush=True)
         for kind in KINDS:
             ones = [one for one in found if one.kind == kind]

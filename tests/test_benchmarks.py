@@ -148,23 +148,39 @@ def test_collectives_count_as_often_as_their_loops_run(script):
 %body (p: (s32[], bf16[8,4])) -> (s32[], bf16[8,4]) {
   %x = bf16[2,4]{1,0} parameter(0)
   %g = bf16[8,4]{1,0} all-gather(%x), replica_groups=[1,4]<=[4], metadata={op_name="jit(step)/take"}
+  %two = s32[] constant(2)
+  %more = s32[] add(%i, %two)
+  ROOT %r = (s32[], bf16[8,4]) tuple(%more, %g)
+}
+%all-reduce-scatter.1 (p: f32[16]) -> f32[8] {
+  %s = f32[16]{0} all-reduce(%p), channel_id=2, replica_groups=[1,4]<=[4], to_apply=%add
 }
 %inner (p: f32[16]) -> f32[16] {
-  %s = f32[16]{0} all-reduce(%p), replica_groups={{0,1},{2,3}}, to_apply=%add
+  %s = f32[16]{0} all-reduce(%p), channel_id=1, replica_groups=mesh['a'=4,'b'=2] {'b'}, to_apply=%add
+}
+%cond (p: s32[]) -> pred[] {
+  %n = s32[]{:T(128)} constant(3)
+  %i = s32[] get-tuple-element(%p), index=0
+  ROOT %l = pred[] compare(%i, %n), direction=LT
 }
 ENTRY %main (a: bf16[2,4]) -> f32[16] {
   %w = (s32[], bf16[8,4]{1,0}) while(%t), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"5"}}
   %b = (f32[8]{0}, f32[8]{0}) all-gather-start(%c), replica_groups=[1,1]<=[1]
   %f = f32[16]{0} fusion(%a), kind=kLoop, calls=%inner
+  %h = f32[16]{0} fusion(%b), kind=kLoop, calls=%inner
+  %i = f32[8]{0} fusion(%b), kind=kCustom, calls=%all-reduce-scatter.1
 }
 """  # noqa: E501
-    found = list(script("collectives").collectives(text))
+    found = script("collectives").collectives(text)
     assert [(one.kind, one.times, one.name) for one in found] == [
         ("all-gather", 5, "jit(step)/take"),
         ("all-gather", 1, ""),
         ("all-reduce", 1, ""),
+        ("reduce-scatter", 1, ""),
     ]
     # Three of four parts of 64 bytes; nothing from oneself; half of 64 bytes, there and back.
-    assert [one.arrives for one in found] == [48, 0, 64]
+    assert [one.arrives for one in found] == [48, 0, 64, 48]
+    unsaid = text.replace("known_trip_count", "other")
+    assert script("collectives").collectives(unsaid)[0].times == 2
     with pytest.raises(ValueError, match="trips are not known"):
-        list(script("collectives").collectives(text.replace("known_trip_count", "other")))
+        script("collectives").collectives(unsaid.replace("LT", "NE"))
