@@ -16,9 +16,9 @@ numbers of parameters must be equal and results must agree.
 Each side runs as its own trainer, sampler or `generate` does it; the work of a round is done by one
 after the other, and the table shows medians over rounds. Ratios are what counts on a machine that
 others use too; `--clock cpu` counts seconds of processors instead of those on the wall. `limit` is
-what the products with the weights alone take at the rate of one large product measured in the same
-run, and for decoding, with few rows, reading the weights at the rate of one such product: no
-implementation with these products is faster. The exit code is 1 if a target is missed.
+what the products with the weights alone take, of as many numbers in square matrices and the same
+rows, at the fastest of several sizes and calls in the same run; with the few rows of decoding that
+is the rate at which weights are read. The exit code is 1 if a target is missed.
 """
 
 from __future__ import annotations
@@ -118,45 +118,50 @@ def table(options: argparse.Namespace) -> bool:
             # One product takes `count` rows; each weight is met forward, in steps backward too.
             count = ROWS if work == "decode" else ROWS * length
             times = {"decode": more, "step": 2}.get(work, 1)
-            calls["limit"] = _product(sides[0].factors, count, times)
-            met &= _row(work, calls, options)
+            met &= _row(work, calls, times * _least(sides[0].factors, count), options)
     return met
 
 
-def _product(factors: int, rows: int, times: int) -> Callable[[], None]:
-    """`rows` rows times about `factors` numbers in equal matrices, `times` over."""
+def _least(factors: int, rows: int) -> float:
+    """Seconds in which `rows` rows meet as many numbers, at the fastest."""
     import jax
     import jax.numpy as jnp
     import numpy as np
 
-    size = 2048
-    shape = (max(1, round(factors / size**2)), size, size)
-    # Scaled so that the rows keep their size.
-    matrices = np.random.default_rng(0).standard_normal(shape, np.float32) / np.sqrt(size)
+    chain = jax.jit(lambda x, matrices: functools.reduce(jnp.matmul, matrices, x))
+    found = []
+    for size in (512, 1024, 2048):
+        shape = (max(1, round(factors / size**2)), size, size)
+        # Scaled so that the rows keep their size.
+        matrices = np.random.default_rng(0).standard_normal(shape, np.float32) / np.sqrt(size)
+        inputs = jnp.ones((rows, size), jnp.float32), [jnp.array(matrix) for matrix in matrices]
+        call = _bound(chain, *inputs)
+        times = [_seconds(lambda call=call: jax.block_until_ready(call())) for _ in range(6)]
+        found.append(min(times) * factors / matrices.size)
+    return min(found)
 
-    @jax.jit
-    def chain(x: jax.Array, matrices: jax.Array) -> jax.Array:
-        def once(_: int, x: jax.Array) -> jax.Array:
-            return functools.reduce(jnp.matmul, matrices, x)
 
-        return jax.lax.fori_loop(0, times, once, x)
-
-    x = jnp.ones((rows, size), jnp.float32)
-    return lambda: jax.block_until_ready(chain(x, matrices))
+def _seconds(call: Callable[[], Any], clock: Callable[[], float] = time.perf_counter) -> float:
+    start = clock()
+    call()
+    return clock() - start
 
 
 def _bound(function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
     return lambda: function(*arguments)
 
 
-def _row(work: str, calls: dict[str, Callable[[], Any]], options: argparse.Namespace) -> bool:
-    results = {name: call() for name, call in calls.items() if name != "limit"}
+def _row(
+    work: str, calls: dict[str, Callable[[], Any]], limit: float, options: argparse.Namespace
+) -> bool:
+    results = {name: call() for name, call in calls.items()}
     difference = agree(work, results)
     for call in calls.values():
         call()  # Tunix compiles its step twice.
     seconds = medians(calls, options.repeats, CLOCKS[options.clock])
     ours, *peers = seconds
-    print(f"{work:<10}" + "".join(f"{value:>13.3f}s" for value in seconds.values()), end="")
+    columns = [*seconds.values(), limit]
+    print(f"{work:<10}" + "".join(f"{value:>13.3f}s" for value in columns), end="")
     met = True
     for name in peers:
         ratio = seconds[name] / seconds[ours]
@@ -195,9 +200,7 @@ def medians(
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
-            start = clock()
-            call()
-            seconds[name].append(clock() - start)
+            seconds[name].append(_seconds(call, clock))
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 

@@ -34,7 +34,7 @@ def test_cpu_speed_compares_equal_models_in_every_work(script, capsys):
     assert tuple(rows) == cpu_speed.WORKS
     for line in rows.values():
         seconds = [float(value) for value in re.findall(r"([\d.]+)s ", line)]
-        assert len(seconds) == 4 and min(seconds) > 0
+        assert len(seconds) == 4 and min(seconds[:3]) > 0  # The last is the limit, of few numbers.
     assert "same tokens 100%" in rows["decode"]
 
 
