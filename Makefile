@@ -39,7 +39,7 @@ aot: $(VENV)/.aot
 	$(PYTEST) -m "aot and not accelerator"
 
 # What compilers say is the same everywhere: these fail where a figure is worse than the recorded
-# one by 5 %. The first takes hours on two cores, and 1.3 GB for the GPU's compiler.
+# one by 5 %. The first takes half an hour on two cores, and 1.3 GB for the GPU's compiler.
 bench: $(VENV)/.aot-gpu
 	$(BIN)/python benchmarks/memory.py --check
 

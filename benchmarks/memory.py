@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Memory per chip and operations of training, from the compilers of chips that are not here.
 
-    python benchmarks/memory.py                 # every case; hours on two cores
+    python benchmarks/memory.py                 # every case; half an hour on two cores
     python benchmarks/memory.py lora-2048       # one of them
     python benchmarks/memory.py --quick --check # cut models; fails if worse than recorded
 

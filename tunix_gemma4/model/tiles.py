@@ -144,29 +144,27 @@ def _grouped(x: jax.Array, kv_heads: int) -> jax.Array:
     return x.reshape(*x.shape[:2], kv_heads, -1, x.shape[3])
 
 
-def _steps(tiles: Tiles) -> tuple[jax.Array, ...]:
-    """Of each tile the first query and key, and whether it is the first of its queries."""
+def _steps(tiles: Tiles, after: jax.Array) -> tuple[jax.Array, Any]:
+    """`after`, and of each tile the first query and key and whether it is the first of its queries.
+
+    They are not known before `after`: JAX would else make what all layers share (masks and, in
+    layers that reuse them, keys and values) tile by tile before its loop over the layers, and keep
+    that of all pairs of blocks.
+    """
     queries, keys = zip(*tiles.starts, strict=True)
     fresh = [i == 0 or queries[i] != queries[i - 1] for i in range(len(queries))]
-    return jnp.array(queries), jnp.array(keys), jnp.array(fresh)
+    return jax.lax.optimization_barrier(
+        (after, (jnp.array(queries), jnp.array(keys), jnp.array(fresh)))
+    )
 
 
 def _loop(step, carry, steps):
     return jax.lax.scan(lambda carry, x: (step(carry, x[:2], x[2]), None), carry, steps)[0]
 
 
-def _together(arrays: Any) -> Any:
-    """`arrays`, none of which is known before the others.
-
-    From what all layers share (places, masks and, in layers that reuse them, keys and values) JAX
-    would make the tiles before its loop over the layers, and keep those of all pairs of blocks.
-    """
-    return jax.lax.optimization_barrier(arrays)
-
-
 def _forward(tiles, window, q, k, v, masks):
     """The output, and what the backward pass wants."""
-    q, k, v, masks, steps = _together((q, k, v, masks, _steps(tiles)))
+    q, steps = _steps(tiles, q)
     batch, length, heads, size = q.shape
     groups = heads // k.shape[2]
     online = len({first for first, _ in tiles.starts}) < len(tiles.starts)
@@ -203,8 +201,8 @@ def _forward(tiles, window, q, k, v, masks):
 
 
 def _backward(tiles, window, saved, d_out):
-    saved, d_out, steps = _together((saved, d_out, _steps(tiles)))
     q, k, v, masks, out, log_sums = saved
+    log_sums, steps = _steps(tiles, log_sums)
     kv_heads, size = k.shape[2:]
     product = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1)  # [B, T, N]
     product = jnp.moveaxis(product.reshape(*q.shape[:2], kv_heads, -1), 1, 2)
