@@ -6,7 +6,7 @@
 
 One row of text a chip, LoRA of rank 16 on all language projections, AdamW. A length is the largest
 multiple of 256 whose step the chip's compiler puts into the chip's memory, as `tunix-gemma4 plan
---search` finds it.
+--search` finds it. What it printed is in docs/how-to/plan.md.
 """
 
 from __future__ import annotations
