@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sequence lengths that fit, per size and device: the planner's search over the recipes.
 
-    python benchmarks/lengths.py                            # all; hours on two cores
+    python benchmarks/lengths.py                            # all; TPUs take minutes a length
     python benchmarks/lengths.py --only h100:1 h200:1       # GPUs: minutes; needs `aot-gpu`
 
 One row of text a chip, LoRA of rank 16 on all language projections, AdamW. A length is the largest

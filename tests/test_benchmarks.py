@@ -6,6 +6,7 @@ import importlib
 import json
 import re
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,9 @@ def test_cpu_speed_compares_equal_models_in_every_work(script, capsys):
     assert tuple(rows) == cpu_speed.WORKS
     for line in rows.values():
         seconds = [float(value) for value in re.findall(r"([\d.]+)s ", line)]
-        assert len(seconds) == 4 and min(seconds[:3]) > 0  # The last is the limit, of few numbers.
+        # The last is the limit, of so few numbers here that it may be printed as 0.
+        assert len(seconds) == 4 and min(seconds[:3]) > 0
+    assert cpu_speed._least(2**18, 4, time.perf_counter) > 0
     assert "same tokens 100%" in rows["decode"]
 
 
