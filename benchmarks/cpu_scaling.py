@@ -29,6 +29,7 @@ SIDES = {"tokens": ("Ours", "Tunix", "Transformers"), "images": ("Ours", "Transf
 WORKS = ("forward", "step")
 FIELDS = ("axis", "work", "side", "value", "tokens_per_second", "seconds", "end")
 NAMES = {"Ours": "this package", "Tunix": "Tunix 0.1.7", "Transformers": "transformers"}
+STYLES = {"Ours": "C0o-", "Tunix": "C1s-", "Transformers": "C2D-"}
 MEMORY_SHARE = 0.85  # Of what is free when a point starts.
 
 
@@ -142,12 +143,12 @@ def draw(source: Path, target: Path) -> None:
     figure, panels = plt.subplots(
         len(axes_names), 2, figsize=(10, 4 * len(axes_names)), squeeze=False
     )
-    labels = {"tokens": "tokens in a row", "images": "images in a row of tokens"}
+    labels = {"tokens": "tokens in a row", "images": "images in a row"}
     for line, axis in zip(panels, axes_names, strict=True):
         for panel, work in zip(line, WORKS, strict=True):
-            for side, marker in zip(NAMES, "osD", strict=True):
-                _line(panel, [r for r in rows if (r["axis"], r["work"], r["side"]) ==
-                              (axis, work, side)], side, marker)  # fmt: skip
+            for side in SIDES[axis]:
+                here = (axis, work, side)
+                _line(panel, [r for r in rows if (r["axis"], r["work"], r["side"]) == here], side)
             if axis == "tokens":
                 panel.set_xscale("log", base=2)
                 panel.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
@@ -160,10 +161,10 @@ def draw(source: Path, target: Path) -> None:
     plt.close(figure)
 
 
-def _line(panel, rows: list[dict[str, str]], side: str, marker: str) -> None:
+def _line(panel, rows: list[dict[str, str]], side: str) -> None:
     points = [(float(r["value"]), float(r["tokens_per_second"])) for r in rows if r["seconds"]]
     if not points:
         return
     end = next((r["end"] for r in rows if r["end"]), "")
     label = NAMES[side] + (f" (ends: {end})" if end else "")
-    panel.plot(*zip(*points, strict=True), marker=marker, label=label)
+    panel.plot(*zip(*points, strict=True), STYLES[side], label=label)

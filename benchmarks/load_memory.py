@@ -49,8 +49,8 @@ def write_directory(directory: Path) -> tuple[int, int]:
 
     from tunix_gemma4 import checkpoint_files as files
     from tunix_gemma4 import weights
-    from tunix_gemma4.checkpoint import abstract_model
     from tunix_gemma4.config import ModelConfig
+    from tunix_gemma4.model.gemma4 import abstract_model
 
     raw = {"model_type": "gemma4", "dtype": "bfloat16", "text_config": _TEXT}
     model = abstract_model(ModelConfig.from_hf(raw))

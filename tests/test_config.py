@@ -11,9 +11,8 @@ import jax.numpy as jnp
 import pytest
 from transformers import Gemma4Config, Gemma4TextConfig, Gemma4UnifiedConfig, Gemma4VisionConfig
 
-from tunix_gemma4.checkpoint import abstract_model
 from tunix_gemma4.config import LayerSpec, ModelConfig, RematConfig, VisionConfig
-from tunix_gemma4.model.gemma4 import num_parameters
+from tunix_gemma4.model.gemma4 import abstract_model, num_parameters
 from tunix_gemma4.tiny import tiny_config, tiny_hf_config
 
 SIZES = ("e2b", "e4b", "12b", "26b_a4b", "31b")

@@ -21,7 +21,7 @@ import pytest
 
 import tunix_gemma4
 from tunix_gemma4 import LoraConfig, ModelConfig
-from tunix_gemma4.checkpoint import abstract_model
+from tunix_gemma4.model.gemma4 import abstract_model
 from tunix_gemma4.recipes.rl_config import GrpoRunConfig, PromptConfig
 from tunix_gemma4.recipes.run_config import DataConfig, LoraSettings, MeshConfig, RunConfig
 from tunix_gemma4.tiny import tiny_config

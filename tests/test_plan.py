@@ -18,7 +18,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh
 
 from tunix_gemma4.__main__ import main
-from tunix_gemma4.checkpoint import abstract_model
+from tunix_gemma4.model.gemma4 import abstract_model
 from tunix_gemma4.planning.flops import count_flops
 from tunix_gemma4.planning.hardware import hardware
 from tunix_gemma4.planning.measure import _asked

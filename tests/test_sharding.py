@@ -11,9 +11,10 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 from small_models import assert_logits_agree, draw_image, draw_tokens, forward, random_model
 
-from tunix_gemma4.checkpoint import abstract_model, load_checkpoint
+from tunix_gemma4.checkpoint import load_checkpoint
 from tunix_gemma4.config import ModelConfig
 from tunix_gemma4.lora import LoraConfig, apply_lora
+from tunix_gemma4.model.gemma4 import abstract_model
 from tunix_gemma4.sharding import param_shardings, shard_model
 from tunix_gemma4.tiny import tiny_config
 

@@ -8,7 +8,7 @@ from flax import nnx
 from small_models import random_model
 
 from tunix_gemma4 import weights
-from tunix_gemma4.checkpoint import abstract_model
+from tunix_gemma4.model.gemma4 import abstract_model
 from tunix_gemma4.tiny import tiny_config, tiny_hf_config
 from tunix_gemma4.tiny_weights import tensor_shapes
 

@@ -12,7 +12,6 @@ import collections
 import dataclasses
 import functools
 import json
-import types
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,21 +27,11 @@ from . import checkpoint_files as files
 from . import weights
 from .checkpoint_check import AUDIO, SCORE_HEAD, TIED_HEAD, VISION, check_tensors
 from .config import ModelConfig
-from .model.gemma4 import Gemma4ForConditionalGeneration, Gemma4Model
+from .model.gemma4 import Gemma4ForConditionalGeneration, Gemma4Model, abstract_model
 from .model.stacking import require_single_layers
-from .sharding import eval_shape, param_shardings
+from .sharding import param_shardings
 
 _Model = TypeVar("_Model", bound=Gemma4Model)
-
-
-def abstract_model(
-    config: ModelConfig, model_class: type[_Model] = Gemma4ForConditionalGeneration
-) -> _Model:
-    """A model of shapes and dtypes only; costs no memory."""
-    # Any key will do, and a real source of keys, which counts them, takes seconds to trace.
-    key = jax.random.key(0)
-    rngs = types.SimpleNamespace(params=lambda: key)
-    return eval_shape(lambda: model_class(config, rngs=rngs))
 
 
 # ---- Loading.

@@ -7,14 +7,15 @@ Source: transformers 5.12 `Gemma4ForConditionalGeneration`.
 from __future__ import annotations
 
 import math
-from typing import Any
+import types
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from ..config import ModelConfig
-from ..sharding import constrain
+from ..sharding import constrain, eval_shape
 from .backend_names import BackendNames
 from .cache import Cache, cache_name, cached_keys, init_cache
 from .head import soft_cap, uncapped_logits
@@ -257,3 +258,16 @@ def num_parameters(model: nnx.Module) -> int:
         for shape in module.buffer_shapes().values()
     )
     return sum(math.prod(leaf.shape) for leaf in leaves) + sum(buffers)
+
+
+_Model = TypeVar("_Model", bound=Gemma4Model)
+
+
+def abstract_model(
+    config: ModelConfig, model_class: type[_Model] = Gemma4ForConditionalGeneration
+) -> _Model:
+    """A model of shapes and dtypes only; costs no memory."""
+    # Any key will do, and a real source of keys, which counts them, takes seconds to trace.
+    key = jax.random.key(0)
+    rngs = types.SimpleNamespace(params=lambda: key)
+    return eval_shape(lambda: model_class(config, rngs=rngs))

@@ -9,9 +9,9 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from ..config import ModelConfig
-from ..sharding import eval_shape, metadata, shard_model
+from ..sharding import metadata, shard_model
 from .cache import Cache
-from .gemma4 import Gemma4ForConditionalGeneration, Gemma4Model
+from .gemma4 import Gemma4ForConditionalGeneration, Gemma4Model, abstract_model
 
 
 class Gemma4ForTokenScores(Gemma4Model):
@@ -59,7 +59,7 @@ class Gemma4ForTokenScores(Gemma4Model):
         body = nnx.clone(policy)
         if not share_arrays:
             nnx.update(body, jax.tree.map(jnp.copy, nnx.state(body)))
-        scores = eval_shape(lambda: cls(policy.config, rngs=nnx.Rngs(0)))
+        scores = abstract_model(policy.config, cls)
         for name in ("language_model", "vision_tower", "embed_vision"):
             if name in vars(body):
                 setattr(scores, name, getattr(body, name))
