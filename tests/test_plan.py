@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, AxisType
 
 from tunix_gemma4.__main__ import main
 from tunix_gemma4.model.gemma4 import abstract_model
@@ -328,7 +328,7 @@ def stored(fsdp, tp):
     given = [f"mesh.fsdp={fsdp}", f"mesh.tp={tp}", "batch_size=8", "lora.targets=all"]
     config = load_settings(str(path), given)
     settled = common.model_config(config, planner.model_source(config.model))
-    mesh = AbstractMesh((fsdp, tp), ("fsdp", "tp"))
+    mesh = AbstractMesh((fsdp, tp), ("fsdp", "tp"), axis_types=(AxisType.Auto,) * 2)
     return sum(dataclasses.astuple(resident_of(config, Shapes(settled, mesh))))
 
 

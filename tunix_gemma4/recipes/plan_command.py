@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, AxisType
 from omegaconf import OmegaConf
 
 from ..planning.hardware import hardware
@@ -97,7 +97,8 @@ def _advice(
 
 def _print_weights(config: RunConfig | GrpoRunConfig, topology: str | None, as_json: bool) -> None:
     model_config = common.model_config(config, model_source(config.model))
-    mesh = AbstractMesh((config.mesh.fsdp, config.mesh.tp), ("fsdp", "tp"))
+    sizes, axes = (config.mesh.fsdp, config.mesh.tp), ("fsdp", "tp")
+    mesh = AbstractMesh(sizes, axes, axis_types=(AxisType.Auto,) * 2)
     parts = dataclasses.asdict(resident_of(config, Shapes(model_config, mesh)))
     parts["total"] = sum(parts.values())
     parts["capacity"] = None if topology is None else hardware(topology).capacity
