@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import json
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,12 +27,14 @@ from . import checkpoint_files as files
 from . import weights
 from .checkpoint_check import AUDIO, SCORE_HEAD, TIED_HEAD, VISION, check_tensors
 from .config import ModelConfig
-from .model.gemma4 import Gemma4ForConditionalGeneration, Gemma4Model, abstract_model
+from .model.gemma4 import (
+    AnyModel,
+    Gemma4ForConditionalGeneration,
+    Gemma4Model,
+    abstract_model,
+)
 from .model.stacking import require_single_layers
 from .sharding import param_shardings
-
-_Model = TypeVar("_Model", bound=Gemma4Model)
-
 
 # ---- Loading.
 
@@ -44,8 +46,8 @@ def load_checkpoint(
     dtype: Any = None,
     *,
     config: ModelConfig | None = None,
-    model_class: type[_Model] = Gemma4ForConditionalGeneration,
-) -> _Model:
+    model_class: type[AnyModel] = Gemma4ForConditionalGeneration,
+) -> AnyModel:
     """Reads a checkpoint directory as transformers writes it.
 
     Args:

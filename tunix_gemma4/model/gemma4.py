@@ -260,12 +260,12 @@ def num_parameters(model: nnx.Module) -> int:
     return sum(math.prod(leaf.shape) for leaf in leaves) + sum(buffers)
 
 
-_Model = TypeVar("_Model", bound=Gemma4Model)
+AnyModel = TypeVar("AnyModel", bound=Gemma4Model)
 
 
 def abstract_model(
-    config: ModelConfig, model_class: type[_Model] = Gemma4ForConditionalGeneration
-) -> _Model:
+    config: ModelConfig, model_class: type[AnyModel] = Gemma4ForConditionalGeneration
+) -> AnyModel:
     """A model of shapes and dtypes only; costs no memory."""
     # Any key will do, and a real source of keys, which counts them, takes seconds to trace.
     key = jax.random.key(0)
