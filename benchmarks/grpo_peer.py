@@ -4,7 +4,7 @@
     python benchmarks/grpo_peer.py
 
 E2B, bfloat16, LoRA of rank 16 on all projections, decoder remat, AdamW; 8 rows of 1,024 prompt and
-1,024 completion tokens, v5e, fsdp 8; the host's trainer, loss and log-probabilities as they are,
+1,024 completion tokens, fsdp 8; the host's trainer, loss and log-probabilities as they are,
 compiled by the TPU's compiler, which is not here. Where that refuses, its own message is printed.
 """
 
@@ -30,6 +30,7 @@ from tunix_gemma4.host.grpo import make_algorithm
 from tunix_gemma4.planning.hardware import hardware
 
 ROWS, LENGTH = 8, 1024
+TOPOLOGY = "v5p:2x2x2"
 
 
 def example(mesh: Mesh) -> TrainExample:
@@ -48,7 +49,7 @@ def example(mesh: Mesh) -> TrainExample:
 
 
 def main() -> None:
-    mesh = Mesh(np.array(hardware("v5e:2x4").devices()).reshape(8, 1), ("fsdp", "tp"))
+    mesh = Mesh(np.array(hardware(TOPOLOGY).devices()).reshape(8, 1), ("fsdp", "tp"))
     config = gemma4.ModelConfig.gemma4_e2b()
     config.dtype = config.param_dtype = jnp.bfloat16
     targets = "q_einsum|kv_einsum|k_einsum|attn_vec_einsum|gate_proj|up_proj|down_proj"

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from small_models import assert_logits_agree, draw_images, draw_tokens, forward, random_model
 
 from tunix_gemma4.losses import next_token_loss
-from tunix_gemma4.model import attention, splash
+from tunix_gemma4.model import attention, splash, triton
 from tunix_gemma4.model.attention import (
     attend,
     attend_blocks,
@@ -253,6 +253,60 @@ def test_the_kernel_equals_all_at_once(on_tpu, length, window, segments, kv_head
         assert_equal(kernel, whole, inputs, weights)
 
 
+# ---- The kernel for GPU, interpreted.
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    monkeypatch.setattr(attention, "platform", lambda: "gpu")
+    monkeypatch.setattr(attention, "BLOCK", 64)  # The least that its queries divide.
+    monkeypatch.setattr(triton, "INTERPRET", True)
+
+
+@pytest.mark.parametrize(
+    ("length", "window", "segments", "images", "kv_heads", "mesh"),
+    [
+        (192, None, False, False, 2, None),
+        (200, None, True, True, 1, None),
+        (200, 5, False, False, 2, None),
+        (200, 64, True, False, 4, None),
+        (200, 70, True, True, 2, None),
+        (200, 1000, False, True, 2, None),
+        (200, None, True, False, 2, (2, 2)),
+        (200, 70, True, True, 1, (1, 4)),
+        (200, 40, True, False, 1, (4, 1)),
+    ],
+)
+def test_the_gpu_kernel_equals_all_at_once(
+    on_gpu, length, window, segments, images, kv_heads, mesh
+):
+    """Also with heads that tp does not divide, and rows that fsdp does not."""
+    config = tiny_config("e2b", use_flash_attention=True)
+    inputs, visibility, weights = draw(
+        length, segments=segments, images=images, kv_heads=kv_heads, head_dim=16
+    )
+
+    def kernel(*inputs):
+        return attend_rows(config, *inputs, visibility, window)
+
+    def whole(*inputs):
+        return attend(*inputs, visibility.tile(window, (0, length), (0, length)))
+
+    with jax.set_mesh(make_mesh(*mesh)) if mesh else contextlib.nullcontext():
+        text = str(jax.make_jaxpr(kernel)(*inputs))
+        assert "triton_attention" in text
+        assert ("shard_map" in text) == (mesh is not None)
+        assert_equal(kernel, whole, inputs, weights)
+
+
+@pytest.mark.parametrize("row_bytes", [32, 512, 1024, 2048])
+def test_its_blocks_fit_the_memory_of_a_multiprocessor(on_gpu, row_bytes):
+    """Of an A100; and divide every row that `attend_blocks` hands on."""
+    queries, keys = triton.block_sizes(row_bytes)
+    assert (queries + 2 * keys) * row_bytes <= 164 * 1024
+    assert 256 % queries == 256 % keys == 0
+
+
 @pytest.mark.slow
 def test_stacked_layers_on_a_mesh_train_as_well_through_the_kernel(on_tpu):
     """A scan over layers, each checkpointed."""
@@ -301,7 +355,8 @@ def test_what_the_kernel_cannot_express_runs_in_blocks(on_tpu, monkeypatch, capl
         caplog.clear()
         call = lambda *inputs: attend_rows(config, *inputs, visibility, window)  # noqa: E731
         text = str(jax.make_jaxpr(call)(*inputs))
-        return ("splash" if "splash" in text else "xla"), caplog.text
+        found = [name for name in ("splash", "triton") if name in text]
+        return (found or ["xla"])[0], caplog.text
 
     short = [x[:, :20] for x in inputs]
     narrow, _, _ = draw(length, head_dim=64)
@@ -323,3 +378,8 @@ def test_what_the_kernel_cannot_express_runs_in_blocks(on_tpu, monkeypatch, capl
     taken, said = path(config, inputs, free)
     assert taken == "xla"
     assert "compiled for gpu" in said
+    config = tiny_config("e2b", attention_implementation="triton")
+    odd, _, _ = draw(length, head_dim=24)
+    assert path(config, inputs, with_images, 10) == ("triton", "")
+    assert path(config, inputs, masked)[0] == path(config, odd, free)[0] == "xla"
+    assert "the head size is 24" in path(config, odd, free)[1]

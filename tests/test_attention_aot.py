@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The splash kernel, compiled forward and backward by the real TPU compiler at the real sizes."""
+"""The kernels, compiled forward and backward by the real compilers at the real sizes."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -17,10 +18,10 @@ from tunix_gemma4.model.attention import attend_rows
 from tunix_gemma4.model.masks import Visibility
 from tunix_gemma4.planning.hardware import hardware
 
-mesh = Mesh(np.array(hardware("v5e:2x4").devices()).reshape(4, 2), ("fsdp", "tp"))
+mesh = Mesh(np.array(hardware("{topology}").devices()).reshape(4, 2), ("fsdp", "tp"))
 rows = NamedSharding(mesh, P("fsdp"))
 config = getattr(ModelConfig, "gemma4_{size}")()
-config.attention_implementation = "splash"
+config.use_flash_attention = True
 for spec in config.layers[:6]:
     if spec.kind == "sliding" and spec.index:
         continue
@@ -32,16 +33,34 @@ for spec in config.layers[:6]:
     segments = jax.ShapeDtypeStruct((4, 2048), jnp.int32, sharding=rows)
 
     def loss(q, k, v, segments):
-        out = attend_rows(config, q, k, v, Visibility(None, segments, None), spec.window)
+        visibility = Visibility(None, segments, segments if {images} else None)
+        out = attend_rows(config, q, k, v, visibility, spec.window)
         return jnp.square(out.astype(jnp.float32)).sum()
 
     with mesh:
         compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*arrays, segments).compile()
-    print("kernels", spec.head_dim, spec.window, compiled.as_text().count("tpu_custom_call"))
+    kernels = compiled.as_text().count("{call}")
+    print("kernels", spec.head_dim, spec.window, kernels)
 """
 
 
-@pytest.mark.parametrize(
+def compiled_layers(**names) -> list[str]:
+    """A line about each kind of layer."""
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "",
+    }
+    program = _PROGRAM
+    for name, value in names.items():
+        program = program.replace(f"{{{name}}}", str(value))
+    run = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    return [line for line in run.stdout.splitlines() if line.startswith("kernels")]
+
+
+_SIZES = pytest.mark.parametrize(
     ("size", "dtype", "layers"),
     [
         ("e2b", "bfloat16", ["256 512", "512 None"]),
@@ -49,16 +68,24 @@ for spec in config.layers[:6]:
         ("31b", "bfloat16", ["256 1024", "512 None"]),
     ],
 )
-def test_the_kernel_compiles_for_eight_tpu_chips(size, dtype, layers):
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "",
-    }
-    program = _PROGRAM.replace("{size}", size).replace("{dtype}", dtype)
-    run = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr
-    lines = [line for line in run.stdout.splitlines() if line.startswith("kernels")]
+
+
+@_SIZES
+def test_splash_compiles_for_eight_tpu_chips(size, dtype, layers):
+    names = {"topology": "v5e:2x4", "call": "tpu_custom_call", "images": False}
     # Forward, keys and values, queries.
-    assert lines == [f"kernels {layer} 3" for layer in layers]
+    expected = [f"kernels {layer} 3" for layer in layers]
+    assert compiled_layers(size=size, dtype=dtype, **names) == expected
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda12_plugin") is None,
+    reason="no CUDA compiler: needs the extra `aot-gpu`",
+)
+@pytest.mark.parametrize("topology", ["h200:8", "a100:8"])
+@_SIZES
+def test_triton_compiles_for_eight_gpus(topology, size, dtype, layers):
+    """Also where tokens of an image look both ways. The compiler refuses what does not fit."""
+    names = {"topology": topology, "call": "__gpu$xla.gpu.triton", "images": size == "31b"}
+    expected = [f"kernels {layer} 1" for layer in layers]
+    assert compiled_layers(size=size, dtype=dtype, **names) == expected

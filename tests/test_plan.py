@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from jax.experimental import pallas as pl
 from jax.sharding import AbstractMesh, AxisType
 
 from tunix_gemma4.__main__ import main
@@ -110,6 +111,19 @@ def test_branches_while_loops_and_convolutions():
     traced = jax.jit(function).trace(jnp.ones((1, 3, 8, 8)), jnp.ones((1, 3, 2, 2)), True)
     product = 2 * 8**3
     assert count_flops(traced.jaxpr, while_trips=7) == 2 * 64 * 12 + product + 7 * 2 * product
+
+
+def test_a_kernel_that_says_how_much_it_does_is_believed():
+    def function(x, estimate):
+        def kernel(x_ref, y_ref):
+            y_ref[...] = x_ref[...] @ x_ref[...]
+
+        call = pl.pallas_call(kernel, x, grid=(3,), cost_estimate=estimate, interpret=True)
+        return jax.make_jaxpr(call)(x)
+
+    x, estimate = jnp.ones((8, 8)), pl.CostEstimate(flops=5, transcendentals=0, bytes_accessed=0)
+    assert count_flops(function(x, None)) == 3 * 2 * 8**3
+    assert count_flops(function(x, estimate)) == 5
 
 
 # ---- Hardware.

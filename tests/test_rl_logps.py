@@ -73,9 +73,10 @@ def test_chunked_logps_and_entropies_equal_the_plain_ones(plain):
     np.testing.assert_array_equal(logps(policy(), prompts, completions, **options), found)
 
 
-def test_segments_say_what_the_mask_does_where_the_kernel_cannot_take_one(plain):
+@pytest.mark.parametrize("kernel", ["splash", "triton"])
+def test_segments_say_what_the_mask_does_where_the_kernel_cannot_take_one(plain, kernel):
     prompts, completions, images = with_images()
-    model = random_model("demo", attention_implementation="splash")
+    model = random_model("demo", attention_implementation=kernel)
     found = logps(model, prompts, completions, images=images, temperature=0.7)
     words = np.asarray(completions != model.config.pad_token_id)
     np.testing.assert_allclose(found[words], plain[0][words], atol=1e-5)

@@ -47,11 +47,11 @@ class ModelConfig:
         text_only: build no vision parameters.
         dtype: activations. param_dtype: parameters at initialisation.
         remat_config: see `RematConfig`; also Tunix's integers and names.
-        attention_implementation: "xla", "splash" (JAX's kernel for TPU where it can express the
-            case, else as "xla") or "auto"; see docs/explanation/attention.md.
-        use_flash_attention: Tunix's name of `attention_implementation="splash"`.
-        flash_attention_block_size: tokens that the kernel handles at once at most; it takes 128,
-            256 or 512.
+        attention_implementation: "xla", "splash" or "triton" (kernels for TPU and GPU where they
+            can express the case, else as "xla") or "auto"; see docs/explanation/attention.md.
+        use_flash_attention: Tunix's name of the kernel for what is compiled for.
+        flash_attention_block_size: tokens that splash handles at once at most; it takes 128, 256
+            or 512.
         use_sliding_window_kv_cache: sliding layers cache one window (a ring) instead of
             `max_seq_len` tokens.
         source: the `config.json` this was read from; `to_hf` keeps what it does not know.
@@ -249,10 +249,15 @@ class ModelConfig:
 
     @property
     def attention(self) -> str:
-        """`attention_implementation`, with what `use_flash_attention` says about "auto"."""
+        """`attention_implementation`, or "flash": the kernel for what is compiled for."""
         if self.use_flash_attention and self.attention_implementation == "auto":
-            return "splash"
+            return "flash"
         return self.attention_implementation
+
+    @property
+    def wants_kernel(self) -> bool:
+        """Whether `attention` asks for a kernel, which takes segments but no caller's mask."""
+        return self.attention not in ("auto", "xla")
 
     @property
     def image_blocks_attend_both_ways(self) -> bool:

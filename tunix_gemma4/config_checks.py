@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .config import ModelConfig
 
-ATTENTION_IMPLEMENTATIONS = ("auto", "xla", "splash")
+ATTENTION_IMPLEMENTATIONS = ("auto", "xla", "splash", "triton")
 KINDS = {"sliding_attention": "sliding", "full_attention": "full"}
 DEFAULT_ROPE = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},

@@ -182,8 +182,8 @@ def chunked_logps(
     tokens, positions, mask, padding = common.process_ids(
         prompt_tokens, completion_tokens, pad_id, eos_id, segment_ids, segment_positions
     )
-    if model.config.attention == "splash":
-        # The kernel takes no mask of all pairs. Segments, of which padding is one, say the same
+    if model.config.wants_kernel:
+        # Kernels take no mask of all pairs. Segments, of which padding is one, say the same
         # of all tokens but padding.
         mask = None
     hidden, _ = model(

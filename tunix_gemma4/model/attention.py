@@ -23,6 +23,8 @@ KeysValues = tuple[jax.Array, jax.Array]
 BLOCK, CPU_BLOCK = 256, 128
 # From here on a full layer's blocks are twice as long.
 LONG = 2048
+# Kernels, by what they are for.
+_PLATFORMS = {"splash": "tpu", "triton": "gpu"}
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
@@ -52,46 +54,61 @@ def attend_rows(
         visibility: who may look at whom.
         window: of a sliding layer; None in a full one.
     """
-    if config.attention != "splash":
-        # "auto" as well: the kernel saves log-probabilities on TPU no memory and meets no fewer
-        # pairs in sliding layers.
+    if not config.wants_kernel:
+        # "auto" as well: no kernel's speed was measured, and splash saves no memory.
         return attend_blocks(q, k, v, visibility, window)
-    obstacle = _obstacle(q, visibility, window)
-    if obstacle is None:
-        segments, block = visibility.segments, config.flash_attention_block_size
-        return splash_attend(q, k, v, segments, window, largest_block=block)
-    logging.log_first_n(
-        logging.WARNING,
-        "attention_implementation='splash': %s, so XLA's attention runs there.",
-        3,
-        obstacle,
-    )
-    return attend_blocks(q, k, v, visibility, window)
+    wanted = config.attention
+    if wanted == "flash":
+        wanted = "triton" if platform() == "gpu" else "splash"
+    obstacle = _obstacle(wanted, q, visibility, window)
+    if obstacle is not None:
+        logging.log_first_n(
+            logging.WARNING,
+            "attention_implementation=%r: %s, so XLA's attention runs there.",
+            3,
+            *(wanted, obstacle),
+        )
+        return attend_blocks(q, k, v, visibility, window)
+    if wanted == "triton":
+        return attend_blocks(q, k, v, visibility, window, kernel=True)
+    segments, block = visibility.segments, config.flash_attention_block_size
+    return splash_attend(q, k, v, segments, window, largest_block=block)
 
 
-def _obstacle(q: jax.Array, visibility: Visibility, window: int | None) -> str | None:
-    """Why the splash kernel cannot run, or None."""
+def _obstacle(kernel: str, q: jax.Array, visibility: Visibility, window: int | None) -> str | None:
+    """Why a kernel cannot run, or None."""
     length, head_dim = q.shape[1], q.shape[3]
-    if platform() != "tpu":
-        return f"the kernel is for TPU, and this is compiled for {platform()}"
+    wanted, found = _PLATFORMS[kernel], platform()
+    if found != wanted:
+        return f"the kernel is for {wanted.upper()}, and this is compiled for {found}"
     if length <= 2 * BLOCK:
         return f"rows of {length} tokens are no longer than {2 * BLOCK}"
-    if head_dim % LANES:
-        return f"the head size is {head_dim}, which is no multiple of {LANES}"
     if visibility.visible is not None:
         return "the caller gives a mask of all pairs of tokens"
+    if kernel == "triton":
+        power = head_dim & (head_dim - 1) == 0 and head_dim >= 16
+        return None if power else f"the head size is {head_dim}, which is no power of two from 16"
+    if head_dim % LANES:
+        return f"the head size is {head_dim}, which is no multiple of {LANES}"
     if window is not None and visibility.blocks is not None:
         return "tokens of an image look both ways in sliding layers"
     return None
 
 
 def attend_blocks(
-    q: jax.Array, k: jax.Array, v: jax.Array, visibility: Visibility, window: int | None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    visibility: Visibility,
+    window: int | None,
+    *,
+    kernel: bool = False,
 ) -> jax.Array:
     """`attend` over whole rows of T tokens, a block of queries and one of keys at a time.
 
     A sliding layer's queries meet the keys of their window alone, so that cost grows with
-    T x window; a full layer's meet no block behind them. Nothing [N, T, T] exists.
+    T x window; a full layer's meet no block behind them. Nothing [N, T, T] exists. With `kernel`
+    the forward pass is `triton_forward`.
     """
     length = q.shape[1]
     block = block_size(length if window is None else 0)
@@ -102,7 +119,7 @@ def attend_blocks(
         q, k, v = (_pad(x, padding) for x in (q, k, v))
         visibility = visibility.padded(padding)
     tiles = row_tiles(q.shape[1], block, window, both_ways=visibility.blocks is not None)
-    return attend_tiles(tiles, window, q, k, v, visibility)[:, :length]
+    return attend_tiles(tiles, window, kernel, q, k, v, visibility)[:, :length]
 
 
 def attend_given(
@@ -121,7 +138,7 @@ def attend_given(
     if mask.shape[1] > 1:
         mask = jnp.pad(mask, ((0, 0), (0, padding), (0, 0)))
     tiles = tiles or whole_tiles(q.shape[1], block, k.shape[1])
-    return attend_tiles(tiles, None, q, k, v, Given(mask))[:, :length]
+    return attend_tiles(tiles, None, False, q, k, v, Given(mask))[:, :length]
 
 
 def block_size(causal_length: int = 0) -> int:

@@ -17,6 +17,9 @@ import jax.numpy as jnp
 
 from ..config import ModelConfig
 
+# Score of a pair that does not meet; finite, so that a query that may see nothing gets no NaN.
+MASKED = -1e30
+
 
 class Keys(NamedTuple):
     """The keys that the queries of one call meet.

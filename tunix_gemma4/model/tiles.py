@@ -17,9 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from ..sharding import constrain
-
-# Of scores that do not count; finite, so that a query that may see nothing gets no NaN.
-MASKED = -1e30
+from .masks import MASKED
+from .triton import triton_forward
 
 
 class Masks(Protocol):
@@ -77,10 +76,11 @@ def whole_tiles(length: int, block: int, keys: int) -> Tiles:
     return Tiles(block, keys, tuple((first, 0) for first in range(0, length, block)))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def attend_tiles(
     tiles: Tiles,
     window: int | None,
+    kernel: bool,
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
@@ -91,6 +91,7 @@ def attend_tiles(
     Args:
         tiles: together they hold every pair that `masks` lets meet.
         window: of a sliding layer; None in a full one.
+        kernel: forward by `triton_forward`, whose pairs `tiles` must hold.
         q: [B, T, N, H].
         k: [B, S, K, H] with N a multiple of K.
         v: like k.
@@ -100,7 +101,7 @@ def attend_tiles(
         [B, T, N, H] in the dtype of q. A query that may see nothing gets the mean of the values in
         its tiles.
     """
-    return _forward(tiles, window, q, k, v, masks)[0]
+    return _forward(tiles, window, kernel, q, k, v, masks)[0]
 
 
 def _slice(x: jax.Array, start: jax.Array, size: int, axis: int = 1) -> jax.Array:
@@ -162,8 +163,12 @@ def _loop(step, carry, steps):
     return jax.lax.scan(lambda carry, x: (step(carry, x[:2], x[2]), None), carry, steps)[0]
 
 
-def _forward(tiles, window, q, k, v, masks):
+def _forward(tiles, window, kernel, q, k, v, masks):
     """The output, and what the backward pass wants."""
+    if kernel:
+        out, log_sums = triton_forward(window, q, k, v, masks)
+        log_sums = jnp.moveaxis(_grouped(log_sums[..., None], k.shape[2])[..., 0], 1, 2)
+        return out, (q, k, v, masks, out, log_sums)
     q, steps = _steps(tiles, q)
     batch, length, heads, size = q.shape
     groups = heads // k.shape[2]
@@ -200,7 +205,8 @@ def _forward(tiles, window, q, k, v, masks):
     return out, (q, k, v, masks, out, log_sums)
 
 
-def _backward(tiles, window, saved, d_out):
+def _backward(tiles, window, kernel, saved, d_out):
+    del kernel
     q, k, v, masks, out, log_sums = saved
     log_sums, steps = _steps(tiles, log_sums)
     kv_heads, size = k.shape[2:]

@@ -20,7 +20,8 @@ def count_flops(jaxpr: core.ClosedJaxpr, *, while_trips: int = 1) -> float:
     """Floating-point operations of the matrix products of `jaxpr`, over all devices.
 
     A multiplication and an addition are two operations. Of branches the dearest counts. A
-    `shard_map` counts on every device of its mesh, a Pallas kernel in every cell of its grid.
+    `shard_map` counts on every device of its mesh, a Pallas kernel in every cell of its grid unless
+    it says itself how much it does.
 
     Args:
         jaxpr: as `jax.jit(f).trace(...).jaxpr` gives it.
@@ -43,6 +44,8 @@ def _of_equation(equation: core.JaxprEqn, trips: int) -> float:
     elif name == "shard_map":
         times = math.prod(parameters["mesh"].shape.values())
     elif name == "pallas_call":
+        if estimate := parameters.get("cost_estimate"):
+            return float(estimate.flops)
         times = math.prod(parameters["grid_mapping"].grid)
     return times * sum(_of_inner(inner, trips) for inner in _inner(parameters))
 
