@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention by XLA and by the splash kernel: memory per chip and compile time on TPU.
+"""Attention by XLA and by kernels: memory per chip and compile time on TPU and GPU.
 
     python benchmarks/attention.py layer logps gradient vision --topology v5e:2x4 --length 2048 8192
+    python benchmarks/attention.py layer forward --topology h200:1 --implementation xla triton
 
 Compiles ahead of time, with the real compiler and shapes, and runs nothing; needs no chip, but the
-extra `aot`. One row of tokens a chip on fsdp alone, bfloat16, with segments. The programs:
+extra `aot`, or for GPUs `aot-gpu`. One row of tokens a chip on fsdp alone, bfloat16, with segments.
+The programs:
 
     layer     gradient of one attention of E2B for queries, keys and values, sliding and full
+    forward   that attention alone
     logps     per_token_logps of E2B, layers stacked
     gradient  next_token_loss of E2B and its gradient for adapters of rank 16 on every projection,
               layers stacked, decoder remat
@@ -43,7 +46,7 @@ from tunix_gemma4.model.stacking import stack_layers
 from tunix_gemma4.model.vision import VisionLayer
 from tunix_gemma4.planning.hardware import hardware
 
-PROGRAMS = ("layer", "logps", "gradient", "pairs", "vision")
+PROGRAMS = ("layer", "forward", "logps", "gradient", "pairs", "vision")
 PATCHES = 2520
 
 
@@ -69,17 +72,19 @@ def placed(model: nnx.Module, mesh: Mesh):
     return graphdef, sharding.shapes_on(state, mesh)
 
 
-def lower_layer(config: ModelConfig, mesh: Mesh, length: int, spec: LayerSpec):
+def lower_layer(config: ModelConfig, mesh: Mesh, length: int, spec: LayerSpec, *, backward: bool):
     heads = (config.num_attention_heads, spec.num_kv_heads, spec.num_kv_heads)
     arrays = [rows(mesh, length, count, spec.head_dim) for count in heads]
 
-    def loss(q, k, v, segments):
+    def forward(q, k, v, segments):
         visibility = Visibility(None, segments, None)
-        out = attention.attend_rows(config, q, k, v, visibility, spec.window)
-        return jnp.square(out.astype(jnp.float32)).sum()
+        return attention.attend_rows(config, q, k, v, visibility, spec.window)
 
-    segments = rows(mesh, length, dtype=jnp.int32)
-    return jax.jit(jax.value_and_grad(loss, (0, 1, 2))).lower(*arrays, segments)
+    def loss(*inputs):
+        return jnp.square(forward(*inputs).astype(jnp.float32)).sum()
+
+    function = jax.value_and_grad(loss, (0, 1, 2)) if backward else forward
+    return jax.jit(function).lower(*arrays, rows(mesh, length, dtype=jnp.int32))
 
 
 def lower_logps(config: ModelConfig, mesh: Mesh, length: int):
@@ -185,7 +190,9 @@ def main() -> None:
                     share = pairs(spec, length, implementation)
                     print(f"pairs {spec.kind} {what:<30} {share:.3f}", flush=True)
                 else:
-                    lower = functools.partial(lower_layer, config, mesh, length, spec)
+                    lower = functools.partial(
+                        lower_layer, config, mesh, length, spec, backward=program == "layer"
+                    )
                     report(f"{name} {spec.kind} {what}", mesh, lower)
 
 

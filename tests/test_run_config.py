@@ -4,10 +4,13 @@
 import re
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
 
+from tunix_gemma4.recipes.common import model_config
 from tunix_gemma4.recipes.load_config import sections
 from tunix_gemma4.recipes.run_config import RunConfig, load_run_config, to_yaml
+from tunix_gemma4.tiny import tiny_hf_config
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs" / "sft").glob("*.yaml"))
 
@@ -77,6 +80,7 @@ def test_unknown_key_of_the_file_names_the_file(write):
         ("batch_size=0", r"batch_size: expected at least 1, found 0"),
         ("mesh.tp=0", r"mesh\.tp: expected at least 1, found 0"),
         ("remat=all", r"remat_config: expected one of none"),
+        ("attention_implementation=sdpa", r"attention_implementation: expected one of auto, xla"),
         ("dtype=float16", r"dtype: expected one of null, bfloat16, float32, found 'float16'"),
         ("lr_scheduler_type=step", r"lr_scheduler_type: expected one of constant, linear, cosine"),
         ("num_train_epochs=null", r"max_steps, num_train_epochs: both are null"),
@@ -87,6 +91,14 @@ def test_unknown_key_of_the_file_names_the_file(write):
 def test_wrong_value_is_named(write, override, message):
     with pytest.raises(ValueError, match=message):
         load_run_config(write(MINIMAL), [override])
+
+
+def test_the_models_config_gets_what_the_settings_say(write):
+    settings = ["attention_implementation=triton", "remat=block", "dtype=float32", "text_only=true"]
+    config = load_run_config(write(MINIMAL), settings)
+    found = model_config(config, tiny_hf_config("e2b"))
+    assert (found.attention_implementation, found.remat.name) == ("triton", "BLOCK")
+    assert (found.dtype, found.text_only) == (jnp.float32, True)
 
 
 def test_what_must_be_given_is_named(write):

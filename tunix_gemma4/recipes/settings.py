@@ -7,6 +7,7 @@ import dataclasses
 
 from omegaconf import MISSING
 
+from ..config_checks import ATTENTION_IMPLEMENTATIONS
 from ..config_parts import RematConfig
 from ..host.optimizer import SCHEDULES
 from .compile_cache import AUTO
@@ -59,6 +60,8 @@ class TrainSettings:
             small updates, and are saved in the checkpoint's own dtype.
         remat: what the backward pass computes again: "none", "block" (attention) or "decoder"
             (every layer), which takes a third more time and by far the least memory.
+        attention_implementation: "auto", "xla", "splash" (a kernel for TPU) or "triton" (one for
+            GPUs, forward); see docs/explanation/attention.md.
         scan_layers: run the decoder as a loop over blocks of layers, so that equal layers are
             compiled once; see `tunix_gemma4.stack_layers`. Adapters must then be the same in
             every block.
@@ -91,6 +94,7 @@ class TrainSettings:
     text_only: bool = False
     dtype: str | None = None
     remat: str = "decoder"
+    attention_implementation: str = "auto"
     scan_layers: bool = False
     merge: bool = False
     max_steps: int | None = None
@@ -117,6 +121,7 @@ class TrainSettings:
         if self.max_steps is None and self.num_train_epochs is None:
             raise ValueError("max_steps, num_train_epochs: both are null; give at least one")
         RematConfig.parse(self.remat)
+        one_of("attention_implementation", self.attention_implementation, ATTENTION_IMPLEMENTATIONS)
         one_of("dtype", self.dtype, (None, "bfloat16", "float32"))
         one_of("lr_scheduler_type", self.lr_scheduler_type, SCHEDULES)
         one_of("report_to", self.report_to, ("tensorboard", "wandb", "none"))
