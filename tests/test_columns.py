@@ -59,3 +59,11 @@ def test_rows_have_the_dtype_of_activations(mesh, monkeypatch):
     rows, gradient, _ = found(mesh, jnp.bfloat16)
     assert (rows.dtype, gradient.dtype) == (jnp.bfloat16, jnp.float32)
     assert gradient.sharding.spec[0] == ("fsdp", "tp")
+
+
+def test_gradients_add_up_in_the_tables_dtype():
+    """In bfloat16 a sum of ones stays at 256."""
+    table = nnx.Embed(WORDS, FEATURES, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    tokens = jnp.full((1, 1000), 3)
+    gradient = nnx.grad(lambda table: columns.lookup(table, tokens).sum())(table)
+    assert (gradient["embedding"][3] == 1000).all()

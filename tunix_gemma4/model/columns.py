@@ -20,17 +20,19 @@ LOOKUP_ELEMENTS = 2**26
 def over_columns(
     function: Callable[..., tuple[Any, Any]], columns: int, *rows: jax.Array, carry: Any = None
 ) -> tuple[Any, Any]:
-    """`function(carry, *rows)` for `columns` of the rows [B, T, ...] at a time.
+    """`function(carry, *rows)` for at most `columns` of the rows [B, T, ...] at a time.
 
-    The last columns are padded with zeros.
+    Each time takes as many, the last with zeros where there are none left.
 
     Returns:
         The last carry, and what else `function` returned, joined to [B, T, ...].
     """
     batch, length = rows[0].shape[:2]
-    columns = min(length, columns)
     count = -(-length // columns)
+    columns = -(-length // count)
     padding = count * columns - length
+    if count == 1:
+        return function(carry, *rows)
 
     def split(x):
         x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
@@ -57,22 +59,30 @@ def lookup(table: nnx.Embed, tokens: jax.Array) -> jax.Array:
         tokens: int [B, T].
     """
     mesh = active_mesh()
-    columns = max(1, LOOKUP_ELEMENTS // (tokens.shape[0] * table.features))
-    if mesh is None or mesh.size == 1 or tokens.shape[1] <= columns:
-        return constrain(table(tokens), "batch", None, None)
-    return _lookup(columns, table.embedding[...], tokens).astype(table.dtype)
+    columns = tokens.shape[1]
+    if mesh is not None and mesh.size > 1:
+        columns = max(1, LOOKUP_ELEMENTS // (tokens.shape[0] * table.features))
+    return _lookup(columns, table.dtype, table.embedding[...], tokens)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _lookup(columns: int, table: jax.Array, tokens: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _lookup(columns: int, dtype: Any, table: jax.Array, tokens: jax.Array) -> jax.Array:
     def some(_: None, tokens: jax.Array) -> tuple[None, jax.Array]:
-        return None, constrain(jnp.take(table, tokens, axis=0), "batch", None, None)
+        # Every sum has one term that is not zero, so none is rounded.
+        rows = jnp.take(table, tokens, axis=0).astype(dtype)
+        return None, constrain(rows, "batch", None, None)
 
     return over_columns(some, columns, tokens)[1]
 
 
-def _lookup_backward(columns: int, saved: tuple, gradient: jax.Array) -> tuple[jax.Array, None]:
-    """Adds to the table's gradient in place: JAX's own would make one for each part of the rows."""
+def _lookup_backward(
+    columns: int, dtype: Any, saved: tuple, gradient: jax.Array
+) -> tuple[jax.Array, None]:
+    """Adds to the table's gradient in place, in the table's own dtype.
+
+    JAX's own would make one for each part of the rows, and add up in that of activations.
+    """
+    del dtype
     table, tokens = saved
 
     def add(of_table: jax.Array, tokens: jax.Array, rows: jax.Array) -> tuple[jax.Array, None]:
@@ -83,6 +93,9 @@ def _lookup_backward(columns: int, saved: tuple, gradient: jax.Array) -> tuple[j
 
 
 _lookup.defvjp(
-    lambda columns, table, tokens: (_lookup(columns, table, tokens), (table, tokens)),
+    lambda columns, dtype, table, tokens: (
+        _lookup(columns, dtype, table, tokens),
+        (table, tokens),
+    ),
     _lookup_backward,
 )
