@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiled programs on disk: where they lie, who decides, and that a second start finds them."""
 
+import gc
 import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -13,7 +15,12 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache as jax_cache
 
 from tunix_gemma4.recipes import compile_cache
-from tunix_gemma4.recipes.compile_cache import AUTO, compilation_cache, default_directory
+from tunix_gemma4.recipes.compile_cache import (
+    AUTO,
+    compilation_cache,
+    default_directory,
+    fast_start,
+)
 
 SETTINGS = (
     *("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"),
@@ -72,6 +79,19 @@ def test_settings_are_restored_when_a_run_fails(cached, tmp_path):
         assert in_use() != before
         raise KeyError
     assert in_use() == before
+
+
+def test_garbage_is_collected_less_often_while_a_recipe_runs():
+    seen, before = [], gc.get_threshold()
+
+    @fast_start
+    def run(config):
+        seen.append(gc.get_threshold())
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        run(types.SimpleNamespace(compilation_cache_dir=None))
+    assert seen[0] > before == gc.get_threshold()
 
 
 def test_default_is_in_the_users_cache_directory(cached, monkeypatch, tmp_path):

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiled programs kept on disk, so that a second start of a recipe compiles nothing.
+"""What shortens the time to a recipe's first step.
 
-JAX's persistent compilation cache, switched on for as long as a recipe runs.
+Compiled programs kept on disk by JAX's persistent compilation cache, so that a second start
+compiles nothing, and fewer of Python's garbage collections; both for as long as a recipe runs.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -23,6 +25,8 @@ _DIRECTORY, _ENABLED = "jax_compilation_cache_dir", "jax_enable_compilation_cach
 # By default JAX keeps what took a second or more; a first step has dozens of programs that took
 # less, and together they take seconds.
 _LEAST_SECONDS = "jax_persistent_cache_min_compile_time_secs"
+# Python's own are 700, 10 and 10.
+_COLLECT_AFTER = (50_000, 20, 100)
 
 
 def default_directory() -> Path:
@@ -74,15 +78,30 @@ def compilation_cache(directory: str | None) -> Iterator[None]:
         _configure(before)
 
 
-def with_compilation_cache(run: Callable) -> Callable:
-    """A recipe's `run(config, ...)`, within `compilation_cache(config.compilation_cache_dir)`."""
+@contextlib.contextmanager
+def rare_collections() -> Iterator[None]:
+    """Collects garbage less often.
+
+    Building and tracing a model makes millions of objects that stay, and Python looks through
+    them at every collection.
+    """
+    before = gc.get_threshold()
+    gc.set_threshold(*_COLLECT_AFTER)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+
+
+def fast_start(run: Callable) -> Callable:
+    """A recipe's `run(config, ...)`, within what shortens its start."""
 
     @functools.wraps(run)
-    def cached(config: Any, **kwargs: Any) -> Any:
-        with compilation_cache(config.compilation_cache_dir):
+    def started(config: Any, **kwargs: Any) -> Any:
+        with rare_collections(), compilation_cache(config.compilation_cache_dir):
             return run(config, **kwargs)
 
-    return cached
+    return started
 
 
 def _make(path: str) -> None:

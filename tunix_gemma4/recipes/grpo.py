@@ -31,7 +31,7 @@ from ..lora import reference_model
 from ..processor import Processor
 from . import common
 from .common import say
-from .compile_cache import with_compilation_cache
+from .compile_cache import fast_start
 from .prompts import Batches, PromptRows
 from .rewards import RewardFn, load_reward, weighted
 from .rl_config import GrpoRunConfig
@@ -70,7 +70,7 @@ class Result:
         return np.asarray(self.metrics.get_metric_history(prefix, name, mode)).tolist()
 
 
-@with_compilation_cache
+@fast_start
 def run(config: GrpoRunConfig, *, after_step: Callable[[Any], None] | None = None) -> Result:
     """Trains as `config` says, resuming a run that was broken off.
 

@@ -20,7 +20,7 @@ from ..host.trainer import Gemma4Trainer
 from ..processor import Processor
 from . import common
 from .common import say
-from .compile_cache import with_compilation_cache
+from .compile_cache import fast_start
 from .run_config import RunConfig
 
 # What a checkpoint depends on: a run that is resumed must have the same.
@@ -47,7 +47,7 @@ class Result:
     saved: list[Path]
 
 
-@with_compilation_cache
+@fast_start
 def run(config: RunConfig, *, after_eval: Callable[[Gemma4Trainer], None] | None = None) -> Result:
     """Trains as `config` says, resuming a run that was broken off.
 
