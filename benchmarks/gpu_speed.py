@@ -3,6 +3,7 @@
 
     python benchmarks/gpu_speed.py                       # on the GPU that JAX finds
     python benchmarks/gpu_speed.py --only decode --sizes e2b
+    python benchmarks/gpu_speed.py --only step --sides ours --attention triton
     JAX_PLATFORMS=cpu python benchmarks/gpu_speed.py --tiny      # tries the script out
 
 No run on a GPU is recorded yet: the script is tested on a CPU, with tiny models.
@@ -52,6 +53,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=("decode", "step"), default=("decode", "step"))
     parser.add_argument("--sizes", nargs="+", choices=STEP_ROWS, default=tuple(STEP_ROWS))
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
+    parser.add_argument("--attention", default="auto", help="this package's: auto, xla, triton")
     parser.add_argument("--scan-layers", action="store_true", help="stack this package's layers")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--tiny", action="store_true")
@@ -215,7 +217,7 @@ def ours(row: dict[str, Any], config: Any, options: argparse.Namespace) -> Calla
 
     import tunix_gemma4 as g4
 
-    config.remat_config = "decoder"
+    config.remat_config, config.attention_implementation = "decoder", options.attention
     model = make_model(config)
     if row["work"] == "step":
         quantize = QUANTIZE.get(row["size"])
