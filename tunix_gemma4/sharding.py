@@ -27,7 +27,8 @@ with warnings.catch_warnings():
 _MESH_AXIS = {
     "batch": "fsdp",
     "embed": "fsdp",
-    "experts": None,
+    # Whole ones: tokens travel to their experts, which is less than the experts would be.
+    "experts": ("fsdp", "tp"),
     "heads": "tp",
     "kv_heads": "tp",
     "vision_heads": "tp",

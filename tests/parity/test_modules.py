@@ -241,7 +241,8 @@ def test_router_and_experts_equal_transformers(pair):
 
     mixed = random(40, config.hidden_size, seed=1)
     theirs = layer.experts(torch.from_numpy(mixed), indices, weights)
-    assert_close(our_layer.experts(jnp.asarray(mixed), our_weights, our_indices), theirs)
+    rows = (x[None] for x in (jnp.asarray(mixed), our_weights, our_indices))
+    assert_close(our_layer.experts(*rows)[0], theirs)
 
 
 def test_per_layer_inputs_equal_transformers(pair):

@@ -9,7 +9,8 @@ from flax import nnx
 
 from ..config import ModelConfig
 from ..sharding import metadata
-from .layers import RMSNorm, gelu, linear
+from .experts import expert_mix
+from .layers import RMSNorm, linear
 
 
 class Router(nnx.Module):
@@ -34,7 +35,7 @@ class Router(nnx.Module):
         )
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """x [tokens, D] to weights float32 and expert indices int32, both [tokens, top_k]."""
+        """x [..., D] to weights float32 and expert indices int32, both [..., top_k]."""
         x = self.norm(x.astype(jnp.float32)) * self.scale[...].astype(jnp.float32) * self.root
         probabilities = jax.nn.softmax(self.proj(x), axis=-1)
         weights, indices = jax.lax.top_k(probabilities, self.top_k)
@@ -43,32 +44,22 @@ class Router(nnx.Module):
 
 
 class Experts(nnx.Module):
-    """All experts' gated MLPs, as two ragged matrix products over tokens sorted by expert.
+    """All experts' gated MLPs; see `expert_mix`.
 
     `gate_up_proj` is [E, D, 2F], gate first; `down_proj` is [E, F, D]: HF's with the last two
-    axes exchanged. No token is dropped.
+    axes exchanged. On a mesh each chip holds some of the experts, whole.
 
     Source: transformers 5.12 `Gemma4TextExperts`.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         size, width, experts = config.hidden_size, config.moe_intermediate_size, config.num_experts
-        self.dtype = config.dtype
         init = nnx.initializers.lecun_normal(batch_axis=(0,))
         shapes = {"gate_up_proj": (experts, size, 2 * width), "down_proj": (experts, width, size)}
-        axes = {"gate_up_proj": ("embed", "mlp"), "down_proj": ("mlp", "embed")}
         for name, shape in shapes.items():
             value = init(rngs.params(), shape, config.param_dtype)
-            setattr(self, name, nnx.Param(value, **metadata("experts", *axes[name])))
+            setattr(self, name, nnx.Param(value, **metadata("experts", None, None)))
 
     def __call__(self, x: jax.Array, weights: jax.Array, indices: jax.Array) -> jax.Array:
-        """x [tokens, D], weights and indices [tokens, top_k] to [tokens, D]."""
-        flat = indices.reshape(-1)
-        order = jnp.argsort(flat, stable=True)
-        sizes = jnp.bincount(flat, length=self.down_proj.shape[0]).astype(jnp.int32)
-        sorted_x = x[order // indices.shape[1]].astype(self.dtype)
-        gate_up = jax.lax.ragged_dot(sorted_x, self.gate_up_proj[...].astype(self.dtype), sizes)
-        gate, up = jnp.split(gate_up, 2, axis=-1)
-        out = jax.lax.ragged_dot(gelu(gate) * up, self.down_proj[...].astype(self.dtype), sizes)
-        unsorted = jnp.zeros_like(out).at[order].set(out).reshape(*indices.shape, -1)
-        return (unsorted * weights[..., None].astype(out.dtype)).sum(axis=1)
+        """x [B, T, D], weights and indices [B, T, top_k] to [B, T, D]."""
+        return expert_mix(x, weights, indices, self.gate_up_proj[...], self.down_proj[...])

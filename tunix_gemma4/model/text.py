@@ -78,11 +78,10 @@ class DecoderLayer(nnx.Module, HasBuffers):
         dense = self.mlp(self.pre_feedforward_layernorm(x))
         if not self.spec.moe:
             return dense
-        tokens = x.reshape(-1, x.shape[-1])
         # The router sees the residual itself, the experts its norm.
-        weights, indices = self.router(tokens)
-        mixed = self.experts(self.pre_feedforward_layernorm_2(tokens), weights, indices)
-        mixed = self.post_feedforward_layernorm_2(mixed).reshape(x.shape)
+        weights, indices = self.router(x)
+        mixed = self.experts(self.pre_feedforward_layernorm_2(x), weights, indices)
+        mixed = self.post_feedforward_layernorm_2(mixed)
         return self.post_feedforward_layernorm_1(dense) + mixed
 
 

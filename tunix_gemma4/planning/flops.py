@@ -25,7 +25,8 @@ def count_flops(jaxpr: core.ClosedJaxpr, *, while_trips: int = 1) -> float:
 
     Args:
         jaxpr: as `jax.jit(f).trace(...).jaxpr` gives it.
-        while_trips: how often a `while_loop` is taken to run, which a jaxpr does not tell.
+        while_trips: how often a `while_loop` is taken to run, which a jaxpr does not tell, unless
+            its metadata say so (`set_xla_metadata(trip_count=...)`).
     """
     return sum(_of_equation(equation, while_trips) for equation in jaxpr.jaxpr.eqns)
 
@@ -40,7 +41,8 @@ def _of_equation(equation: core.JaxprEqn, trips: int) -> float:
     if name == "scan":
         times = parameters["length"]
     elif name == "while":
-        times = trips
+        # `set_xla_metadata` may say what the jaxpr does not.
+        times = int((equation.ctx.xla_metadata or {}).get("trip_count", trips))
     elif name == "shard_map":
         times = math.prod(parameters["mesh"].shape.values())
     elif name == "pallas_call":
