@@ -117,8 +117,8 @@ def _refuse_experts(model: nnx.Module, targets: str, pattern: re.Pattern) -> Non
     if reached or "experts" in targets:
         raise ValueError(
             f"targets={targets!r} reaches the experts (language_model.layers.*.experts), which "
-            "cannot carry adapters: their ragged matrix products over [E, D, F] kernels are no "
-            f"projections. Name projections one by one, for example 'q_proj|v_proj', or use "
+            "cannot carry adapters: their [E, D, F] kernels are no projections. "
+            f"Name projections one by one, for example 'q_proj|v_proj', or use "
             f"targets='language'.\n{_what_could_match(list(linears(model)))}"
         )
 
