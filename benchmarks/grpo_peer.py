@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory of the GRPO step of Tunix 0.1.7's own Gemma 4, beside case `grpo-2048` of memory.py.
+"""Memory of the GRPO step of Tunix 0.1.7's own Gemma 4, beside case `grpo-2048-v5p` of memory.py.
 
     python benchmarks/grpo_peer.py
 

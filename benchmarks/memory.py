@@ -81,6 +81,8 @@ CASES = {
     "lora-8192": Case(_SFT, _LORA.format(4, 4, 8192), "v5p:2x2x1", peer=(27.4, 2.04e14)),
     "lora-8192-v5e": Case(_SFT, _LORA.format(8, 8, 8192), "v5e:2x4"),
     "grpo-2048": Case(_GRPO, _GRPO_STEP.format(1024, 1024), "v5e:2x4"),
+    # Where grpo_peer.py compiles Tunix's.
+    "grpo-2048-v5p": Case(_GRPO, _GRPO_STEP.format(1024, 1024), "v5p:2x2x2", peer=(12.32, None)),
     "image-1024": Case(_IMAGE, _LORA.format(8, 8, 1024) + " lora.targets=all", "v5e:2x4", images=1),
     "full-1024": Case(
         "sft/e2b_full_image",

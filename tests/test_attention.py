@@ -221,6 +221,24 @@ def make_mesh(fsdp, tp):
     return Mesh(np.array(jax.devices()[: fsdp * tp]).reshape(fsdp, tp), ("fsdp", "tp"))
 
 
+def assert_kernel_equals(name, config, drawn, window, mesh):
+    """The kernel that has `name` in its program runs, and equals attention all at once."""
+    inputs, visibility, weights = drawn
+    length = inputs[0].shape[1]
+
+    def kernel(*inputs):
+        return attend_rows(config, *inputs, visibility, window)
+
+    def whole(*inputs):
+        return attend(*inputs, visibility.tile(window, (0, length), (0, length)))
+
+    with jax.set_mesh(make_mesh(*mesh)) if mesh else contextlib.nullcontext():
+        text = str(jax.make_jaxpr(kernel)(*inputs))
+        assert name in text
+        assert ("shard_map" in text) == (mesh is not None)
+        assert_equal(kernel, whole, inputs, weights)
+
+
 @pytest.mark.parametrize(
     ("length", "window", "segments", "kv_heads", "mesh"),
     [
@@ -236,21 +254,8 @@ def make_mesh(fsdp, tp):
 def test_the_kernel_equals_all_at_once(on_tpu, length, window, segments, kv_heads, mesh):
     """Also with heads that tp does not divide, and rows that fsdp does not."""
     config = tiny_config("e2b", attention_implementation="splash", flash_attention_block_size=128)
-    inputs, visibility, weights = draw(
-        length, segments=segments, kv_heads=kv_heads, head_dim=splash.LANES
-    )
-
-    def kernel(*inputs):
-        return attend_rows(config, *inputs, visibility, window)
-
-    def whole(*inputs):
-        return attend(*inputs, visibility.tile(window, (0, length), (0, length)))
-
-    with jax.set_mesh(make_mesh(*mesh)) if mesh else contextlib.nullcontext():
-        text = str(jax.make_jaxpr(kernel)(*inputs))
-        assert "splash" in text
-        assert ("shard_map" in text) == (mesh is not None)
-        assert_equal(kernel, whole, inputs, weights)
+    drawn = draw(length, segments=segments, kv_heads=kv_heads, head_dim=splash.LANES)
+    assert_kernel_equals("splash", config, drawn, window, mesh)
 
 
 # ---- The kernel for GPU, interpreted.
@@ -282,21 +287,8 @@ def test_the_gpu_kernel_equals_all_at_once(
 ):
     """Also with heads that tp does not divide, and rows that fsdp does not."""
     config = tiny_config("e2b", use_flash_attention=True)
-    inputs, visibility, weights = draw(
-        length, segments=segments, images=images, kv_heads=kv_heads, head_dim=16
-    )
-
-    def kernel(*inputs):
-        return attend_rows(config, *inputs, visibility, window)
-
-    def whole(*inputs):
-        return attend(*inputs, visibility.tile(window, (0, length), (0, length)))
-
-    with jax.set_mesh(make_mesh(*mesh)) if mesh else contextlib.nullcontext():
-        text = str(jax.make_jaxpr(kernel)(*inputs))
-        assert "triton_attention" in text
-        assert ("shard_map" in text) == (mesh is not None)
-        assert_equal(kernel, whole, inputs, weights)
+    drawn = draw(length, segments=segments, images=images, kv_heads=kv_heads, head_dim=16)
+    assert_kernel_equals("triton_attention", config, drawn, window, mesh)
 
 
 @pytest.mark.parametrize("row_bytes", [32, 512, 1024, 2048])

@@ -93,15 +93,6 @@ def test_loops_and_recomputation_are_counted_as_often_as_they_run():
     assert count_flops(traced.jaxpr) == 5 * 4 * (2 * 4 * 8 * 8)
 
 
-def test_experts_meet_their_own_rows_alone():
-    function = lambda x, w, sizes: jax.lax.ragged_dot(x, w, sizes).sum()  # noqa: E731
-    sizes = jnp.array([4, 4, 4], jnp.int32)
-    traced = jax.jit(jax.grad(function, (0, 1))).trace(
-        jnp.ones((12, 8)), jnp.ones((3, 8, 16)), sizes
-    )
-    assert count_flops(traced.jaxpr) == 3 * (2 * 12 * 8 * 16)
-
-
 def test_branches_while_loops_and_convolutions():
     def function(x, kernel, choose):
         x = jax.lax.conv(x, kernel, (1, 1), "SAME")[0, 0]

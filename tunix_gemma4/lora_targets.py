@@ -118,7 +118,7 @@ def _refuse_experts(model: nnx.Module, targets: str, pattern: re.Pattern) -> Non
         raise ValueError(
             f"targets={targets!r} reaches the experts (language_model.layers.*.experts), which "
             "cannot carry adapters: their [E, D, F] kernels are no projections. "
-            f"Name projections one by one, for example 'q_proj|v_proj', or use "
+            "Name projections one by one, for example 'q_proj|v_proj', or use "
             f"targets='language'.\n{_what_could_match(list(linears(model)))}"
         )
 

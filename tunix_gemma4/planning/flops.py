@@ -75,17 +75,6 @@ def _dot_general(equation: core.JaxprEqn) -> float:
     return 2.0 * equation.outvars[0].aval.size * depth
 
 
-def _ragged_dot(equation: core.JaxprEqn) -> float:
-    """Each row meets the matrix of its own group alone."""
-    (contracted, _), _ = equation.params["ragged_dot_dimension_numbers"].dot_dimension_numbers
-    left, right = (variable.aval for variable in equation.invars[:2])
-    if contracted == tuple(equation.params["ragged_dot_dimension_numbers"].lhs_ragged_dimensions):
-        # The gradient of the matrices: rows are summed over, group by group.
-        return 2.0 * left.size * right.shape[-1]
-    depth = math.prod(left.shape[axis] for axis in contracted)
-    return 2.0 * equation.outvars[0].aval.size * depth
-
-
 def _convolution(equation: core.JaxprEqn) -> float:
     """Of every output number, the inputs of its window."""
     numbers, kernel = equation.params["dimension_numbers"], equation.invars[1].aval
@@ -95,6 +84,5 @@ def _convolution(equation: core.JaxprEqn) -> float:
 
 _PRODUCTS = {
     "dot_general": _dot_general,
-    "ragged_dot_general": _ragged_dot,
     "conv_general_dilated": _convolution,
 }
