@@ -21,7 +21,8 @@ import qwix
 from flax import nnx
 
 from .lora_targets import grouped, linears
-from .sharding import eval_shape, gathered, param_shardings, spread
+from .model.low_rank import project
+from .sharding import eval_shape, param_shardings, spread
 from .weights import SCORE
 
 QTYPES = ("nf4", "int8")
@@ -84,49 +85,13 @@ class LoraLinear(nnx.Linear):
     lora: LoraConfig
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        return project(x, self)[0]
+
+    def base(self, x: jax.Array) -> jax.Array:
+        """`x W`."""
         if isinstance(self.kernel, qwix.QArray):
-            y = _quantized_dot(x, unboxed(self.kernel), dtype=self.dtype)
-        else:
-            y = super().__call__(x)
-        # Gathered first: else rows would travel to the chips that store parts of the long side.
-        a, b = map(gathered, (self.kernel_lora_a, self.kernel_lora_b))
-        # Scaled while it is narrow.
-        return (y + _dot32(self.lora.scale * _dot32(x, a), b)).astype(y.dtype)
-
-
-@jax.custom_vjp
-def _dot32(x: jax.Array, matrix: jax.Array) -> jax.Array:
-    """`x @ matrix` in float32, one side of the matrix being far longer than the other.
-
-    The gradient of the matrix starts from the narrower of `x` and the output's gradient: JAX's own
-    may start from the wide one, which XLA for CPU transposes to multiply it. A bfloat16 x is not
-    converted first, so the backward pass keeps it as it is.
-    """
-    return _contract(x, matrix, x.ndim - 1, 0)
-
-
-def _contract(one: jax.Array, other: jax.Array, *axes: Any) -> jax.Array:
-    """Sum of products over `axes[0]` of `one` and `axes[1]` of `other`, in float32."""
-    contracted = tuple((axis,) if isinstance(axis, int) else axis for axis in axes)
-    return jax.lax.dot_general(
-        one, other, (contracted, ((), ())), preferred_element_type=jnp.float32
-    )
-
-
-def _dot32_forward(x: jax.Array, matrix: jax.Array) -> tuple[jax.Array, tuple]:
-    return _dot32(x, matrix), (x, matrix)
-
-
-def _dot32_backward(saved: tuple, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x, matrix = saved
-    rows = tuple(range(x.ndim - 1))
-    of_x = _contract(gradient, matrix, len(rows), 1).astype(x.dtype)
-    if x.shape[-1] < gradient.shape[-1]:
-        return of_x, _contract(x, gradient, rows, rows)
-    return of_x, _contract(gradient, x, rows, rows).T
-
-
-_dot32.defvjp(_dot32_forward, _dot32_backward)
+            return _quantized_dot(x, unboxed(self.kernel), dtype=self.dtype)
+        return super().__call__(x)
 
 
 def _quantized_dot(x: jax.Array, kernel: qwix.QArray, *, dtype: Any) -> jax.Array:

@@ -12,6 +12,7 @@ from ..config import LayerSpec, ModelConfig
 from ..sharding import constrain, platform
 from .cache import LayerCache, is_ring, store
 from .layers import RMSNorm, linear
+from .low_rank import project
 from .masks import Given, Visibility
 from .rope import rotate
 from .splash import LANES, splash_attend
@@ -204,12 +205,13 @@ class Attention(nnx.Module):
         shared: KeysValues | None,
     ) -> tuple[jax.Array, KeysValues, LayerCache | None]:
         """Returns the output [B, T, D], the keys and values attended to, and the new cache."""
-        q = self._heads(self.q_proj(x))
+        own = () if self.spec.shares_kv else self._own()
+        q, *raw = map(self._heads, project(x, self.q_proj, *own))
         q = rotate(self.q_norm(q), cos_sin)  # [B, T, N, H]
         if self.spec.shares_kv:
             k, v = shared
         else:
-            k, v, cache = self._keys_values(x, cos_sin, cache)
+            k, v, cache = self._keys_values(raw, cos_sin, cache)
         if isinstance(mask, Visibility):
             out = attend_rows(self.config, q, k, v, mask, self.spec.window)
         else:
@@ -230,10 +232,13 @@ class Attention(nnx.Module):
             x.reshape(*x.shape[:2], -1, self.spec.head_dim), "batch", None, "heads", None
         )
 
-    def _keys_values(self, x, cos_sin, cache):
-        raw = self._heads(self.k_proj(x))  # [B, T, K, H]
-        v = self.v_norm(raw if self.spec.k_eq_v else self._heads(self.v_proj(x)))
-        k = rotate(self.k_norm(raw), cos_sin)
+    def _own(self) -> tuple[nnx.Linear, ...]:
+        """Projections to keys and, where they are not the keys' own, values."""
+        return (self.k_proj,) if self.spec.k_eq_v else (self.k_proj, self.v_proj)
+
+    def _keys_values(self, raw, cos_sin, cache):
+        """Of what `_own` gave, each [B, T, K, H]."""
+        k, v = rotate(self.k_norm(raw[0]), cos_sin), self.v_norm(raw[-1])
         if cache is None:
             return k, v, None
         return store(self.config, self.spec, cache, k, v)

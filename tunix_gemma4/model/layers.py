@@ -11,6 +11,7 @@ from flax import nnx
 
 from ..config import ModelConfig
 from ..sharding import metadata
+from .low_rank import project
 
 
 class HasBuffers:
@@ -91,7 +92,8 @@ class MLP(nnx.Module):
         self.down_proj = linear(mlp_dim, size, axes=("mlp", "embed"), config=config, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down_proj(gelu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = project(x, self.gate_proj, self.up_proj)
+        return self.down_proj(gelu(gate) * up)
 
 
 class ClippableLinear(nnx.Module, HasBuffers):
