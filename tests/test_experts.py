@@ -62,9 +62,9 @@ def assert_close(found, expected):
 
 
 @pytest.mark.parametrize("routing", ["random", "two experts"])
-@pytest.mark.parametrize("mesh", [None, (1, 1), (4, 1), (2, 4), (3, 1)])
+@pytest.mark.parametrize("mesh", [None, (1, 1), (4, 1), (2, 4), (3, 1), (3, 2)])
 def test_values_and_gradients_are_those_of_all_experts_for_all_tokens(routing, mesh, monkeypatch):
-    """(3, 1) divides neither rows nor experts, which each chip then all has."""
+    """3 divides neither rows nor experts: a chip then has all of them, or the half of (3, 2)."""
     monkeypatch.setattr(experts, "LARGEST_BLOCK", 16)
     case = draw(routing)
     expected = value_and_gradients(dense, *case)

@@ -73,6 +73,18 @@ def test_replicated_key_value_heads_change_no_logit(fsdp, tp):
     assert_logits_agree(found, expected)
 
 
+def test_a_dimension_that_the_mesh_does_not_divide_is_split_along_the_axis_that_does():
+    model, mesh = random_model("26b_a4b"), make_mesh(3, 2)
+    found = specs(model, mesh)
+    assert model.config.num_experts % 3
+    assert found["language_model.layers.0.experts.down_proj"] == PartitionSpec("tp")
+    tokens, _ = draw_tokens(model.config, *["ttttttttttt"] * 3)
+    expected, _ = forward(model, tokens)
+    with mesh:
+        logits, _ = forward(shard_model(model, mesh), tokens)
+    assert_logits_agree(logits, expected)
+
+
 def test_query_heads_that_would_be_cut_are_refused_before_anything_moves(tiny_dir):
     model, mesh = random_model("12b"), make_mesh(1, 8)
     before = model.language_model.norm.weight[...].sharding

@@ -2,8 +2,8 @@
 """Which mesh axis carries which dimension. Only this file names mesh axes.
 
 Parameters are declared with logical axes (`metadata("embed", "heads")`); on a mesh, an axis that
-the mesh lacks or that does not divide the dimension is dropped, and that dimension is replicated.
-A kernel's dimension of heads is split between heads, never within one.
+the mesh lacks or that does not divide the dimension is dropped, and that dimension is replicated
+along it. A kernel's dimension of heads is split between heads, never within one.
 """
 
 from __future__ import annotations
@@ -93,12 +93,17 @@ def _without_heads(axis: str | tuple[str, ...] | None) -> str | None:
 
 
 def _fitting_axis(axis: str | tuple[str, ...] | None, size: int, mesh: Any) -> Any:
-    """The mesh axes of `axis` that exist and together divide `size`; None if there are none."""
+    """The mesh axes of `axis` that exist and together divide `size`.
+
+    If they do not, the one of them that splits it into most parts; None if there is none.
+    """
     names = (axis,) if isinstance(axis, str) else axis or ()
     names = tuple(name for name in names if name in mesh.shape)
-    if not names or size % math.prod(mesh.shape[name] for name in names):
-        return None
-    return names[0] if len(names) == 1 else names
+    if names and size % math.prod(mesh.shape[name] for name in names) == 0:
+        return names[0] if len(names) == 1 else names
+    parts = {name: mesh.shape[name] for name in names if size % mesh.shape[name] == 0}
+    best = max(parts, key=parts.get, default=None)
+    return best if parts.get(best, 1) > 1 else None
 
 
 def _head_parts(mesh: Any) -> int:
