@@ -67,8 +67,12 @@ def _merging_pays(x: jax.Array, adapted: list[nnx.Linear]) -> bool:
 def _merged_dots(
     x: jax.Array, kernels: list[jax.Array], a: list[jax.Array], b: list[jax.Array]
 ) -> list[jax.Array]:
-    """`x (W + A B)` for each kernel W, the gradients of A and B by way of their narrow side."""
-    return [x @ merged for merged in _merged(kernels, a, b)]
+    """`x (W + A B)` for each kernel W; gradients of A and B by way of their narrow side.
+
+    Without a gradient it is `x W + (x A) B`: XLA for CPU would make all sums W + A B of a forward
+    pass first, a copy of the model.
+    """
+    return [x @ kernel + (x @ a) @ b for kernel, a, b in zip(kernels, a, b, strict=True)]
 
 
 def _merged(*matrices: list[jax.Array]) -> list[jax.Array]:
@@ -78,8 +82,9 @@ def _merged(*matrices: list[jax.Array]) -> list[jax.Array]:
 def _merged_forward(x: Any, kernels: Any, a: Any, b: Any) -> tuple[list[jax.Array], tuple]:
     frozen = not any(kernel.perturbed for kernel in kernels)
     values = jax.tree.map(lambda one: one.value, (x, kernels, a, b), is_leaf=_is_primal)
+    x, *matrices = values
     # What is static must be told by the structure.
-    return _merged_dots(*values), (*values, None if frozen else ())
+    return [x @ merged for merged in _merged(*matrices)], (*values, None if frozen else ())
 
 
 def _is_primal(leaf: Any) -> bool:
