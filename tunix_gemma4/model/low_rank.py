@@ -57,7 +57,9 @@ def _merging_pays(x: jax.Array, adapted: list[nnx.Linear]) -> bool:
     """
     if platform() != "cpu" or x.dtype != jnp.float32:
         return False
-    if not all(isinstance(p.kernel, nnx.Param) and p.kernel.dtype == jnp.float32 for p in adapted):
+    if not all(isinstance(p.kernel, nnx.Param) for p in adapted):
+        return False
+    if not all(p.kernel.dtype == p.dtype == jnp.float32 for p in adapted):
         return False
     size, columns = x.shape[-1], sum(p.kernel.shape[1] for p in adapted)
     return x.size // size * (size + columns) > size * columns
