@@ -25,7 +25,8 @@ def project(x: jax.Array, *projections: nnx.Linear) -> list[jax.Array]:
 
 
 def _is_adapted(projection: nnx.Linear) -> bool:
-    return hasattr(projection, "kernel_lora_a")
+    # Qwix, where it adapts a model itself, adds matrices to projections that stay as they are.
+    return hasattr(projection, "lora")
 
 
 def _meet(x: jax.Array, adapted: list[nnx.Linear]) -> list[jax.Array]:
