@@ -11,7 +11,6 @@ from flax import nnx
 
 from ..config import ModelConfig
 from ..sharding import metadata
-from .low_rank import project
 
 
 class HasBuffers:
@@ -92,8 +91,7 @@ class MLP(nnx.Module):
         self.down_proj = linear(mlp_dim, size, axes=("mlp", "embed"), config=config, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        gate, up = project(x, self.gate_proj, self.up_proj)
-        return self.down_proj(gelu(gate) * up)
+        return self.down_proj(gelu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class ClippableLinear(nnx.Module, HasBuffers):
