@@ -36,10 +36,10 @@ def _meet(x: jax.Array, adapted: list[nnx.Linear]) -> list[jax.Array]:
     b = [gathered(p.kernel_lora_b) for p in adapted]
     if _merging_pays(x, adapted):
         return _merged_dots(x, [p.kernel[...] for p in adapted], a, b)
-    narrow = _parts(dot32(x, jnp.concatenate(a, axis=1)), a)
+    narrow = _parts(_dot32(x, jnp.concatenate(a, axis=1)), a)
     products = [p.base(x) for p in adapted]
     return [
-        (y + dot32(update, matrix)).astype(y.dtype)
+        (y + _dot32(update, matrix)).astype(y.dtype)
         for y, update, matrix in zip(products, narrow, b, strict=True)
     ]
 
@@ -112,7 +112,7 @@ _merged_dots.defvjp(_merged_forward, _merged_backward, symbolic_zeros=True)
 
 
 @jax.custom_vjp
-def dot32(x: jax.Array, matrix: jax.Array) -> jax.Array:
+def _dot32(x: jax.Array, matrix: jax.Array) -> jax.Array:
     """`x @ matrix` in float32, one side of the matrix being far longer than the other.
 
     The gradient of the matrix starts from the narrower of `x` and the output's gradient: JAX's own
@@ -131,7 +131,7 @@ def _contract(one: jax.Array, other: jax.Array, *axes: Any) -> jax.Array:
 
 
 def _dot32_forward(x: jax.Array, matrix: jax.Array) -> tuple[jax.Array, tuple]:
-    return dot32(x, matrix), (x, matrix)
+    return _dot32(x, matrix), (x, matrix)
 
 
 def _dot32_backward(saved: tuple, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -143,4 +143,4 @@ def _dot32_backward(saved: tuple, gradient: jax.Array) -> tuple[jax.Array, jax.A
     return of_x, _contract(gradient, x, rows, rows).T
 
 
-dot32.defvjp(_dot32_forward, _dot32_backward)
+_dot32.defvjp(_dot32_forward, _dot32_backward)
