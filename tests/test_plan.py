@@ -151,8 +151,14 @@ def test_more_cpu_devices_than_there_are_are_refused():
 
 def test_what_a_refused_program_asked_for_is_read_from_the_compilers_message():
     message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 16.92G of 15.75G hbm"
-    assert _asked(message) == int(16.92 * 2**30)
-    assert _asked("INTERNAL: something else") is None
+    assert _asked(message, 7) == int(16.92 * 2**30)
+    message = (
+        "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory "
+        "required for HLO temporaries (17.92G) exceeds available HBM (15.75G). HLO module: jit_step"
+    )
+    assert _asked(message, 7) == int(17.92 * 2**30) + 7
+    assert _asked("RESOURCE_EXHAUSTED: something else", 7) is None
+    assert _asked("INTERNAL: something else Used 1.0G of 2.0G", 7) is None
 
 
 # ---- Plans.

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import qwix
 from flax import nnx
 
@@ -28,7 +29,9 @@ from .weights import SCORE
 QTYPES = ("nf4", "int8")
 TILE_SIZES = (64, 32, 16)
 # The bound of PEFT's default initial A, 1 / sqrt(in), so that learning rates carry over.
-_INIT_A = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+_init_a = jax.jit(
+    nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform"), static_argnums=(1, 2)
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,8 +167,8 @@ def adapt(linear: nnx.Linear, *, name: str, config: LoraConfig, key: jax.Array) 
     rows, columns = metadata.get("out_sharding") or (None, None)
     in_features, out_features = kernel.shape
     mesh = _mesh_of(kernel.get_raw_value())
-    a = _INIT_A(key, (in_features, config.rank), jnp.float32)
-    b = jnp.zeros((config.rank, out_features), jnp.float32)
+    a = _init_a(key, (in_features, config.rank), jnp.float32)
+    b = jnp.asarray(np.zeros((config.rank, out_features), np.float32))  # No program to compile.
 
     def boxed(kind: type[nnx.Variable], value: jax.Array, axes: tuple) -> nnx.Variable:
         return _placed(
@@ -246,44 +249,38 @@ def add_adapters(
     model: nnx.Module, names: list[str], config: LoraConfig, rngs: nnx.Rngs
 ) -> nnx.Module:
     """A copy of `model` with adapters on `names`; what is not quantised shares its arrays."""
-    if jax.tree.leaves(nnx.state(model, nnx.LoRAParam)):
+    variables = jax.tree.leaves(nnx.state(model), is_leaf=_is_variable)
+    if any(isinstance(variable, nnx.LoRAParam) for variable in variables):
         raise ValueError("the model has adapters already: merge_lora or load the base again")
-    projections = linears(model)
-    if config.quantize is not None:
-        for name in names:
-            if name != SCORE:
-                tile_size(name, projections[name].in_features, config)
 
-    keys = jax.random.split(rngs.params(), len(names))
-
-    def add(model: nnx.Module) -> nnx.Module:
+    def add(model: nnx.Module, key: jax.Array) -> nnx.Module:
         model = nnx.clone(model)
         projections = linears(model)
-        for index, name in enumerate(names):
+        found = [projections[name] for name in names]
+        for name, linear in zip(names, found, strict=True):
+            if config.quantize is not None and name != SCORE:
+                tile_size(name, linear.in_features, config)
+        keys = jax.random.split(key, len(names))
+        for name, linear, one_key in zip(names, found, keys, strict=True):
             # There is no memory to save in a head of one column.
             one = dataclasses.replace(config, quantize=None) if name == SCORE else config
-            adapt(projections[name], name=name, config=one, key=keys[index])
+            adapt(linear, name=name, config=one, key=one_key)
         return model
 
-    leaves = jax.tree.leaves(nnx.state(model))
+    leaves = jax.tree.leaves(variables)
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
-        return eval_shape(add, model)
-    return add(model)
+        return eval_shape(add, model, rngs.params())
+    return add(model, rngs.params())
 
 
 def count_parameters(model: nnx.Module) -> tuple[int, int]:
     """Trainable (the adapters') and all parameters; a quantised kernel counts its elements."""
-    trainable = sum(math.prod(leaf.shape) for leaf in _leaves(model, nnx.LoRAParam))
-    scales = sum(
-        math.prod(module.kernel.scale.shape)
-        for module in adapted(model).values()
-        if isinstance(module.kernel, qwix.QArray)
-    )
-    return trainable, sum(math.prod(leaf.shape) for leaf in _leaves(model, nnx.Param)) - scales
-
-
-def _leaves(model: nnx.Module, kind: type[nnx.Variable]) -> list[Any]:
-    return jax.tree.leaves(nnx.state(model, kind))
+    trainable = total = 0
+    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        size = math.prod(variable.get_raw_value().shape)
+        trainable += size * isinstance(variable, nnx.LoRAParam)
+        total += size * (path[-2:] != ("kernel", "scale"))  # Of a `qwix.QArray`.
+    return trainable, total
 
 
 def describe(model: nnx.Module) -> str:

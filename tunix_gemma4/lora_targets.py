@@ -86,7 +86,7 @@ def resolve(model: nnx.Module, targets: str) -> list[str]:
 
 def with_head(model: nnx.Module, names: list[str]) -> list[str]:
     """`names` and, if `model` scores tokens, its head."""
-    return list(dict.fromkeys([*names, SCORE])) if SCORE in linears(model) else names
+    return list(dict.fromkeys([*names, SCORE])) if hasattr(model, SCORE) else names
 
 
 def _own_names(name: str, names: list[str]) -> list[str]:

@@ -12,6 +12,9 @@ from flax import nnx
 from ..config import ModelConfig
 from ..sharding import metadata
 
+# Traced once for each shape: by itself it is the larger part of making an abstract model.
+_init_kernel = jax.jit(nnx.initializers.lecun_normal(), static_argnums=(1, 2))
+
 
 class HasBuffers:
     """A module that holds what HF keeps as buffers: stored, loaded and saved, never trained.
@@ -46,6 +49,7 @@ def linear(
         use_bias=False,
         dtype=dtype or config.dtype,
         param_dtype=config.param_dtype,
+        kernel_init=_init_kernel,
         kernel_metadata=metadata(*axes, heads=heads),
         rngs=rngs,
     )

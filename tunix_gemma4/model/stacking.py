@@ -14,7 +14,6 @@ lead from one form to the other.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -193,34 +192,39 @@ def _stack(run: Run, place: int, layers: list[nnx.Module]) -> nnx.Module:
             )
     layers.clear()
     axes = (run.count, run.repeats[place])
-    return nnx.merge(
-        graphdefs[0],
-        jax.tree.map(lambda *xs: _stack_variable(axes, xs), *states, is_leaf=_is_variable),
-    )
+    stacked = _stack_values(axes, [jax.tree.leaves(state) for state in states])
+    variables, structure = jax.tree.flatten(states[0], is_leaf=_is_variable)
+    variables = [
+        _with_axes(variable, value, lambda names: (None, None, *names))
+        for variable, value in zip(variables, stacked, strict=True)
+    ]
+    return nnx.merge(graphdefs[0], jax.tree.unflatten(structure, variables))
 
 
 def _is_variable(leaf: Any) -> bool:
     return isinstance(leaf, nnx.Variable)
 
 
-def _stack_variable(axes: tuple[int, int], variables: tuple[nnx.Variable, ...]) -> nnx.Variable:
-    values = [variable.get_raw_value() for variable in variables]
-    first, shape = values[0], (*axes, *values[0].shape)
-    if isinstance(first, jax.ShapeDtypeStruct):
-        stacked = jax.ShapeDtypeStruct(shape, first.dtype)
-    else:
-        where = getattr(first, "sharding", None)
-        sharded = isinstance(where, NamedSharding) and not isinstance(first, jax.core.Tracer)
-        if sharded:
-            where = NamedSharding(where.mesh, PartitionSpec(None, None, *where.spec))
-        stacked = _stacker(shape, where if sharded else None)(*values)
-    return _with_axes(variables[0], stacked, lambda names: (None, None, *names))
+def _stack_values(axes: tuple[int, int], layers: list[list[Any]]) -> list[Any]:
+    """[*axes, ...] of every parameter, each placed as those of the layers are.
 
+    One program for all of them: reading dozens from the compilation cache takes longer.
+    """
 
-@functools.cache
-def _stacker(shape: tuple[int, ...], where: NamedSharding | None) -> Callable[..., jax.Array]:
-    """One for all parameters alike, so that it compiles once."""
-    return jax.jit(lambda *xs: jnp.stack(xs).reshape(shape), out_shardings=where)
+    def stack(layers: list[list[jax.Array]]) -> list[jax.Array]:
+        return [jnp.stack(xs).reshape(*axes, *xs[0].shape) for xs in zip(*layers, strict=True)]
+
+    if isinstance(layers[0][0], jax.ShapeDtypeStruct):
+        return jax.eval_shape(stack, layers)
+    places = [getattr(value, "sharding", None) for value in layers[0]]
+    where = [
+        NamedSharding(place.mesh, PartitionSpec(None, None, *place.spec))
+        if isinstance(place, NamedSharding)
+        else None
+        for place in places
+    ]
+    traced = isinstance(layers[0][0], jax.core.Tracer)
+    return stack(layers) if traced else jax.jit(stack, out_shardings=where)(layers)
 
 
 def _unstack(state: nnx.State, index: tuple[int, int]) -> nnx.State:

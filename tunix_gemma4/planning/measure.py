@@ -14,7 +14,9 @@ import jax
 from .flops import count_flops
 from .hardware import GIB, Hardware
 
-_TOO_LARGE = re.compile(r"Used ([\d.]+)([KMGT]) of")
+# Of the whole program, and of its temporaries where they alone are more than there is.
+_IN_ALL = re.compile(r"Used ([\d.]+)([KMGT]) of")
+_TEMPORARIES = re.compile(r"HLO temporaries \(([\d.]+)([KMGT])\) exceed")
 _UNITS = {"K": GIB / 2**20, "M": GIB / 2**10, "G": GIB, "T": GIB * 2**10}
 
 
@@ -46,12 +48,15 @@ class Usage:
         return self.asked or parts
 
 
-def measure(traced: jax.stages.Traced, chips: Hardware, *, while_trips: int = 1) -> Usage:
+def measure(
+    traced: jax.stages.Traced, chips: Hardware, *, resident: int = 0, while_trips: int = 1
+) -> Usage:
     """Compiles `traced`, whose arguments lie on devices of `chips`.
 
     Args:
         traced: from `jax.jit(f).trace(...)`.
         chips: what to compile for.
+        resident: bytes of a chip that arguments take, for a refusal that leaves them out.
         while_trips: see `count_flops`.
     """
     start = time.monotonic()
@@ -59,7 +64,7 @@ def measure(traced: jax.stages.Traced, chips: Hardware, *, while_trips: int = 1)
     try:
         compiled = traced.lower().compile(compiler_options=chips.compiler_options)
     except jax.errors.JaxRuntimeError as error:
-        asked = _asked(str(error))
+        asked = _asked(str(error), resident)
         if asked is None:
             raise
         return Usage(0, 0, 0, 0, 0, asked, flops, time.monotonic() - start)
@@ -76,12 +81,14 @@ def measure(traced: jax.stages.Traced, chips: Hardware, *, while_trips: int = 1)
     )
 
 
-def _asked(message: str) -> int | None:
+def _asked(message: str, resident: int) -> int | None:
     """Bytes that a program wanted, from the compiler's refusal; None if it is something else."""
-    found = _TOO_LARGE.search(message)
-    if "RESOURCE_EXHAUSTED" not in message or found is None:
+    if "RESOURCE_EXHAUSTED" not in message:
         return None
-    return int(float(found[1]) * _UNITS[found[2]])
+    for pattern, more in ((_IN_ALL, 0), (_TEMPORARIES, resident)):
+        if found := pattern.search(message):
+            return int(float(found[1]) * _UNITS[found[2]]) + more
+    return None
 
 
 def bytes_per_chip(tree: Any) -> int:

@@ -201,8 +201,9 @@ def _sampler(config: GrpoRunConfig, shapes: Shapes, devices: Sequence[jax.Device
 
 
 def _measured(program: Program, chips: Hardware) -> Usage:
+    arguments = sum(vars(program.resident).values()) - program.beside
     with program.mesh:
-        return measure(program.trace(), chips, while_trips=program.while_trips)
+        return measure(program.trace(), chips, resident=arguments, while_trips=program.while_trips)
 
 
 def model_source(model: str) -> Any:
