@@ -12,7 +12,7 @@ from flax import nnx
 from ..config import ModelConfig
 from ..sharding import metadata
 
-# Traced once for each shape: by itself it is the larger part of making an abstract model.
+# Compiled, so that it is traced once for each shape and not for each layer.
 _init_kernel = jax.jit(nnx.initializers.lecun_normal(), static_argnums=(1, 2))
 
 
