@@ -283,6 +283,22 @@ def test_the_largest_that_fits_is_tried_where_bytes_grow_faster_than_foretold():
     assert found >= 3584
 
 
+def test_half_of_what_a_guess_was_lowered_by_is_tried():
+    tries = []
+
+    def total(length):
+        tries.append(length)
+        return length if length <= 25_900 else 10**6
+
+    # Foretold is 26,624; a sixteenth less fits.
+    assert largest(total, 26_700, start=8192, unit=256, limit=131_072) == 25_856
+    assert tries == [8192, 16_384, 26_624, 25_088, 25_856]
+
+
+def test_a_limit_counts_in_units():
+    assert largest(lambda rows: 1, 5, start=3, unit=3, limit=4096) == 4095
+
+
 def test_nothing_fits():
     assert largest(lambda length: 10, 5, start=512, unit=256, limit=1024) is None
 

@@ -220,6 +220,24 @@ def test_parameters_stay_on_their_shards_whatever_the_step_prefers():
     assert trainer._jitted_train_step_fn.func.jitted_fn._cache_size() == 1
 
 
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=2)])
+def test_a_step_takes_the_values_that_model_and_optimizer_have_then(lora):
+    model = random_model("demo")
+    model = model if lora is None else apply_lora(model, lora)
+    trainer = Gemma4Trainer(model, optax.adam(RATE), TrainingConfig(eval_every_n_steps=100))
+    step, _ = trainer.jit_train_and_eval_step()
+    (batch,) = draw_batches(model.config, steps=1)
+    start = jax.tree.map(np.array, (nnx.state(model), nnx.state(trainer.optimizer)))
+    first, second = (float(step(batch)[0]) for _ in range(2))
+    assert second < first
+    nnx.update(model, start[0])
+    nnx.update(trainer.optimizer, start[1])
+    assert [float(step(batch)[0]) for _ in range(2)] == [first, second]
+    frozen = nnx.state(model, nnx.Not(nnx.LoRAParam))
+    nnx.update(model, jax.tree.map(lambda x: np.array(x) * np.asarray(1.5, x.dtype), frozen))
+    assert float(step(batch)[0]) not in (first, second)
+
+
 def test_terminal_shows_a_bar_and_no_lines(monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     model = random_model("demo")

@@ -28,13 +28,13 @@ class TrainStep:
     """
 
     def __init__(self, function: Callable, model: nnx.Module, optimizer: nnx.Optimizer):
-        self._model, self._optimizer = model, optimizer
         # As the host chooses what its optimizer is for.
-        trained = self._trained = nnx.LoRAParam if utils.is_lora_enabled(model) else nnx.Param
-        model_graph, *_ = nnx.split(model, trained, ...)
-        optimizer_graph, _ = nnx.split(optimizer)
-        parameters, _, optimizer_state = self.arguments()
-        shardings = _shardings((parameters, optimizer_state))
+        trained = nnx.LoRAParam if utils.is_lora_enabled(model) else nnx.Param
+        # These hold the model's and the optimizer's own variables, whose values are always the
+        # latest; to search both for them at every step takes longer than to start it.
+        model_graph, self._parameters, self._frozen = nnx.split(model, trained, ...)
+        optimizer_graph, self._optimizer_state = nnx.split(optimizer)
+        shardings = _shardings((self._parameters, self._optimizer_state))
 
         @functools.partial(jax.jit, donate_argnums=2)
         def step(parameters, frozen, optimizer_state, inputs):
@@ -53,14 +53,17 @@ class TrainStep:
 
     def arguments(self) -> tuple[nnx.State, nnx.State, nnx.State]:
         """What the compiled step takes before `inputs`."""
-        _, parameters, frozen = nnx.split(self._model, self._trained, ...)
-        return parameters, frozen, nnx.state(self._optimizer)
+        return self._parameters, self._frozen, self._optimizer_state
 
     def __call__(self, inputs: Any) -> Any:
-        parameters, optimizer_state, result = self.jitted_fn(*self.arguments(), inputs)
-        nnx.update(self._model, parameters)
-        nnx.update(self._optimizer, optimizer_state)
+        *new, result = self.jitted_fn(*self.arguments(), inputs)
+        for old, values in zip((self._parameters, self._optimizer_state), new, strict=True):
+            jax.tree.map(nnx.Variable.update_from_state, old, values, is_leaf=_is_variable)
         return result
+
+
+def _is_variable(x: Any) -> bool:
+    return isinstance(x, nnx.Variable)
 
 
 def _shardings(tree: Any) -> list[NamedSharding | None]:

@@ -24,7 +24,8 @@ def largest(
     """The largest multiple of `unit` up to `limit` whose `total` is within `capacity`.
 
     Bytes grow nearly in proportion, so two totals foretell the answer, which is then tried; one
-    that does not fit is lowered by a sixteenth until it does. None if not even `unit` fits.
+    that does not fit is lowered by a sixteenth until it does, and then half of the last sixteenth
+    is tried. None if not even `unit` fits.
 
     Args:
         total: compiles, and gives bytes.
@@ -33,6 +34,7 @@ def largest(
         unit, limit: of what is sought.
     """
     known: dict[int, int] = {}
+    limit = limit // unit * unit
 
     def total_of(size: int) -> int:
         if size not in known:
@@ -47,9 +49,11 @@ def largest(
         slope = (total_of(second) - total_of(first)) / (second - first)
         guess = limit if slope <= 0 else int(first + (capacity - total_of(first)) / slope)
     guess = min(max(guess // unit * unit, unit), limit)
+    over = guess
     while guess > unit and total_of(guess) > capacity:
-        guess = max(unit, guess - max(unit, guess // 16 // unit * unit))
-    total_of(guess)
+        over, guess = guess, max(unit, guess - max(unit, guess // 16 // unit * unit))
+    if total_of(guess) <= capacity:
+        total_of((guess + over) // 2 // unit * unit)
     return max((size for size, found in known.items() if found <= capacity), default=None)
 
 
