@@ -233,9 +233,10 @@ def test_a_step_takes_the_values_that_model_and_optimizer_have_then(lora):
     nnx.update(model, start[0])
     nnx.update(trainer.optimizer, start[1])
     assert [float(step(batch)[0]) for _ in range(2)] == [first, second]
+    nnx.update(model, start[0])
     frozen = nnx.state(model, nnx.Not(nnx.LoRAParam))
     nnx.update(model, jax.tree.map(lambda x: np.array(x) * np.asarray(1.5, x.dtype), frozen))
-    assert float(step(batch)[0]) not in (first, second)
+    assert float(step(batch)[0]) != first
 
 
 def test_terminal_shows_a_bar_and_no_lines(monkeypatch, capsys):

@@ -23,7 +23,7 @@ from flax import nnx
 
 from .lora_targets import grouped, linears
 from .model.low_rank import project
-from .sharding import eval_shape, param_shardings, spread
+from .sharding import eval_shape, is_variable, param_shardings, spread
 from .weights import SCORE
 
 QTYPES = ("nf4", "int8")
@@ -113,11 +113,7 @@ def _quantized_dot(x: jax.Array, kernel: qwix.QArray, *, dtype: Any) -> jax.Arra
 
 def unboxed(kernel: qwix.QArray) -> qwix.QArray:
     """The kernel with arrays in place of variables."""
-    return jax.tree.map(lambda leaf: leaf[...], kernel, is_leaf=_is_variable)
-
-
-def _is_variable(leaf: Any) -> bool:
-    return isinstance(leaf, nnx.Variable)
+    return jax.tree.map(lambda leaf: leaf[...], kernel, is_leaf=is_variable)
 
 
 def main_variable(kernel: nnx.Param | qwix.QArray) -> nnx.Param:
@@ -249,7 +245,7 @@ def add_adapters(
     model: nnx.Module, names: list[str], config: LoraConfig, rngs: nnx.Rngs
 ) -> nnx.Module:
     """A copy of `model` with adapters on `names`; what is not quantised shares its arrays."""
-    variables = jax.tree.leaves(nnx.state(model), is_leaf=_is_variable)
+    variables = jax.tree.leaves(nnx.state(model), is_leaf=is_variable)
     if any(isinstance(variable, nnx.LoRAParam) for variable in variables):
         raise ValueError("the model has adapters already: merge_lora or load the base again")
 

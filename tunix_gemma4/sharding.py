@@ -106,6 +106,11 @@ def _fitting_axis(axis: str | tuple[str, ...] | None, size: int, mesh: Any) -> A
     return best if parts.get(best, 1) > 1 else None
 
 
+def is_variable(leaf: Any) -> bool:
+    """For `is_leaf`: a parameter with its metadata, not yet the array within."""
+    return isinstance(leaf, nnx.Variable)
+
+
 def _head_parts(mesh: Any) -> int:
     """Into how many parts `mesh` splits heads."""
     return mesh.shape.get(_MESH_AXIS["heads"], 1)
@@ -114,8 +119,8 @@ def _head_parts(mesh: Any) -> int:
 def _check_heads(state: Any, mesh: Mesh) -> None:
     """Refuses query heads that `mesh` would cut; says once which others it leaves whole."""
     axis, parts = _MESH_AXIS["heads"], _head_parts(mesh)
-    variables = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, nnx.Variable))
-    found = {v.get_metadata().get("heads") for v in variables if isinstance(v, nnx.Variable)}
+    variables = jax.tree.leaves(state, is_leaf=is_variable)
+    found = {v.get_metadata().get("heads") for v in variables if is_variable(v)}
     cut = sorted(pair for pair in found - {None} if pair[1] % parts)
     for kind, count in cut:
         if kind not in _REPLICATED_HEADS:
@@ -174,7 +179,7 @@ def param_shardings(state: Any, mesh: Mesh) -> Any:
             )
         )
 
-    return jax.tree.map(of_variable, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    return jax.tree.map(of_variable, state, is_leaf=is_variable)
 
 
 def shapes_on(state: Any, mesh: Mesh) -> Any:

@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding
 from tunix.sft import peft_trainer, utils
 
 from ..model.gemma4 import Gemma4Model
+from ..sharding import is_variable
 
 
 class TrainStep:
@@ -58,12 +59,8 @@ class TrainStep:
     def __call__(self, inputs: Any) -> Any:
         *new, result = self.jitted_fn(*self.arguments(), inputs)
         for old, values in zip((self._parameters, self._optimizer_state), new, strict=True):
-            jax.tree.map(nnx.Variable.update_from_state, old, values, is_leaf=_is_variable)
+            jax.tree.map(nnx.Variable.update_from_state, old, values, is_leaf=is_variable)
         return result
-
-
-def _is_variable(x: Any) -> bool:
-    return isinstance(x, nnx.Variable)
 
 
 def _shardings(tree: Any) -> list[NamedSharding | None]:

@@ -24,6 +24,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ..config import LayerSpec
+from ..sharding import is_variable
 from .layers import HasBuffers
 
 
@@ -193,16 +194,12 @@ def _stack(run: Run, place: int, layers: list[nnx.Module]) -> nnx.Module:
     layers.clear()
     axes = (run.count, run.repeats[place])
     stacked = _stack_values(axes, [jax.tree.leaves(state) for state in states])
-    variables, structure = jax.tree.flatten(states[0], is_leaf=_is_variable)
+    variables, structure = jax.tree.flatten(states[0], is_leaf=is_variable)
     variables = [
         _with_axes(variable, value, lambda names: (None, None, *names))
         for variable, value in zip(variables, stacked, strict=True)
     ]
     return nnx.merge(graphdefs[0], jax.tree.unflatten(structure, variables))
-
-
-def _is_variable(leaf: Any) -> bool:
-    return isinstance(leaf, nnx.Variable)
 
 
 def _stack_values(axes: tuple[int, int], layers: list[list[Any]]) -> list[Any]:
@@ -236,7 +233,7 @@ def _unstack(state: nnx.State, index: tuple[int, int]) -> nnx.State:
             value = value[index]
         return _with_axes(variable, value, lambda names: names[2:])
 
-    return jax.tree.map(one, state, is_leaf=_is_variable)
+    return jax.tree.map(one, state, is_leaf=is_variable)
 
 
 def _with_axes(variable: nnx.Variable, value: Any, change: Callable) -> nnx.Variable:
