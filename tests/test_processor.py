@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from tunix_gemma4.processor import Processor, image_slots
+from tunix_gemma4.processor_conversation import read_conversation
 from tunix_gemma4.tiny_tokenizer import SPECIAL_TOKENS
 
 EMPTY_THOUGHT = "<|channel>thought\n<channel|>"
@@ -435,6 +436,15 @@ def test_row_longer_than_the_batch_is_refused_and_not_cut(small):
         small([[{"role": "user", "content": "a"}, ANSWER], [QUESTION, ANSWER]], length=16)
     with pytest.raises(ValueError, match="example 0: .* and 2 images, the batch holds .* and 1;"):
         small([[user(image(), image()), ANSWER]], images=1)
+
+
+@pytest.mark.parametrize("prompt", [False, True], ids=["row", "prompt"])
+def test_conversation_that_was_read_already_gives_the_same_tokens(small, prompt):
+    row = {"prompt": [user(image(), text("What?"))], "completion": "7"}
+    read = read_conversation(row, prompt_only=prompt)
+    found, expected = (small.encode(given, add_generation_prompt=prompt) for given in (read, row))
+    for name in ("tokens", "loss_mask", "images"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
 
 
 def test_answer_to_an_answered_conversation_is_refused(small):

@@ -177,8 +177,16 @@ class Processor:
         )
 
     def encode(self, conversation: Any, *, add_generation_prompt: bool = False) -> Example:
-        """One conversation, not padded. Images are resized here; their counts follow from it."""
-        read = read_conversation(conversation, prompt_only=add_generation_prompt)
+        """One conversation, not padded. Images are resized here; their counts follow from it.
+
+        Args:
+            conversation: as `read_conversation` takes it, or what that has read already, with
+                the same `prompt_only` as `add_generation_prompt`.
+            add_generation_prompt: build a prompt.
+        """
+        read = conversation
+        if not isinstance(conversation, Conversation):
+            read = read_conversation(conversation, prompt_only=add_generation_prompt)
         if not add_generation_prompt and not any(read.trained):
             raise ValueError(
                 "there is no assistant message to learn; add one, or build prompts with "
