@@ -35,7 +35,7 @@ class PromptRows:
         has_images, columns = False, {}
         for index in range(len(self._rows)):
             try:
-                prompt, others = self._read(index)
+                prompt, others = read_prompt(self._rows[index], self._config)
                 length = _length(processor, prompt, config.max_prompt_length)
             except ValueError as error:
                 raise ValueError(f"{self._rows.place(index)}: {error}") from error
@@ -58,51 +58,57 @@ class PromptRows:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """One row: `prompts` and every column, None where the row has no such value."""
-        prompt, others = self._read(self.kept[index])
+        prompt, others = read_prompt(self._rows[self.kept[index]], self._config)
         others["images"] = prompt.images
         return {"prompts": prompt.messages} | {name: others.get(name) for name in self.columns}
 
-    def _read(self, index: int) -> tuple[Conversation, dict[str, Any]]:
-        row = self._rows[index]
-        if not isinstance(row, Mapping):
-            row = {"messages": row}
-        columns = {name: value for name, value in row.items() if name not in _CONSUMED}
-        taken = [name for name in columns if name in _RESERVED]
-        if taken:
-            raise ValueError(f"the column {taken[0]!r} has a name that rewards need; rename it")
-        prompt, answer = self._split(row, columns)
-        if answer is not None:
-            columns.setdefault("answer", answer)
-        conversation = read_conversation(prompt, prompt_only=True)
-        system = self._config.system_prompt
-        if system is not None and conversation.messages[0]["role"] != "system":
-            conversation.messages.insert(0, {"role": "system", "content": system})
-        return conversation, columns
 
-    def _split(
-        self, row: Mapping[str, Any], columns: dict[str, Any]
-    ) -> tuple[dict[str, Any], str | None]:
-        """The row without its last answer, and that answer's text."""
-        beside = {name: row[name] for name in ("images", "image") if row.get(name) is not None}
-        name = self._config.prompt_column
-        if name is not None:
-            if row.get(name) is None:
-                raise ValueError(f"it has no column {name!r}, which data.prompt_column names")
-            columns.pop(name, None)
-            return beside | {"prompt": row[name]}, None
-        for name in ("messages", "conversations"):
-            messages = row.get(name)
-            if messages is not None and len(messages):
-                last = messages[-1]
-                if last.get("role", last.get("from")) not in _ASSISTANT:
-                    return beside | {name: messages}, None
-                return beside | {name: messages[:-1]}, _text(last)
-        if row.get("prompt") is None:
-            raise ValueError(
-                "expected 'prompt' or 'messages', or data.prompt_column to name the column of the "
-                f"prompts; found {', '.join(row)}"
-            )
-        return beside | {"prompt": row["prompt"]}, None
+def read_prompt(row: Any, config: PromptConfig) -> tuple[Conversation, dict[str, Any]]:
+    """The conversation that a row asks to go on with, and the columns beside it.
+
+    Raises:
+        ValueError: saying what is wrong with the row.
+    """
+    if not isinstance(row, Mapping):
+        row = {"messages": row}
+    columns = {name: value for name, value in row.items() if name not in _CONSUMED}
+    taken = [name for name in columns if name in _RESERVED]
+    if taken:
+        raise ValueError(f"the column {taken[0]!r} has a name that rewards need; rename it")
+    prompt, answer = _split(row, columns, config)
+    if answer is not None:
+        columns.setdefault("answer", answer)
+    conversation = read_conversation(prompt, prompt_only=True)
+    system = config.system_prompt
+    if system is not None and conversation.messages[0]["role"] != "system":
+        conversation.messages.insert(0, {"role": "system", "content": system})
+    return conversation, columns
+
+
+def _split(
+    row: Mapping[str, Any], columns: dict[str, Any], config: PromptConfig
+) -> tuple[dict[str, Any], str | None]:
+    """The row without its last answer, and that answer's text."""
+    beside = {name: row[name] for name in ("images", "image") if row.get(name) is not None}
+    name = config.prompt_column
+    if name is not None:
+        if row.get(name) is None:
+            raise ValueError(f"it has no column {name!r}, which data.prompt_column names")
+        columns.pop(name, None)
+        return beside | {"prompt": row[name]}, None
+    for name in ("messages", "conversations"):
+        messages = row.get(name)
+        if messages is not None and len(messages):
+            last = messages[-1]
+            if last.get("role", last.get("from")) not in _ASSISTANT:
+                return beside | {name: messages}, None
+            return beside | {name: messages[:-1]}, _text(last)
+    if row.get("prompt") is None:
+        raise ValueError(
+            "expected 'prompt' or 'messages', or data.prompt_column to name the column of the "
+            f"prompts; found {', '.join(row)}"
+        )
+    return beside | {"prompt": row["prompt"]}, None
 
 
 def _text(message: Mapping[str, Any]) -> str:
