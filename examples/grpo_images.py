@@ -65,6 +65,7 @@ def main(argv: list[str]) -> None:
         reward_weights=[1.0, 0.1],
         loss_type="grpo",
         beta=0.01,
+        kl_estimator="k3",
         num_generations=_GENERATIONS.value,
         max_completion_length=_MAX_LENGTH.value,
         batch_size=_PROMPTS.value,

@@ -31,6 +31,10 @@ _LEARNERS = {
     "dapo": (DAPOLearner, DAPOConfig, {"overlong_buffer": None}),
 }
 LOSS_TYPES = tuple(_LEARNERS)
+# Schulman's three estimators of a KL divergence, by the host's names. Only the last two have the
+# divergence's gradient in a loss; that of k1 does not see the reference, and has mean 0.
+_KL_MODES = {"k1": "kl", "k2": "mse_kl", "k3": "low_var_kl"}
+KL_ESTIMATORS = tuple(_KL_MODES)
 ACTOR = "actor"  # the host's name for the policy, also of its checkpoints and metrics
 
 
@@ -173,6 +177,7 @@ def make_algorithm(
     num_generations: int,
     num_iterations: int = 1,
     beta: float = 0.0,
+    kl_estimator: str = "k3",
     epsilon: float = 0.2,
     epsilon_high: float | None = None,
 ) -> tuple[type[GRPOLearner], GRPOConfig]:
@@ -183,6 +188,7 @@ def make_algorithm(
         num_generations: completions of a prompt.
         num_iterations: optimizer steps on the same completions.
         beta: weight of the KL penalty.
+        kl_estimator: one of `KL_ESTIMATORS`; the host's own default is k1.
         epsilon, epsilon_high: bounds of the probability ratio below and above 1; None is the
             host's, which is `epsilon`, or 0.28 with "dapo".
     """
@@ -191,6 +197,7 @@ def make_algorithm(
         "num_generations": num_generations,
         "num_iterations": num_iterations,
         "epsilon": epsilon,
+        "kl_loss_mode": _KL_MODES[kl_estimator],
     }
     if loss_type == "dapo":
         if epsilon_high is None:

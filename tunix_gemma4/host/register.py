@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import warnings
 
-from . import automodel, cli, learner, logps, mappings, meshes, ppo, rollout, train_step
+from . import automodel, cli, learner, logps, mappings, meshes, orpo, ppo, rollout, train_step
 from .hooks import Hook, Installed
 
 TESTED = ("0.1.7",)
@@ -110,6 +110,12 @@ HOOKS: tuple[Hook, ...] = (
         logps.wrap_get_per_token_logps,
         ("model", "input_tokens", "positions", "attn_mask", "logits_to_keep", "images"),
         "DPO and ORPO without a [B, T, V] array",
+    ),
+    Hook(
+        "tunix.sft.dpo.dpo_trainer:dpo_loss_fn",
+        orpo.wrap_dpo_loss_fn,
+        ("model", "train_example", "algorithm", "beta", "lambda_orpo", "label_smoothing"),
+        "ORPO compares mean log-probabilities, and stays finite where an answer is sure",
     ),
     Hook(
         "tunix.rl.rollout.vanilla_rollout:VanillaRollout",

@@ -139,6 +139,7 @@ def train(
         num_generations=config.num_generations,
         num_iterations=config.num_iterations,
         beta=config.beta,
+        kl_estimator=config.kl_estimator,
         epsilon=config.epsilon,
         epsilon_high=config.epsilon_high,
     )

@@ -233,6 +233,7 @@ def _grpo_trainer(config: GrpoRunConfig, shapes: Shapes) -> tuple[Any, tuple]:
         num_generations=config.num_generations,
         num_iterations=config.num_iterations,
         beta=config.beta,
+        kl_estimator=config.kl_estimator,
         epsilon=config.epsilon,
         epsilon_high=config.epsilon_high,
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
-from ..host.grpo import LOSS_TYPES
+from ..host.grpo import KL_ESTIMATORS, LOSS_TYPES
 from .load_config import load_config
 from .rewards import load_reward
 from .settings import MeshConfig, TrainSettings, at_least_one, one_of
@@ -62,6 +62,9 @@ class GrpoRunConfig(TrainSettings):
         num_generations: completions of a prompt, which are compared with each other.
         num_iterations: optimizer steps on the same completions.
         beta: weight of the KL penalty against the starting model; 0 keeps no reference.
+        kl_estimator: of the penalty and its metric: "k3", r - 1 - log r with r the reference's
+            probability over the policy's, as in the paper; "k2", half the squared logarithm; "k1",
+            the logarithm, whose gradient does not pull towards the reference.
         epsilon: how far a probability ratio may fall below 1. GSPO wants about 3e-4.
         epsilon_high: how far it may rise above 1; null: like `epsilon`, and 0.28 with "dapo".
         temperature: of sampling; the log-probabilities of training are taken at it too.
@@ -85,6 +88,7 @@ class GrpoRunConfig(TrainSettings):
     num_generations: int = 8
     num_iterations: int = 1
     beta: float = 0.0
+    kl_estimator: str = "k3"
     epsilon: float = 0.2
     epsilon_high: float | None = None
     temperature: float = 1.0
@@ -121,6 +125,7 @@ class GrpoRunConfig(TrainSettings):
         """Raises ValueError for settings that cannot be meant."""
         super().validate()
         one_of("loss_type", self.loss_type, LOSS_TYPES)
+        one_of("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
         at_least_one({name: vars(self)[name] for name in _COUNTS})
         at_least_one({"data.max_prompt_length": self.data.max_prompt_length})
         if self.num_generations < 2:
