@@ -9,9 +9,9 @@ import json
 
 import jax.numpy as jnp
 import pytest
-from transformers import Gemma4Config, Gemma4TextConfig, Gemma4UnifiedConfig, Gemma4VisionConfig
+from transformers import Gemma4Config, Gemma4UnifiedConfig
 
-from tunix_gemma4.config import LayerSpec, ModelConfig, RematConfig, VisionConfig
+from tunix_gemma4.config import LayerSpec, ModelConfig, RematConfig
 from tunix_gemma4.model.gemma4 import abstract_model, num_parameters
 from tunix_gemma4.tiny import tiny_config, tiny_hf_config
 
@@ -259,18 +259,94 @@ def test_dtype_is_found_in_every_place_transformers_wrote_it(place):
     assert ModelConfig.from_hf(content).dtype == jnp.bfloat16
 
 
-def test_what_a_file_leaves_out_is_transformers_default():
-    theirs, ours = Gemma4TextConfig(), ModelConfig()
-    names = {field.name for field in dataclasses.fields(ModelConfig)}
-    shared = names & set(theirs.to_dict()) - {"dtype", "model_type"}
-    assert len(shared) > 25
-    for name in sorted(shared):
-        assert getattr(ours, name) == getattr(theirs, name), name
-    vision = Gemma4VisionConfig()
-    for field in dataclasses.fields(VisionConfig):
-        if field.name != "rope_parameters":
-            assert getattr(VisionConfig(), field.name) == getattr(vision, field.name), field.name
-    assert VisionConfig().rope_theta == vision.rope_parameters["rope_theta"]
+def of_today(content: dict, **changes) -> dict:
+    """`content` as transformers from 5.15 on writes it; `changes` of each full layer."""
+    text = content["text_config"]
+    own = {"head_dim": text.pop("global_head_dim")}
+    heads = text.pop("num_global_key_value_heads", None)
+    if text["attention_k_eq_v"] and heads is not None:
+        own["num_key_value_heads"] = heads
+    width = len(str(len(text["layer_types"]) - 1))
+    text["per_layer_config"] = {
+        str(index).zfill(width): own | changes
+        for index, kind in enumerate(text["layer_types"])
+        if kind == FULL
+    }
+    return content
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_per_layer_config_is_what_older_files_say_in_two_fields(size):
+    for config in (factory(size)(), tiny_config(size, text_only=True)):
+        content = of_today(config.to_hf())
+        if config.vision_config is not None:
+            content["vision_config"]["rope_parameters"]["rope_type"] = "axial"
+        again = ModelConfig.from_hf(content)
+        assert again.layers == config.layers
+        assert again.to_hf() == config.to_hf()  # In the fields that older readers know too.
+
+
+def test_layers_without_an_override_have_the_general_head():
+    content = of_today(raw("31b"))
+    content["text_config"]["per_layer_config"] = {}
+    layers = ModelConfig.from_hf(content).layers
+    assert {(spec.head_dim, spec.num_kv_heads) for spec in layers} == {(8, 2)}
+
+
+@pytest.mark.parametrize(
+    ("preset", "overrides", "message"),
+    [
+        ("31b", {"2": {"head_dim": 64}}, "per_layer_config: head_dim of the full_attention layers"),
+        (
+            "e2b",
+            {"2": {"num_key_value_heads": 2}, "5": {"num_key_value_heads": 2}},
+            "per_layer_config: full_attention layers with num_key_value_heads of their own (2",
+        ),
+        ("31b", {"2": {"intermediate_size": 8}}, "per_layer_config['2'].intermediate_size: found"),
+        ("31b", {"2": {"skip": ["mlp"]}}, "per_layer_config['2'].skip: found ['mlp']; what may"),
+        ("31b", {"5": {}}, "per_layer_config['5']: expected each layer once, by a number below 5"),
+        ("31b", {"2": {}, "02": {}}, "per_layer_config['02']: expected each layer once"),
+        ("31b", {"2": 5}, "per_layer_config['2']: expected an object, found 5"),
+        ("31b", {"2": {"head_dim": 0.5}}, "per_layer_config['2'].head_dim: expected a positive"),
+        ("31b", [], "per_layer_config: expected an object, found []"),
+    ],
+)
+def test_layers_that_differ_in_what_has_one_value_here_are_named(preset, overrides, message):
+    content = of_today(raw(preset))
+    content["text_config"]["per_layer_config"] = overrides
+    assert refusal(content).startswith(message)
+
+
+def test_two_spellings_that_contradict_each_other_are_refused():
+    content = of_today(raw("31b"))
+    content["text_config"]["global_head_dim"] = 48
+    assert refusal(content).startswith("per_layer_config: it gives global_head_dim 16, and")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantization_config (bitsand"),
+        ({"quantization_config": {"quant_method": "compressed-tensors"}}, "quantization_config (c"),
+        ({"quantization_config": {"quant_algo": "NVFP4"}}, "quantization_config: "),
+        ({"quantization": {"bits": 4, "group_size": 64}}, "quantization (mlx): "),
+        (
+            {"text_config": {"quantization_config": {"quant_method": "awq"}}},
+            "quantization_config (",
+        ),
+    ],
+)
+def test_quantized_directories_are_named_with_the_way_out(change, named):
+    message = refusal(raw() | change)
+    assert message.startswith(named)
+    assert "model.dequantize()" in message
+
+
+def test_the_files_of_other_quantizers_count_too(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(raw() | {"quantization_config": None}))
+    assert ModelConfig.from_hf(tmp_path)
+    (tmp_path / "hf_quant_config.json").write_text("{}")
+    assert refusal(tmp_path).startswith(f"{tmp_path / 'config.json'}: hf_quant_config.json: the")
 
 
 def test_a_last_layer_that_slides_is_made_full_as_transformers_does():
@@ -370,10 +446,6 @@ OTHERS = "'gemma4', 'gemma4_unified'"
         (
             {"hidden_activation": "silu"},
             "text_config.hidden_activation: found 'silu'; supported: 'gelu_pytorch_tanh'",
-        ),
-        (
-            {"tie_word_embeddings": False},
-            "text_config.tie_word_embeddings: found False; supported: True",
         ),
         (
             {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2},

@@ -88,12 +88,9 @@ def _settle_config(
 ) -> ModelConfig:
     """The config to build: from `directory`, or the caller's with the directory's remembered."""
     changes = {} if dtype is None else {"dtype": dtype, "param_dtype": dtype}
-    try:
-        if config is None:
-            return ModelConfig.from_hf(directory, text_only=text_only, **changes)
-        found = ModelConfig.from_hf(directory)
-    except ValueError as error:
-        raise ValueError(f"{directory}: {error}") from error
+    if config is None:
+        return ModelConfig.from_hf(directory, text_only=text_only, **changes)
+    found = ModelConfig.from_hf(directory)
     if config.text_only and not text_only:
         raise ValueError("text_only=False: the config given has text_only=True; set it there")
     if config.model_type != found.model_type:

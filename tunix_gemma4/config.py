@@ -21,10 +21,22 @@ from typing import Any
 import jax.numpy as jnp
 from absl import logging
 
-from .config_checks import DEFAULT_ROPE, KINDS, refuse_unsupported_text, validate
+from .config_checks import (
+    DEFAULT_ROPE,
+    KINDS,
+    check_fields,
+    refuse_unsupported,
+    validate,
+)
 from .config_parts import LayerSpec, RematConfig, VisionConfig
-
-SUPPORTED_MODEL_TYPES = ("gemma4", "gemma4_unified")
+from .config_source import (
+    DEFAULTS,
+    SUPPORTED_MODEL_TYPES,
+    read_source,
+    refuse_quantized,
+    section,
+    settle_layers,
+)
 
 
 def _alias(field: str) -> property:
@@ -107,10 +119,15 @@ class ModelConfig:
     source_directory: str | None = dataclasses.field(default=None, compare=False, repr=False)
 
     def __post_init__(self):
-        self.dtype = jnp.dtype(self.dtype)
-        self.param_dtype = jnp.dtype(self.param_dtype)
-        self.layer_types = list(self.layer_types or _five_to_one(self.num_hidden_layers))
-        self.rope_parameters = copy.deepcopy(self.rope_parameters or DEFAULT_ROPE)
+        self.dtype = _float_dtype("dtype", self.dtype)
+        self.param_dtype = _float_dtype("param_dtype", self.param_dtype)
+        check_fields(type(self), vars(self))
+        if self.layer_types is None:
+            self.layer_types = _five_to_one(self.num_hidden_layers)
+        self.layer_types = list(self.layer_types)
+        if self.rope_parameters is None:
+            self.rope_parameters = DEFAULT_ROPE
+        self.rope_parameters = copy.deepcopy(self.rope_parameters)
         validate(self)
 
     def __hash__(self) -> int:
@@ -140,40 +157,22 @@ class ModelConfig:
         Raises:
             ValueError: what is unsupported or contradictory, naming field and value.
         """
-        source, directory = _read_source(directory_or_config_json)
         if audio:
             raise ValueError(
                 "audio=True: the audio tower is not supported; supported: text and images. "
                 "Its tensors are kept when a loaded checkpoint is saved."
             )
-        model_type = source.get("model_type")
-        if model_type not in SUPPORTED_MODEL_TYPES:
-            raise ValueError(
-                f"model_type: found {model_type!r}; supported: "
-                + ", ".join(map(repr, SUPPORTED_MODEL_TYPES))
-            )
-        text = dict(source.get("text_config") or {})
-        refuse_unsupported_text(text)
-        names = {field.name for field in dataclasses.fields(cls)}
-        known = {key: value for key, value in text.items() if key in names - {"dtype"}}
-        types = known.get("layer_types")
-        if types and types[-1] == "sliding_attention":
-            # Transformers does the same, so the weights are those of a full layer.
-            logging.warning("layer_types: the last layer is made full_attention.")
-            known["layer_types"] = [*types[:-1], "full_attention"]
-        for key in ("image", "video", "audio", "boi", "eoi"):
-            name = f"{key}_token_id"
-            if source.get(name) is not None:
-                known[name] = source[name]
-        dtype = source.get("dtype") or source.get("torch_dtype") or text.get("dtype") or "float32"
-        known |= {"model_type": model_type, "dtype": dtype, "param_dtype": dtype}
-        vision = source.get("vision_config")
-        if model_type == "gemma4" and vision is not None:
-            known["vision_config"] = VisionConfig(
-                **{key: value for key, value in vision.items() if key in _VISION_FIELDS}
-            )
-        known |= {"source": source, "source_directory": directory, "text_only": text_only}
-        return cls(**(known | fields))
+        source, path = read_source(directory_or_config_json)
+        try:
+            refuse_quantized(source, None if path is None else path.parent)
+            known = _read_fields(cls, source)
+        except ValueError as error:
+            raise _named(path, error) from error
+        known["source_directory"] = None if path is None else str(path.parent)
+        try:
+            return cls(**(known | {"text_only": text_only} | fields))
+        except ValueError as error:
+            raise _named(path, error) from error
 
     def to_hf(self) -> dict[str, Any]:
         """The `config.json` of this model; what `source` holds beyond it is kept."""
@@ -184,7 +183,9 @@ class ModelConfig:
         text["model_type"] = f"{self.model_type}_text"
         text["hidden_activation"] = "gelu_pytorch_tanh"
         text["tie_word_embeddings"] = True
-        result["text_config"] = result.get("text_config", {}) | text
+        result["text_config"] = (result.get("text_config") or {}) | text
+        # Says what the fields above say, and older readers do not know it.
+        result["text_config"].pop("per_layer_config", None)
         if self.vision_config is not None:
             vision = dataclasses.asdict(self.vision_config)
             vision["rope_parameters"] = vision["rope_parameters"] or {
@@ -327,16 +328,51 @@ def _five_to_one(count: int) -> list[str]:
     return types
 
 
-def _read_source(where: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
-    """The parsed `config.json` and, unless a mapping was given, its directory."""
-    if isinstance(where, Mapping):
-        return copy.deepcopy(dict(where)), None
-    path = Path(where)
-    if path.is_dir():
-        path = path / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; expected a directory with a config.json, or one")
+def _read_fields(cls: type[ModelConfig], source: dict[str, Any]) -> dict[str, Any]:
+    """The fields that a parsed `config.json` gives, absent ones with their class's default."""
+    model_type = source.get("model_type")
+    if model_type not in SUPPORTED_MODEL_TYPES:
+        raise ValueError(
+            f"model_type: found {model_type!r}; supported: "
+            + ", ".join(map(repr, SUPPORTED_MODEL_TYPES))
+        )
+    text, vision = section(source, "text_config") or {}, section(source, "vision_config")
+    refuse_unsupported(model_type, text, vision)
+    given = {key: text[key] for key in _TEXT_FIELDS if key in text}
+    for key in ("image", "video", "audio", "boi", "eoi"):
+        name = f"{key}_token_id"
+        if source.get(name) is not None:
+            given[name] = source[name]
+    check_fields(cls, given)
+    types = given.get("layer_types")
+    if types and types[-1] == "sliding_attention":
+        # Transformers does the same, so the weights are those of a full layer.
+        logging.warning("layer_types: the last layer is made full_attention.")
+        given["layer_types"] = types = [*types[:-1], "full_attention"]
+    known = {name: getattr(cls, name) for name in _TEXT_FIELDS} | DEFAULTS[model_type] | given
+    settle_layers(known, text, types or _five_to_one(known["num_hidden_layers"]))
+    dtype = source.get("dtype") or source.get("torch_dtype") or text.get("dtype") or "float32"
+    known |= {"model_type": model_type, "dtype": dtype, "param_dtype": dtype, "source": source}
+    if model_type == "gemma4" and vision is not None:
+        vision = {key: value for key, value in vision.items() if key in _VISION_FIELDS}
+        check_fields(VisionConfig, vision, "vision_config.")
+        rope = vision.get("rope_parameters") or {}
+        # The name of transformers from 5.15 on, which reads the older one too.
+        if rope.get("rope_type") == "axial":
+            vision["rope_parameters"] = rope | {"rope_type": "default"}
+        known["vision_config"] = VisionConfig(**vision)
+    return known
+
+
+def _named(path: Path | None, error: ValueError) -> ValueError:
+    return ValueError(str(error) if path is None else f"{path}: {error}")
+
+
+def _float_dtype(name: str, value: Any) -> jnp.dtype:
     try:
-        return json.loads(path.read_text("utf-8")), str(path.parent)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from error
+        dtype = jnp.dtype(value)
+    except TypeError:
+        dtype = None
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"{name}: expected a floating-point dtype, found {value!r}")
+    return dtype

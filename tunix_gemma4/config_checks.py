@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import numbers
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +22,62 @@ DEFAULT_ROPE = {
         "rope_theta": 1_000_000.0,
     },
 }
+
+# Smallest value of whole numbers that may be less than 1, and largest of those that loops run to.
+_AT_LEAST_0 = {
+    "num_kv_shared_layers", "hidden_size_per_layer_input", "global_head_dim",
+    "num_global_key_value_heads", "num_experts", "top_k_experts", "moe_intermediate_size",
+    "position_embedding_size",
+}  # fmt: skip
+_MOST_LAYERS = 10_000
+_LARGEST = 2**31 - 1
+
+
+def check_fields(cls: type, values: Mapping[str, Any], prefix: str = "") -> None:
+    """Raises ValueError for a value that is not of its field's type, or out of range.
+
+    Args:
+        cls: the dataclass; what its annotations say is what is checked.
+        values: of some of its fields.
+        prefix: of the names in messages.
+    """
+    annotations = {field.name: field.type for field in dataclasses.fields(cls)}
+    for name, value in values.items():
+        annotation = annotations.get(name, "Any")
+        if value is None and annotation.endswith("| None"):
+            continue
+        wanted = _complaint(name, annotation.removesuffix(" | None"), value)
+        if wanted is not None:
+            null = " or null" if annotation.endswith("| None") else ""
+            raise ValueError(f"{prefix}{name}: expected {wanted}{null}, found {value!r}")
+
+
+def _complaint(name: str, annotation: str, value: Any) -> str | None:
+    """What was expected in place of `value`, or None."""
+    if annotation in ("int", "int | list[int]"):
+        low = 0 if name in _AT_LEAST_0 or name.endswith("_token_id") else 1
+        high = _MOST_LAYERS if name == "num_hidden_layers" else _LARGEST
+        several = annotation != "int" and isinstance(value, (list, tuple)) and len(value) > 0
+        if all(_is_whole(x) and low <= x <= high for x in (value if several else [value])):
+            return None
+        return f"a whole number from {low} to {high}" + (", or several" * (annotation != "int"))
+    if annotation == "float":
+        number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        return None if number and 0 < value < math.inf else "a positive number"
+    if annotation == "bool":
+        return None if isinstance(value, bool) else "true or false"
+    if annotation == "str":
+        return None if isinstance(value, str) else "a string"
+    if annotation == "list[str]":
+        of_strings = isinstance(value, (list, tuple)) and all(isinstance(x, str) for x in value)
+        return None if of_strings else "a list of strings"
+    if annotation == "dict":
+        return None if isinstance(value, Mapping) else "an object"
+    return None
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def validate(config: ModelConfig) -> None:
@@ -84,12 +143,22 @@ def _validate_sharing(config: ModelConfig) -> None:
 def _validate_rope(config: ModelConfig) -> None:
     for layer_type in sorted(set(config.layer_types)):
         rope = config.rope_parameters.get(layer_type)
+        name = f"rope_parameters[{layer_type!r}]"
         expected = DEFAULT_ROPE[layer_type]["rope_type"]
-        if rope is None or rope.get("rope_type") != expected or "rope_theta" not in rope:
+        if (
+            not isinstance(rope, Mapping)
+            or rope.get("rope_type") != expected
+            or "rope_theta" not in rope
+        ):
             raise ValueError(
-                f"rope_parameters[{layer_type!r}]: expected rope_type {expected!r} with a "
-                f"rope_theta, found {rope!r}"
+                f"{name}: expected rope_type {expected!r} with a rope_theta, found {rope!r}"
             )
+        for key in ("rope_theta", "factor", "partial_rotary_factor"):
+            wanted = _complaint(key, "float", rope.get(key, 1.0))
+            if key == "partial_rotary_factor" and wanted is None and rope.get(key, 1.0) > 1:
+                wanted = "at most 1"
+            if wanted is not None:
+                raise ValueError(f"{name}.{key}: expected {wanted}, found {rope[key]!r}")
 
 
 def _validate_sizes(config: ModelConfig) -> None:
@@ -98,6 +167,11 @@ def _validate_sizes(config: ModelConfig) -> None:
             raise ValueError(
                 f"num_attention_heads: {config.num_attention_heads} is not divisible by the "
                 f"{spec.num_kv_heads} key/value heads of layer {spec.index} ({spec.kind})"
+            )
+        if spec.head_dim % 2:
+            raise ValueError(
+                f"head_dim: expected an even number, found {spec.head_dim} in layer {spec.index} "
+                f"({spec.kind})"
             )
     if config.enable_moe_block:
         for name in ("num_experts", "top_k_experts", "moe_intermediate_size"):
@@ -121,14 +195,25 @@ def _validate_sizes(config: ModelConfig) -> None:
         config.vision_config.validate()
 
 
-def refuse_unsupported_text(text: Mapping[str, Any]) -> None:
+def refuse_unsupported(
+    model_type: str, text: Mapping[str, Any], vision: Mapping[str, Any] | None
+) -> None:
     """Raises for settings whose maths this package does not have."""
-    supported = {
+    plain = {
         "attention_bias": (False, None),
         "attention_dropout": (0.0, None),
         "hidden_activation": ("gelu_pytorch_tanh",),
-        "tie_word_embeddings": (True,),
     }
-    for name, values in supported.items():
-        if name in text and text[name] not in values:
-            raise ValueError(f"text_config.{name}: found {text[name]!r}; supported: {values[0]!r}")
+    sections = {"text_config": (text, plain)}
+    if model_type == "gemma4":
+        sections["vision_config"] = (vision or {}, plain)
+    else:
+        # transformers' class has neither: what it writes of them is what it was given.
+        absent = {"hidden_size_per_layer_input": (0, None), "enable_moe_block": (False, None)}
+        sections["text_config"] = (text, plain | absent)
+    for where, (settings, supported) in sections.items():
+        for name, values in supported.items():
+            if name in settings and settings[name] not in values:
+                raise ValueError(
+                    f"{where}.{name}: found {settings[name]!r}; supported: {values[0]!r}"
+                )

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import math
 from typing import Literal
 
 
@@ -103,6 +104,18 @@ class VisionConfig:
                 "vision_config.num_key_value_heads: expected num_attention_heads "
                 f"({self.num_attention_heads}), found {self.num_key_value_heads}; "
                 "grouped vision attention is not supported"
+            )
+        rope_type = (self.rope_parameters or {}).get("rope_type", "default")
+        if rope_type != "default":
+            raise ValueError(
+                f"vision_config.rope_parameters.rope_type: found {rope_type!r}; supported: "
+                "'default', 'axial'"
+            )
+        theta = (self.rope_parameters or {}).get("rope_theta", 100.0)
+        if not isinstance(theta, (int, float)) or not 0 < theta < math.inf:
+            raise ValueError(
+                "vision_config.rope_parameters.rope_theta: expected a positive number, found "
+                f"{theta!r}"
             )
         if self.head_dim % 4:
             raise ValueError(
