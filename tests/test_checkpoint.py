@@ -343,7 +343,8 @@ def test_a_directory_of_another_model_is_refused(directory):
     edit_json(directory / "config.json", lambda config: config.update(model_type="llama"))
     message = refusal(directory)
     assert message == (
-        f"{directory / 'config.json'}: model_type: found 'llama'; supported: 'gemma4', 'gemma4_unified'"
+        f"{directory / 'config.json'}: model_type: found 'llama'; supported: 'gemma4', "
+        "'gemma4_unified'"
     )
 
 
