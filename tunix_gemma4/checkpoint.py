@@ -35,6 +35,7 @@ from .model.gemma4 import (
 )
 from .model.stacking import require_single_layers
 from .sharding import param_shardings
+from .weights_finite import require_finite
 
 # ---- Loading.
 
@@ -179,6 +180,7 @@ def save_checkpoint(
     Raises:
         ValueError: adapters or quantised kernels in the model, a target that is in the way, or a
             source of another model.
+        NonFiniteError: parameters that hold NaN or infinity, by name.
     """
     directory = Path(directory)
     if max_shard_bytes < 1:
@@ -186,6 +188,8 @@ def save_checkpoint(
     require_single_layers(model)
     _refuse_unmerged(model)
     files.check_target(directory, overwrite)
+    named = weights.named_parameters(model)
+    require_finite({name: held.variable for name, held in named.items()}, str(directory))
     where = source if source is not None else model.config.source_directory
     origin = None if where is None else Path(where)
     stored = {} if origin is None else _read_origin(model, origin)

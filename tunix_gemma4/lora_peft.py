@@ -34,6 +34,7 @@ from .lora_layers import LoraConfig, LoraLinear, adapted, add_adapters, describe
 from .lora_targets import as_regex, linears
 from .model.stacking import require_single_layers
 from .weights import SCORE, module_name
+from .weights_finite import require_finite
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -68,6 +69,7 @@ def save_adapter(
 
     Raises:
         ValueError: if there are no adapters, or `directory` holds anything else.
+        NonFiniteError: if adapters hold NaN or infinity, by name.
     """
     require_single_layers(model)
     directory = Path(directory)
@@ -75,11 +77,16 @@ def save_adapter(
     if not modules:
         raise ValueError("the model has no adapters to save; apply_lora adds them")
     _check_target(directory)
+    matrices = {
+        _tensor_name(name, side): variable[...]
+        for name, module in modules.items()
+        for side, variable in _matrices(module).items()
+    }
+    require_finite(matrices, str(directory))
     tensors = {}
-    for name, module in modules.items():
-        for side, variable in _matrices(module).items():
-            matrix = np.asarray(_on_host(variable[...]), np.float32)
-            tensors[_tensor_name(name, side)] = np.ascontiguousarray(matrix.T)
+    for name, array in matrices.items():
+        matrix = np.asarray(_on_host(array), np.float32)
+        tensors[name] = np.ascontiguousarray(matrix.T)
     trained = len(jax.tree.leaves(nnx.state(model, nnx.LoRAParam)))
     if jax.process_index() != 0:
         return  # Every process took part in gathering; one writes.

@@ -9,6 +9,8 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from tunix.sft import checkpoint_manager
 
+from .health import wrap_save
+
 
 class CheckpointManager(checkpoint_manager.CheckpointManager):
     """Restores every array to where its counterpart lies.
@@ -16,6 +18,9 @@ class CheckpointManager(checkpoint_manager.CheckpointManager):
     Tunix goes by the sharding metadata instead, and fails where an axis of it is not in the mesh
     or does not divide the array.
     """
+
+    # In a run that has not registered, too.
+    save = wrap_save(checkpoint_manager.CheckpointManager.save)
 
     def maybe_restore(
         self,

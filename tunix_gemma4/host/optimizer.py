@@ -12,6 +12,7 @@ import optax
 from ..model.stacking import stacked_axes
 
 SCHEDULES = ("constant", "linear", "cosine")
+ON_NONFINITE = ("stop", "skip")
 
 
 class StepRecord(NamedTuple):
@@ -48,14 +49,47 @@ def record_step(schedule: optax.Schedule) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
-def find_record(opt_state: Any) -> StepRecord | None:
-    """The `StepRecord` within an optimizer's state, or None."""
+class SkipState(NamedTuple):
+    """What `skip_nonfinite` keeps in the optimizer's state.
 
-    def is_record(node: Any) -> bool:
-        return isinstance(node, StepRecord)
+    Attributes:
+        skipped: optimizer steps that were, of the whole run.
+        exceeded: whether these are more than may be.
+        inner: state of what is skipped.
+    """
 
-    found = [node for node in jax.tree.leaves(opt_state, is_leaf=is_record) if is_record(node)]
-    return found[0] if found else None
+    skipped: jax.Array
+    exceeded: jax.Array
+    inner: Any
+
+
+def skip_nonfinite(
+    inner: optax.GradientTransformation, max_skipped_steps: int
+) -> optax.GradientTransformation:
+    """`inner`, but a gradient whose norm is not finite changes nothing and is counted."""
+
+    def init(params: Any) -> SkipState:
+        return SkipState(jnp.zeros((), jnp.int32), jnp.zeros((), bool), inner.init(params))
+
+    def update(updates: Any, state: SkipState, params: Any = None) -> tuple[Any, SkipState]:
+        finite = jnp.isfinite(optax.tree.norm(updates))
+        changed, new = inner.update(updates, state.inner, params)
+        changed = jax.tree.map(lambda leaf: jnp.where(finite, leaf, 0), changed)
+        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state.inner)
+        skipped = state.skipped + jnp.where(finite, 0, 1)
+        return changed, SkipState(skipped, skipped > max_skipped_steps, kept)
+
+    return optax.GradientTransformation(init, update)
+
+
+def find(opt_state: Any, kind: type) -> Any | None:
+    """The first node of a kind within an optimizer's state, such as its `StepRecord`, or None."""
+
+    def is_found(node: Any) -> bool:
+        return isinstance(node, kind)
+
+    nodes = jax.tree.leaves(opt_state, is_leaf=is_found)
+    return next((node for node in nodes if is_found(node)), None)
 
 
 def make_schedule(
@@ -93,10 +127,21 @@ def make_optimizer(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
     max_grad_norm: float | None = 1.0,
+    on_nonfinite: str = "stop",
+    max_skipped_steps: int = 10,
 ) -> optax.GradientTransformation:
-    """AdamW behind gradient clipping and `record_step`; only matrices are decayed."""
+    """AdamW behind gradient clipping and `record_step`; only matrices are decayed.
+
+    Args:
+        schedule: learning rate by optimizer step.
+        b1, b2, eps, weight_decay: AdamW's.
+        max_grad_norm: gradients are scaled down to this norm; None or 0: never.
+        on_nonfinite: "skip" lets a step change nothing whose gradient is not finite, "stop" ends
+            the run there.
+        max_skipped_steps: the run ends when more are skipped.
+    """
     steps = [record_step(schedule)]
-    if max_grad_norm is not None:
+    if max_grad_norm:
         steps.append(optax.clip_by_global_norm(max_grad_norm))
 
     def matrices(params: Any) -> Any:
@@ -105,4 +150,5 @@ def make_optimizer(
         )
 
     adamw = optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=matrices)
-    return optax.chain(*steps, adamw)
+    chain = optax.chain(*steps, adamw)
+    return skip_nonfinite(chain, max_skipped_steps) if on_nonfinite == "skip" else chain

@@ -9,7 +9,19 @@ from __future__ import annotations
 import importlib.metadata
 import warnings
 
-from . import automodel, cli, learner, logps, mappings, meshes, orpo, ppo, rollout, train_step
+from . import (
+    automodel,
+    cli,
+    health,
+    learner,
+    logps,
+    mappings,
+    meshes,
+    orpo,
+    ppo,
+    rollout,
+    train_step,
+)
 from .hooks import Hook, Installed
 
 TESTED = ("0.1.7",)
@@ -188,6 +200,18 @@ HOOKS: tuple[Hook, ...] = (
         train_step.wrap_jit_train_and_eval_step,
         ("skip_jit",),
         "a training step holds frozen parameters once",
+    ),
+    Hook(
+        "tunix.sft.peft_trainer:PeftTrainer.close",
+        health.wrap_close,
+        (),
+        "a run whose last steps were not finite does not end well",
+    ),
+    Hook(
+        "tunix.sft.checkpoint_manager:CheckpointManager.save",
+        health.wrap_save,
+        ("step", "model", "optimizer", "save_only_lora_params", "force"),
+        "no checkpoint holds NaN or infinity",
     ),
     Hook(
         "tunix.rl.trainer:Trainer.with_loss_fn",

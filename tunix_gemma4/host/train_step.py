@@ -18,17 +18,29 @@ from tunix.sft import peft_trainer, utils
 
 from ..model.gemma4 import Gemma4Model
 from ..sharding import is_variable
+from .health import Health, flags_of, forget_skipped, strict, watch
+from .optimizer import SkipState, find
 
 
 class TrainStep:
     """`function(model, optimizer, inputs)`, compiled; called with `inputs` alone.
 
+    The function gives the loss first and the gradient's norm last, as the host's does.
+
     Attributes:
         jitted_fn: from trained parameters, frozen ones, optimizer state (donated) and inputs to the
-            new trained parameters, the new optimizer state and the function's result.
+            new trained parameters, the new optimizer state, the function's result and whether all
+            of these are finite (`health.Flags`).
     """
 
-    def __init__(self, function: Callable, model: nnx.Module, optimizer: nnx.Optimizer):
+    def __init__(
+        self,
+        function: Callable,
+        model: nnx.Module,
+        optimizer: nnx.Optimizer,
+        health: Health | None = None,
+    ):
+        self._health = health
         # As the host chooses what its optimizer is for.
         trained = nnx.LoRAParam if utils.is_lora_enabled(model) else nnx.Param
         # These hold the model's and the optimizer's own variables, whose values are always the
@@ -42,8 +54,10 @@ class TrainStep:
             model = nnx.merge(model_graph, parameters, frozen)
             optimizer = nnx.merge(optimizer_graph, optimizer_state)
             result = function(model, optimizer, inputs)
+            forget_skipped(optimizer)
+            flags = flags_of(nnx.state(model, trained), optimizer, result[0], result[-1])
             new = _constrained((nnx.state(model, trained), nnx.state(optimizer)), shardings)
-            return *new, result
+            return *new, result, flags
 
         self.jitted_fn = step
 
@@ -57,9 +71,11 @@ class TrainStep:
         return self._parameters, self._frozen, self._optimizer_state
 
     def __call__(self, inputs: Any) -> Any:
-        *new, result = self.jitted_fn(*self.arguments(), inputs)
+        *new, result, flags = self.jitted_fn(*self.arguments(), inputs)
         for old, values in zip((self._parameters, self._optimizer_state), new, strict=True):
             jax.tree.map(nnx.Variable.update_from_state, old, values, is_leaf=is_variable)
+        if self._health is not None:
+            self._health.add(flags, result, inputs)
         return result
 
 
@@ -94,7 +110,10 @@ def wrap_jit_train_and_eval_step(original: Callable) -> Callable:
         if skip_jit or not isinstance(self.model, Gemma4Model):
             return train_step, eval_step
         if not isinstance(train_step, TrainStep):
-            train_step = TrainStep(self.create_train_step_fn(), self.model, self.optimizer)
+            if find(self.optimizer.opt_state, SkipState) is not None:
+                self.loss_fn = strict(self)
+            function = self.create_train_step_fn()
+            train_step = TrainStep(function, self.model, self.optimizer, watch(self))
             self._jitted_train_step_fn = train_step
         return train_step, eval_step
 

@@ -26,8 +26,9 @@ from ..losses import next_token_loss
 from ..processor import Batch
 from ..sharding import param_shardings
 from .checkpoints import CheckpointManager
+from .health import NonFiniteError, settle, state_is_finite
 from .metrics import StepMetrics, supervised_tokens
-from .optimizer import find_record
+from .optimizer import SkipState, StepRecord, find
 from .train_step import wrap_jit_train_and_eval_step
 
 TrainingConfig = peft_trainer.TrainingConfig
@@ -230,7 +231,7 @@ class Gemma4Trainer(peft_trainer.PeftTrainer):
 
         def train_step(model, optimizer, inputs):
             loss, _, gradient_norm = self._train_step(model, optimizer, inputs)
-            return loss, nnx.as_pure(find_record(optimizer.opt_state)), gradient_norm
+            return loss, nnx.as_pure(find(optimizer.opt_state, StepRecord)), gradient_norm
 
         return train_step
 
@@ -280,6 +281,12 @@ class Gemma4Trainer(peft_trainer.PeftTrainer):
             if not sum(weights):
                 raise ValueError("eval_ds: it has no supervised token; nothing can be evaluated")
             loss = float(np.dot(jax.device_get(losses), weights) / sum(weights))
+            settle(self)
+            if not math.isfinite(loss) and find(self.optimizer.opt_state, SkipState) is None:
+                raise NonFiniteError(
+                    f"evaluation after step {self._train_steps}: the loss is {loss}, and the "
+                    "model's state is " + ("finite" if self.state_is_finite() else "not finite")
+                )
             self._log_metrics(loss=loss, step=self._train_steps)
             bar = self._visible_bar()
             say = self._log if bar is None else bar.write
@@ -290,8 +297,17 @@ class Gemma4Trainer(peft_trainer.PeftTrainer):
                 self._after_eval(self)
         self._evaluated_at = self._train_steps
 
+    def state_is_finite(self) -> bool:
+        """Whether what a checkpoint of the latest step would hold is finite. Waits for the step."""
+        return state_is_finite(self)
+
     def close(self) -> None:
-        """Evaluates if there were steps since, then as the host's."""
+        """Evaluates if there were steps since, then as the host's.
+
+        Raises:
+            NonFiniteError: if one of the last steps was not finite.
+        """
+        settle(self)
         self._write_train_metrics()
         if self._jitted_eval is not None and self._evaluated_at != self._train_steps:
             self._run_eval(self._eval_ds, self._jitted_eval)

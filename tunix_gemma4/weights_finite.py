@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether arrays hold NaN or infinity, found where they lie."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+_SHOWN = 3
+
+
+class NonFiniteError(RuntimeError):
+    """A run or a model has come to numbers that are not finite."""
+
+
+def count_nonfinite(leaves: list[jax.Array]) -> jax.Array:
+    """How many values are NaN or infinite, about (float32); 0 where none is. For traced code.
+
+    One sum, so that shards are added up once and not once for each leaf.
+    """
+    # Integers cannot say it, and an integer sum might wrap around to 0.
+    counts = [jnp.sum(~jnp.isfinite(leaf), dtype=jnp.float32) for leaf in leaves if _floats(leaf)]
+    return sum(counts, jnp.zeros((), jnp.float32))
+
+
+def nonfinite(arrays: Mapping[str, Any]) -> list[str]:
+    """The names among `arrays` (or trees of them) that hold NaN or infinity."""
+    # All are started before the first is waited for; equal shapes share a program.
+    counts = {
+        name: [_count(leaf) for leaf in jax.tree.leaves(tree) if _floats(leaf)]
+        for name, tree in arrays.items()
+    }
+    return [name for name, found in jax.device_get(counts).items() if sum(found)]
+
+
+def nonfinite_variables(model: nnx.Module, *kinds: Any) -> list[str]:
+    """The paths of the model's variables of `kinds` (all if none) that hold NaN or infinity."""
+    state = nnx.to_flat_state(nnx.state(model, kinds or ...))
+    return nonfinite({".".join(map(str, path)): variable for path, variable in state})
+
+
+def require_finite(arrays: Mapping[str, Any], what: str) -> None:
+    """Raises NonFiniteError naming those of `arrays` that must not be written."""
+    names = nonfinite(arrays)
+    if names:
+        raise NonFiniteError(
+            f"{what}: {len(names)} of {len(arrays)} tensors hold NaN or infinity "
+            f"({shown(names)}); nothing is written. Train on from the last checkpoint, or load "
+            "the model anew"
+        )
+
+
+def shown(names: list[str]) -> str:
+    """The first few of `names`."""
+    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+
+
+@jax.jit
+def _count(leaf: jax.Array) -> jax.Array:
+    return count_nonfinite([leaf])
+
+
+def _floats(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jnp.floating)
