@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip
 PYTEST := $(BIN)/python -m pytest $(PYTEST_ARGS)
 PACKAGING := setup.cfg pyproject.toml
 
-.PHONY: demo demo-rl test parity slow aot bench bench-quick lint format clean
+.PHONY: demo demo-rl test parity slow aot bench bench-quick wheel lint format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/tunix-gemma4 demo $(DEMO_ARGS)
@@ -45,6 +45,10 @@ bench: $(VENV)/.aot-gpu
 
 bench-quick: $(VENV)/.aot
 	$(BIN)/python benchmarks/memory.py --quick --check
+
+# Builds the wheel, and uses it in an environment outside of this folder.
+wheel: $(VENV)/.build
+	PYTHON=$(BIN)/python .ci/wheel
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -76,6 +80,10 @@ $(VENV)/.parity: $(VENV)/.test
 
 $(VENV)/.aot: $(VENV)/.test
 	$(PIP) install -e ".[demo,test,aot]"
+	touch $@
+
+$(VENV)/.build: $(VENV)/.made
+	$(PIP) install build
 	touch $@
 
 # The plug-in's version must be that of jax.

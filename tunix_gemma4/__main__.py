@@ -63,7 +63,7 @@ def _add_training(commands: Any) -> None:
         help="fine-tune on conversations",
         description="Settings and their defaults: tunix_gemma4.recipes.run_config.RunConfig.",
     )
-    sft.add_argument("config", help="a YAML file, such as configs/sft/e2b_lora_image.yaml")
+    sft.add_argument("config", help="a recipe's name, such as e2b_lora_image, or a YAML file")
     sft.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as lora.rank=32")
     sft.set_defaults(run=_sft)
 
@@ -72,13 +72,17 @@ def _add_training(commands: Any) -> None:
         help="train with rewards (GRPO, GSPO, Dr.GRPO, DAPO)",
         description="Settings and defaults: tunix_gemma4.recipes.rl_config.GrpoRunConfig.",
     )
-    grpo.add_argument("config", help="a YAML file, such as configs/grpo/e2b_gsm8k_1gpu.yaml")
+    grpo.add_argument("config", help="a recipe's name, such as e2b_gsm8k_1gpu, or a YAML file")
     grpo.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as lora.rank=32")
     grpo.set_defaults(run=_grpo)
 
 
 def _add_tools(commands: Any) -> None:
     _add_plan(commands)
+    recipes = commands.add_parser("recipes", help="list the recipes of sft and grpo, or print one")
+    recipes.add_argument("name", nargs="?", help="such as e2b_lora_image; prints its YAML")
+    recipes.set_defaults(run=_recipes)
+
     program = commands.add_parser(
         "run",
         help="run a Tunix program as it is, with Gemma 4 at home in it",
@@ -108,7 +112,7 @@ def _add_tools(commands: Any) -> None:
 
 def _add_plan(commands: Any) -> None:
     plan = commands.add_parser("plan", help="what a recipe takes on chips that are not here")
-    plan.add_argument("config", help="of sft or grpo, such as configs/sft/e2b_lora_text.yaml")
+    plan.add_argument("config", help="a recipe's name, such as e2b_lora_text, or a YAML file")
     plan.add_argument(
         "overrides",
         nargs="*",
@@ -155,6 +159,16 @@ def _plan(options: argparse.Namespace) -> int:
     from .recipes import plan_command
 
     return plan_command.run(options)
+
+
+def _recipes(options: argparse.Namespace) -> int:
+    from .recipes.shipped import find_recipe, recipe_names
+
+    if options.name is None:
+        print("\n".join(recipe_names()))
+    else:
+        print(find_recipe(options.name).read_text("utf-8"), end="")
+    return 0
 
 
 def _run(options: argparse.Namespace) -> int:

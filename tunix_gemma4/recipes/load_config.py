@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads a dataclass of settings from YAML with dotted overrides, and answers mistakes.
 
-config = load_config(RunConfig, "e2b_lora_image.yaml", ["model=gemma-4-E2B-it", "lora.rank=32"])
+config = load_config(RunConfig, "e2b_lora_image", ["model=gemma-4-E2B-it", "lora.rank=32"])
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from .settings import TrainSettings
+from .shipped import find_recipe
 
 Settings = TypeVar("Settings", bound=TrainSettings)
 
@@ -61,16 +62,14 @@ def load_config(kind: type[Settings], path: str | Path, overrides: Sequence[str]
 
     Args:
         kind: the dataclass, with a method `validate`.
-        path: of the file.
+        path: of the file, or the name of a shipped recipe; see `shipped.find_recipe`.
         overrides: each key=value.
 
     Raises:
         ValueError: an unknown key, with the nearest known one; a value of the wrong type; a key
-            without a value that needs one.
+            without a value that needs one; no such file.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: there is no such file (current folder: {Path.cwd()})")
+    path = find_recipe(path)
     for override in overrides:
         if "=" not in override:
             raise ValueError(f"{override!r}: expected key=value, such as learning_rate=1e-4")

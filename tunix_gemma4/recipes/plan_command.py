@@ -8,6 +8,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ from .plan_programs import Shapes, resident_of
 from .plan_search import Search
 from .rl_config import GrpoRunConfig, load_grpo_config
 from .run_config import RunConfig, load_run_config
+from .shipped import find_recipe
 
 # Of no account for a plan, and missing from the files of configs/.
 _UNREAD = ("data.path=unread", "output_dir=unread")
@@ -48,9 +50,10 @@ def run(options: argparse.Namespace) -> int:
     return 1 if found.fits is False else 0
 
 
-def load_settings(path: str, overrides: Sequence[str]) -> RunConfig | GrpoRunConfig:
-    """The settings of a file, which is one of `grpo` if it names reward functions."""
+def load_settings(path: str | Path, overrides: Sequence[str]) -> RunConfig | GrpoRunConfig:
+    """The settings of a recipe, which is one of `grpo` if it names reward functions."""
     given = [*_UNREAD, *overrides]
+    path = find_recipe(path)
     try:
         keys = {str(key) for key in OmegaConf.load(path)}
     except Exception:  # `load_run_config` says what is wrong with the file.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The settings of supervised fine-tuning.
 
-config = load_run_config("e2b_lora_image.yaml", ["model=gemma-4-E2B-it", "lora.rank=32"])
+config = load_run_config("e2b_lora_image", ["model=gemma-4-E2B-it", "lora.rank=32"])
 """
 
 from __future__ import annotations
