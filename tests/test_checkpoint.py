@@ -23,12 +23,14 @@ from small_models import random_model
 
 from tunix_gemma4 import checkpoint, weights
 from tunix_gemma4.checkpoint import load_checkpoint, save_checkpoint
+from tunix_gemma4.checkpoint_files import read_header
 from tunix_gemma4.config import ModelConfig
 from tunix_gemma4.sharding import param_shardings
 from tunix_gemma4.tiny import tiny_config
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 NORM = "model.language_model.norm.weight"
+HEAD, EMBEDDING = "lm_head.weight", "model.language_model.embed_tokens.weight"
 
 
 # ---- Helpers.
@@ -223,7 +225,7 @@ def test_both_spellings_of_shared_layers_load(directory):
 
 @pytest.mark.parametrize(
     "name",
-    ["lm_head.weight", "model.embed_vision.embedding.weight", "model.embed_audio.embedding.weight"],
+    ["model.embed_vision.embedding.weight", "model.embed_audio.embedding.weight"],
 )
 def test_tensors_that_nothing_reads_are_skipped(directory, name):
     rewrite(directory, lambda tensors: tensors.update({name: np.ones((2, 2), np.float32)}))
@@ -294,10 +296,10 @@ def test_a_truncated_file_is_refused_with_both_sizes(directory):
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (b"", "not a safetensors file, or cut off (0 bytes)"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "not a safetensors file"),
+        (b"", "not a valid safetensors file ("),
+        (b"version https://git-lfs.github.com/spec/v1\n", "not a valid safetensors file ("),
         (struct.pack("<Q", 50) + b"{", "truncated: its header describes 58 bytes"),
-        (struct.pack("<Q", 4) + b"{a}}", "not a safetensors file: JSONDecodeError"),
+        (struct.pack("<Q", 4) + b"{a}}", "not a valid safetensors file (invalid JSON in"),
     ],
     ids=["empty", "git-lfs-pointer", "cut-header", "bad-json"],
 )
@@ -306,6 +308,96 @@ def test_a_file_that_is_no_safetensors_file_is_refused(directory, content, expec
     message = refusal(directory)
     assert message.startswith(str(directory / SINGLE))
     assert expected in message
+
+
+def entry(begin, end, *, shape=(1,), dtype="F32"):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+
+
+@pytest.mark.parametrize(
+    ("header", "size"),
+    [
+        ({"a": entry(0, 8, shape=(2,)), "b": entry(4, 12, shape=(2,))}, 12),
+        ({"a": entry(0, 4), "b": entry(0, 4)}, 4),
+        ({"a": entry(4, 8)}, 8),
+        ({"a": entry(-4, 0)}, 4),
+        ({"a": entry(0, 4), "b": entry(8, 12)}, 12),
+        ({"a": entry(0, 4)}, 8),
+        ({"a": entry(0, 4, shape=(2,))}, 4),
+        ({"a": entry(0, 4, shape=(-1,))}, 4),
+        ({"a": entry(0, 4, dtype="F64")}, 4),
+        ({"a": entry(0, 4, dtype="Q4")}, 4),
+        ({"a": entry(0.0, 4.0)}, 4),
+        ({"a": {"dtype": "F32", "shape": [1]}}, 4),
+        ({"__metadata__": {"format": 1}, "a": entry(0, 4)}, 4),
+        ([entry(0, 4)], 4),
+        (f'{{"a":{json.dumps(entry(0, 4))},"a":{json.dumps(entry(0, 4))}}}', 4),
+        (f'{{"a":{json.dumps(entry(0, 4))},"a":{json.dumps(entry(4, 8))}}}', 8),
+    ],
+    ids=[
+        *("overlap", "same place", "shifted", "negative", "hole", "bytes behind", "short", "shape"),
+        *("width", "dtype", "fractions", "no offsets", "metadata", "list", "twice", "two places"),
+    ],
+)
+def test_what_the_format_forbids_is_refused(tmp_path, header, size):
+    file = tmp_path / SINGLE
+    text = (header if isinstance(header, str) else json.dumps(header)).encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text + bytes(size))
+    with pytest.raises(ValueError, match="not a valid safetensors file") as error:
+        read_header(file)
+    assert str(error.value).startswith(f"{file}: ")
+
+
+def test_bytes_before_the_file_are_refused(directory):
+    file = directory / SINGLE
+    file.write_bytes(b"\0" + file.read_bytes())
+    assert refusal(directory).startswith(f"{file}: not a valid safetensors file (")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_of_its_own_is_refused_before_anything_is_loaded(directory, tied):
+    def change(tensors):
+        tensors[HEAD] = tensors[EMBEDDING].copy()
+        tensors[HEAD][7, 3] += 1
+
+    rewrite(directory, change)
+    edit_json(directory / "config.json", lambda config: config.update(tie_word_embeddings=tied))
+    message = refusal(directory)
+    assert message.startswith(
+        f"{directory}: lm_head.weight differs from the embedding, first in ro"
+    )
+    assert "row 7. Here the embedding is the head" in message
+
+
+def test_a_head_that_is_untied_and_not_there_is_named(directory):
+    edit_json(directory / "config.json", lambda config: config.update(tie_word_embeddings=False))
+    assert "config.json says tie_word_embeddings: false, and there is no lm_head" in refusal(
+        directory
+    )
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "added_tokens.json"])
+def test_a_token_beyond_the_embedding_is_refused_when_the_directory_is_read(directory, name):
+    def change(content):
+        if name == "tokenizer.json":
+            content["added_tokens"].append({"id": 384, "content": "<new>"})
+        elif name == "added_tokens.json":
+            content["<new>"] = 384
+        else:
+            content["added_tokens_decoder"] = {"384": {"content": "<new>"}}
+
+    if name == "added_tokens.json":
+        (directory / name).write_text("{}")
+    edit_json(directory / name, change)
+    message = refusal(directory)
+    assert message.startswith(f"{directory / name}: 1 tokens have no row in the embedding")
+    assert "'<new>' with id 384: there are 384 rows" in message
+
+
+def test_weights_that_a_quantizer_wrote_are_named(directory):
+    extra = {f"{NORM}_scale": np.ones(1, np.float32)}
+    rewrite(directory, lambda tensors: tensors.update(extra))
+    assert "The weights are quantised" in refusal(directory)
 
 
 def test_a_missing_file_of_several_is_named(sharded):
@@ -331,7 +423,7 @@ def test_an_index_that_does_not_describe_its_files_is_refused(sharded):
 
 def test_an_index_without_a_weight_map_is_refused(sharded):
     (sharded / INDEX).write_text("{}")
-    assert "expected JSON with a weight_map" in refusal(sharded)
+    assert "expected a weight_map of tensors" in refusal(sharded)
 
 
 def test_a_directory_with_two_sets_of_weights_is_refused(sharded):
@@ -438,11 +530,15 @@ def test_unused_keys_and_values_are_kept(directory, tmp_path):
     assert_same(stored(tmp_path / "out"), stored(directory))
 
 
-def test_a_stale_head_is_not_kept(directory, tmp_path):
+def test_a_head_that_is_the_embedding_is_read_but_not_kept(directory, tmp_path):
     expected = stored(directory)
-    extra = {"lm_head.weight": np.ones((2, 2), np.float32)}
-    rewrite(directory, lambda tensors: tensors.update(extra))
-    save_checkpoint(load_checkpoint(directory), tmp_path / "out")
+    for tied in (False, True):
+        edit_json(
+            directory / "config.json", lambda c, tied=tied: c.update(tie_word_embeddings=tied)
+        )
+        rewrite(directory, lambda tensors: tensors.update({HEAD: tensors[EMBEDDING]}))
+        model = load_checkpoint(directory)
+    save_checkpoint(model, tmp_path / "out")
     assert_same(stored(tmp_path / "out"), expected)
 
 

@@ -14,6 +14,7 @@ from small_models import random_model
 from tunix_gemma4.checkpoint import load_checkpoint
 from tunix_gemma4.lora import LoraConfig, apply_lora, load_adapter, save_adapter
 from tunix_gemma4.lora_layers import adapted
+from tunix_gemma4.lora_peft import check_adapter
 from tunix_gemma4.sharding import shard_model
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -143,6 +144,20 @@ def test_an_adapter_of_the_text_only_class_loads(saved, edit, model):
     assert set(adapted(loaded)) == {n for n in adapted(saved[0]) if n.startswith("language_model")}
 
 
+def test_the_projection_of_per_layer_inputs_has_two_spellings(saved, edit, model):
+    name = "per_layer_model_projection.lora_{}.weight"
+    a, b = np.ones((4, 32), np.float32), np.ones((6 * 8, 4), np.float32)
+    extra = {name.format("A"): a, name.format("B"): b}
+    both = []
+    for prefix in ("base_model.model.model.", "base_model.model.model.language_model."):
+        tensors = {f"{prefix}{key}": array for key, array in extra.items()}
+        directory = saved[1].with_name(f"spelt-{len(both)}")
+        edit(tensors=tensors).rename(directory)
+        both.append(load_adapter(model, directory))
+    assert "language_model.per_layer_model_projection" in adapted(both[0])
+    assert_same(*both)
+
+
 def test_keys_and_values_that_are_never_computed_are_skipped(saved, edit, model):
     extra = {
         f"{DECODER}.4.self_attn.k_proj.lora_A.weight": np.zeros((4, 32), np.float32),
@@ -204,6 +219,28 @@ def test_missing_unexpected_and_misshapen_tensors_are_all_listed(edit, model):
     assert "up_proj.lora_A.weight: expected shape (4, 32), found (4, 7)" in message
 
 
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        ("model.language_model.layers.0.router.proj", "router (2 tensors, such as base_model.mod"),
+        ("model.audio_tower.layers.0.self_attn.q_proj.linear", "audio (2 tensors"),
+        ("model.embed_audio.embedding_projection", "exclude_modules='.*audio.*'"),
+        ("lm_head", "head or embedding (2 tensors"),
+        ("model.language_model.embed_tokens", "the embedding is the head here"),
+    ],
+)
+def test_what_cannot_be_carried_is_named_before_a_base_is_loaded(edit, module, reason):
+    extra = {
+        f"base_model.model.{module}.lora_{side}.weight": np.ones((4, 4), np.float32)
+        for side in "AB"
+    }
+    directory = edit(tensors=extra)
+    with pytest.raises(ValueError) as error:
+        check_adapter(directory)
+    assert str(error.value).startswith(f"{directory / TENSORS}: what cannot be carried:\n")
+    assert reason in str(error.value)
+
+
 def test_a_vision_adapter_on_a_text_only_model_names_the_setting(saved):
     with pytest.raises(ValueError, match=r"text_only=False\?\nunexpected: .*vision_tower"):
         load_adapter(random_model("e2b", text_only=True), saved[1])
@@ -220,7 +257,11 @@ def test_an_adapter_of_another_scale_is_not_poured_into_existing_adapters(saved,
     [
         ({"peft_type": "LOHA"}, "peft_type: found 'LOHA'; supported: 'LORA'"),
         ({"use_dora": True}, "unsupported settings {'use_dora': True}"),
-        ({"modules_to_save": ["embed_tokens"]}, "'modules_to_save'"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save: found lm_head: the embedding is the"),
+        ({"modules_to_save": ["model.embed_tokens"]}, "modules_to_save: found model.embed_tokens"),
+        ({"modules_to_save": ["norm"]}, "'modules_to_save'"),
+        ({"r": 0}, "adapter_config.json: r: expected a whole number of at least 1, found 0"),
+        ({"lora_alpha": float("nan")}, "lora_alpha: expected a positive number, found nan"),
         ({"rank_pattern": {"q_proj": 8}}, "'rank_pattern'"),
         ({"bias": "all"}, "{'bias': 'all'}"),
         ({"init_lora_weights": "pissa"}, "{'init_lora_weights': 'pissa'}"),
@@ -239,7 +280,7 @@ def test_a_directory_without_an_adapter_is_named(model, tmp_path):
     with pytest.raises(ValueError, match=f"{TENSORS}: no such file"):
         load_adapter(model, tmp_path)
     (tmp_path / TENSORS).write_bytes(b"\0" * 4)
-    with pytest.raises(ValueError, match="not a safetensors file"):
+    with pytest.raises(ValueError, match="not a valid safetensors file"):
         load_adapter(model, tmp_path)
     save_file({}, tmp_path / TENSORS)
     with pytest.raises(ValueError, match="holds no tensors"):

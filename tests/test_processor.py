@@ -400,6 +400,17 @@ def test_image_is_refused_where_the_model_has_no_vision(tiny_checkpoint, tiny_di
         Processor.from_pretrained(directory, 70)([conversation])
 
 
+def test_token_without_a_row_in_the_embedding_is_refused_when_the_directory_is_read(
+    tiny_dir, tmp_path
+):
+    directory = shutil.copytree(tiny_dir, tmp_path / "grown")
+    content = json.loads((directory / "tokenizer.json").read_text())
+    content["added_tokens"].append(content["added_tokens"][0] | {"id": 384, "content": "<new>"})
+    (directory / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="'<new>' with id 384: there are 384 rows"):
+        Processor.from_pretrained(directory)
+
+
 def test_directory_without_a_chat_template_points_to_the_it_one(tiny_dir, tmp_path):
     directory = tmp_path / "gemma-4-E2B"
     shutil.copytree(tiny_dir, directory)

@@ -109,6 +109,12 @@ def test_generate_draws_the_same_tokens_for_the_same_seed_only():
     assert rows[0] == rows[1] != rows[2]
 
 
+def test_generate_refuses_ids_that_have_no_row_in_the_embedding():
+    model = chain()
+    with pytest.raises(ValueError, match=rf"'{model.config.vocab_size}' with id"):
+        generate(model, prompts([1, model.config.vocab_size]), max_new_tokens=1)
+
+
 def test_generate_refuses_rows_that_are_not_left_padded():
     batch = prompts([4, 5], [6])
     batch = batch.replace(tokens=batch.tokens[:, ::-1], padding_mask=batch.padding_mask[:, ::-1])

@@ -187,9 +187,12 @@ def _parity(options: argparse.Namespace) -> int:
 def _generate(options: argparse.Namespace) -> int:
     from .checkpoint import load_checkpoint
     from .lora import load_adapter
+    from .lora_peft import check_adapter
     from .processor import Processor
     from .sampling import generate
 
+    if options.adapter is not None:
+        check_adapter(options.adapter)
     processor = Processor.from_pretrained(options.model, options.max_soft_tokens)
     content = [{"type": "image", "image": path} for path in options.image]
     content.append({"type": "text", "text": options.prompt})

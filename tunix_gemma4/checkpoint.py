@@ -25,7 +25,15 @@ from jax.sharding import Mesh, NamedSharding
 
 from . import checkpoint_files as files
 from . import weights
-from .checkpoint_check import AUDIO, SCORE_HEAD, TIED_HEAD, VISION, check_tensors
+from .checkpoint_check import (
+    AUDIO,
+    SCORE_HEAD,
+    TIED_HEAD,
+    VISION,
+    check_head,
+    check_tensors,
+    check_tokenizer,
+)
 from .config import ModelConfig
 from .model.gemma4 import (
     AnyModel,
@@ -66,14 +74,17 @@ def load_checkpoint(
         The model. `model.config.source_directory` remembers the directory for `save_checkpoint`.
 
     Raises:
-        ValueError: files that are missing or damaged, a directory of another model, or tensors
-            that are missing, unexpected or misshapen: all of them in one message.
+        ValueError: files that are missing or damaged, a directory of another model, a head that
+            is not the embedding, tokens without a row in it, or tensors that are missing,
+            unexpected or misshapen: all of them in one message.
     """
     directory = Path(directory)
     stored = files.read_directory(directory)
     config = _settle_config(directory, text_only, dtype, config)
     model = abstract_model(config, model_class)
     skipped = check_tensors(directory, model, stored)
+    check_head(directory, stored, tied=config.source.get("tie_word_embeddings", True) is not False)
+    check_tokenizer(directory, config)
     if skipped:
         counts = ", ".join(f"{count} of {reason}" for reason, count in skipped.items())
         logging.info("%s: tensors left out on purpose: %s", directory, counts)
@@ -229,6 +240,7 @@ def _read_origin(model: nnx.Module, origin: Path) -> dict[str, files.StoredTenso
     _settle_config(origin, text_only=model.config.text_only, dtype=None, config=model.config)
     # A head that the origin lacks was made here.
     check_tensors(origin, model, stored, optional=(SCORE_HEAD,))
+    check_head(origin, stored, tied=True)
     return stored
 
 

@@ -7,17 +7,26 @@ import collections
 from collections.abc import Collection
 from pathlib import Path
 
+import numpy as np
 from flax import nnx
 
 from . import checkpoint_files as files
 from . import weights
 from .config import ModelConfig
+from .config_checks import refuse_ids_beyond
+from .config_json import read_json
 
 AUDIO = ("model.audio_tower.", "model.embed_audio.")
 # The 12B's patch embedder has the second name on disk and the third in transformers' modules.
 VISION = ("model.vision_tower.", "model.vision_embedder.", "model.embed_vision.")
 TIED_HEAD = "lm_head.weight"
+EMBEDDING = "model.language_model.embed_tokens.weight"
 SCORE_HEAD = f"{weights.SCORE}.weight"
+# Ends of names that quantisers give to what belongs to a weight.
+_OF_QUANTIZERS = (
+    *(".qweight", ".qzeros", ".scales", ".weight_packed", ".weight_scale", ".weight_scale_inv"),
+    *(".absmax", ".quant_map", ".weight_scale_2", ".input_scale", ".biases", ".SCB"),
+)
 
 
 def check_tensors(
@@ -67,6 +76,86 @@ def check_tensors(
     return skipped
 
 
+def check_head(directory: Path, stored: dict[str, files.StoredTensor], *, tied: bool) -> None:
+    """Raises ValueError unless the head is the embedding.
+
+    Args:
+        directory: for messages.
+        stored: what the directory holds, an embedding among it.
+        tied: what `tie_word_embeddings` says.
+    """
+    head, embedding = stored.get(TIED_HEAD), stored[EMBEDDING]
+    if head is None:
+        if not tied:
+            raise ValueError(
+                f"{directory}: config.json says tie_word_embeddings: false, and there is no "
+                f"{TIED_HEAD}, for which transformers draws random numbers. If the head is the "
+                "embedding, set tie_word_embeddings to true; else get the missing tensor's model"
+            )
+        return
+    if head.dtype in files.FLOATS and head.shape == embedding.shape:
+        row = _first_difference(head.view(), embedding.view())
+        if row is None:
+            return
+        found = f"differs from the embedding, first in row {row}"
+    else:
+        found = f"is {head.dtype} {head.shape}, the embedding {embedding.dtype} {embedding.shape}"
+    raise ValueError(
+        f"{directory}: {TIED_HEAD} {found}. Here the embedding is the head, as in every released "
+        "Gemma 4, so a head of its own would be lost. Use the base it was trained from, with an "
+        "adapter that leaves lm_head out; to give the trained head up, remove the tensor"
+    )
+
+
+def _first_difference(one: np.ndarray, other: np.ndarray) -> int | None:
+    """First row in which two matrices differ, read in slices; NaN equals NaN."""
+    rows = max(1, 2**22 // one.shape[1])
+    for start in range(0, len(one), rows):
+        a, b = (x[start : start + rows].astype(np.float32) for x in (one, other))
+        same = (a == b) | (np.isnan(a) & np.isnan(b))
+        if not same.all():
+            return start + int(np.argmin(same.all(axis=1)))
+    return None
+
+
+def check_tokenizer(directory: Path, config: ModelConfig) -> None:
+    """Raises ValueError if a token of the directory's tokenizer has no row in the embedding."""
+    readers = {
+        "tokenizer.json": _ids_of_tokenizer,
+        "tokenizer_config.json": _ids_of_decoder,
+        "added_tokens.json": dict,
+    }
+    for name, ids_of in readers.items():
+        file = directory / name
+        if file.is_file():
+            ids = {t: i for t, i in ids_of(read_json(file)).items() if type(i) is int}
+            refuse_ids_beyond(str(file), ids, config)
+
+
+# What is in none of the expected places is left to the tokenizer's own library to judge.
+
+
+def _ids_of_tokenizer(content: dict) -> dict[str, int]:
+    model, added = content.get("model"), content.get("added_tokens")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocab, list):  # [token, score] in the order of ids
+        vocab = {str(token): index for index, token in enumerate(vocab)}
+    ids = dict(vocab) if isinstance(vocab, dict) else {}
+    for token in added if isinstance(added, list) else ():
+        if isinstance(token, dict):
+            ids[str(token.get("content"))] = token.get("id")
+    return ids
+
+
+def _ids_of_decoder(content: dict) -> dict[str, int]:
+    decoder = content.get("added_tokens_decoder")
+    return {
+        str(token.get("content") if isinstance(token, dict) else token): int(index)
+        for index, token in (decoder.items() if isinstance(decoder, dict) else ())
+        if index.isdecimal()
+    }
+
+
 def _hint(missing: list[str], unexpected: list[str]) -> str:
     if SCORE_HEAD in missing:
         return (
@@ -77,6 +166,11 @@ def _hint(missing: list[str], unexpected: list[str]) -> str:
         return (
             "The directory has a score head and is no policy's; pass "
             "model_class=Gemma4ForTokenScores"
+        )
+    if any(name.endswith(_OF_QUANTIZERS) for name in unexpected):
+        return (
+            "The weights are quantised, and only floating-point ones are read; use the directory "
+            "they were made from, or dequantise this one first"
         )
     return "Is config.json that of these weights? Save both with save_pretrained of transformers"
 

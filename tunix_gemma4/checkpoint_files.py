@@ -2,8 +2,9 @@
 """Safetensors directories as files: read tensor by tensor through mapped pages, written likewise.
 
 The safetensors package reads and writes whole tensors in host memory and a whole file at once; a
-model larger than the host needs slices in and blocks out. The format is an 8-byte length, a JSON
-header and the bytes.
+model larger than the host needs slices in and blocks out. The package judges every file that is
+read: what the format forbids is refused. The format is an 8-byte length, a JSON header and the
+bytes.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from .config_json import read_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -46,7 +50,6 @@ _COMPANIONS = (
 _CODES = {dtype: code for code, dtype in FLOATS.items()}
 _MARK = "tunix_gemma4"  # In the metadata of every file written here: this output may be replaced.
 _BLOCK_BYTES = 8 * 2**20
-_LONGEST_HEADER = 100 * 10**6  # The limit of the safetensors package.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,11 +118,17 @@ def read_directory(directory: Path) -> dict[str, StoredTensor]:
 
 
 def _read_index(index: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
-        return {str(name): str(file) for name, file in weight_map.items()}
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index}: expected JSON with a weight_map, found {error!r}") from error
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index}: expected a weight_map of tensors, found {weight_map!r}")
+    for name, file in weight_map.items():
+        plain = isinstance(file, str) and file == Path(file).name
+        if not plain or not file.endswith(".safetensors"):
+            raise ValueError(
+                f"{index}: weight_map[{name!r}]: expected the name of a .safetensors file beside "
+                f"it, found {file!r}"
+            )
+    return weight_map
 
 
 def _read_shards(directory: Path, weight_map: dict[str, str]) -> dict[str, StoredTensor]:
@@ -152,44 +161,59 @@ def read_header(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     """The tensors of one safetensors file and its metadata.
 
     Raises:
-        ValueError: the file is truncated or is no safetensors file.
+        ValueError: the file is truncated, or is none that the format allows: tensors that overlap
+            or leave holes, lengths that do not fit shape and dtype, names twice, stray bytes.
     """
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        start = stream.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 2 <= length <= _LONGEST_HEADER:
-            raise ValueError(f"{file}: not a safetensors file, or cut off ({size} bytes)")
-        header = stream.read(length)
-    if len(header) < length:
-        raise ValueError(_truncated(file, 8 + length, size))
     try:
-        content = json.loads(header)
-        metadata = content.pop("__metadata__", {})
-        tensors = {name: _stored(name, entry, file, 8 + length) for name, entry in content.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file}: not a safetensors file: {error!r} in its header") from error
-    end = max((tensor.offset + tensor.nbytes for tensor in tensors.values()), default=0)
-    if end > size:
-        raise ValueError(_truncated(file, end, size))
+        with safe_open(file, "numpy"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise ValueError(_unreadable(file, error)) from error
+    with file.open("rb") as stream:
+        length = struct.unpack("<Q", stream.read(8))[0]
+        header = stream.read(length)
+    content = json.loads(header, object_pairs_hook=lambda pairs: _once(file, pairs))
+    metadata = content.pop("__metadata__", None) or {}
+    tensors = {}
+    for name, entry in content.items():
+        begin, end = entry["data_offsets"]
+        place = 8 + length + begin, end - begin
+        tensors[name] = StoredTensor(name, file, entry["dtype"], tuple(entry["shape"]), *place)
     return tensors, metadata
 
 
-def _truncated(file: Path, expected: int, size: int) -> str:
+def _once(file: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of `pairs`; the package itself takes the last of equal names."""
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise ValueError(
+            f"{file}: not a valid safetensors file (in its header more than once: {listing(twice)})"
+        )
+    return result
+
+
+def _unreadable(file: Path, error: Exception) -> str:
+    """Why the package does not read `file`; it says of a truncated one only that it is wrong."""
+    size, described = file.stat().st_size if file.is_file() else 0, 0
+    with contextlib.suppress(Exception), file.open("rb") as stream:
+        length = min(struct.unpack("<Q", stream.read(8))[0], 10**8)
+        header = stream.read(length)
+        described = 8 + length if header.startswith(b"{") else 0
+        content = json.loads(header)
+        ends = [entry["data_offsets"][1] for name, entry in content.items() if name[:2] != "__"]
+        described += max(ends, default=0)
+    if described > size:
+        return (
+            f"{file}: truncated: its header describes {described:,} bytes, the file has {size:,}; "
+            "copy or download it again"
+        )
+    reason = str(error).removeprefix("Error while deserializing header: ")
     return (
-        f"{file}: truncated: its header describes {expected:,} bytes, the file has {size:,}; "
-        "copy or download it again"
+        f"{file}: not a valid safetensors file ({reason}; {size:,} bytes); copy or download it "
+        "again, or save it with the safetensors package"
     )
-
-
-def _stored(name: str, entry: dict[str, Any], file: Path, data: int) -> StoredTensor:
-    begin, end = entry["data_offsets"]
-    shape, code = tuple(entry["shape"]), entry["dtype"]
-    if code in FLOATS:
-        expected = int(np.prod(shape, dtype=np.int64)) * FLOATS[code].itemsize
-        if end - begin != expected:
-            raise ValueError(f"{name}: {expected} bytes by its shape, {end - begin} by its place")
-    return StoredTensor(name, file, code, shape, data + begin, end - begin)
 
 
 def listing(names: Iterable[str], most: int = 20) -> str:

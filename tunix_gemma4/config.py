@@ -244,6 +244,12 @@ class ModelConfig:
         return self.vision_config is not None and not self.text_only
 
     @property
+    def rows_of_embedding(self) -> int:
+        """Ids below this have a row in every table that tokens are looked up in."""
+        per_layer = self.vocab_size_per_layer_input if self.hidden_size_per_layer_input else None
+        return min(self.vocab_size, per_layer or self.vocab_size)
+
+    @property
     def remat(self) -> RematConfig:
         """`remat_config`, in whatever spelling it was given, as a member."""
         return RematConfig.parse(self.remat_config)

@@ -217,3 +217,23 @@ def refuse_unsupported(
                 raise ValueError(
                     f"{where}.{name}: found {settings[name]!r}; supported: {values[0]!r}"
                 )
+
+
+def refuse_ids_beyond(where: str, ids: Mapping[str, int], config: ModelConfig) -> None:
+    """Raises ValueError for tokens that have no row in the embedding.
+
+    Args:
+        where: they come from, for the message.
+        ids: by token.
+        config: of the model that would look them up.
+    """
+    rows = config.rows_of_embedding
+    beyond = {token: index for token, index in ids.items() if index >= rows}
+    if beyond:
+        token, index = max(beyond.items(), key=lambda item: item[1])
+        raise ValueError(
+            f"{where}: {len(beyond)} tokens have no row in the embedding, the last of them "
+            f"{token!r} with id {index}: there are {rows} rows (vocab_size). Resize it first "
+            "(transformers: model.resize_token_embeddings(len(tokenizer)), then save_pretrained), "
+            "or take the tokens out of the tokenizer"
+        )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from .checkpoint_files import (
     read_header,
     replacing,
 )
+from .config_json import read_json
 from .lora_layers import LoraConfig, LoraLinear, adapted, add_adapters, describe
 from .lora_targets import as_regex, linears
 from .model.stacking import require_single_layers
@@ -49,6 +51,25 @@ _HARMLESS = {
     "peft_version", "qalora_group_size", "r", "revision", "target_modules", "task_type",
     "use_rslora",
 }  # fmt: skip
+# Modules that PEFT adapts and this package does not, by a part of their name, and why.
+_NOT_CARRIED = {
+    "router": (
+        r"\.router\.",
+        "it decides in float32 which experts run, and no adapter moves it here; train with "
+        "exclude_modules='.*router.*'",
+    ),
+    "audio": (
+        r"\.(audio_tower|embed_audio)\.",
+        "the audio tower is not supported; train with exclude_modules='.*audio.*'",
+    ),
+    "experts": (r"\.experts\.", "their kernels are no projections; train without them"),
+    "head or embedding": (
+        r"(^|\.)(lm_head|embed_tokens\w*)\.",
+        "the embedding is the head here and neither is trained beside an adapter; train without "
+        "modules_to_save and with targets that leave both out, or train all weights",
+    ),
+}
+_TIED = ("lm_head", "embed_tokens")
 # Other initialisations (PiSSA, OLoRA, ...) also change the base weights.
 _INITS_THAT_KEEP_THE_BASE = (True, False, "gaussian", "eva", "orthogonal", None)
 
@@ -169,7 +190,7 @@ def load_adapter(model: nnx.Module, directory: str | Path) -> nnx.Module:
     """
     require_single_layers(model)
     directory = Path(directory)
-    config = _read_config(directory)
+    config = check_adapter(directory)
     tensors = _read_tensors(model, directory)
     present = adapted(model)
     if present:
@@ -195,18 +216,44 @@ def _tensor_names(name: str) -> tuple[str, str]:
     return _tensor_name(name, "A"), _tensor_name(name, "B")
 
 
+def check_adapter(directory: str | Path) -> LoraConfig:
+    """Rank and scale of an adapter, before its base is loaded.
+
+    Raises:
+        ValueError: for files that are absent or damaged, every setting under which the adapter
+            would compute otherwise, and tensors that no model here can carry.
+    """
+    directory = Path(directory)
+    config, names = _read_config(directory), _read_file(directory)
+    lines = []
+    for what, (pattern, reason) in _NOT_CARRIED.items():
+        found = [name for name in names if re.search(pattern, name)]
+        if found:
+            lines.append(f"{what} ({len(found)} tensors, such as {found[0]}): {reason}")
+    if lines:
+        raise ValueError("\n".join([f"{directory / TENSORS}: what cannot be carried:", *lines]))
+    return config
+
+
 def _read_config(directory: Path) -> LoraConfig:
-    """Rank and scale; raises for every setting under which the adapter would compute otherwise."""
     file = directory / CONFIG
     if not file.is_file():
         raise ValueError(f"{file}: no such file; expected an adapter directory as PEFT writes it")
-    try:
-        settings = json.loads(file.read_text("utf-8"))
-        kind, rank, alpha = (settings[key] for key in ("peft_type", "r", "lora_alpha"))
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file}: not an adapter's configuration ({error!r})") from error
+    settings = read_json(file)
+    kind = settings.get("peft_type")
     if kind != "LORA":
         raise ValueError(f"{file}: peft_type: found {kind!r}; supported: 'LORA'")
+    rank, alpha = settings.get("r"), settings.get("lora_alpha")
+    if type(rank) is not int or rank < 1:
+        raise ValueError(f"{file}: r: expected a whole number of at least 1, found {rank!r}")
+    if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
+        raise ValueError(f"{file}: lora_alpha: expected a positive number, found {alpha!r}")
+    saved = settings.get("modules_to_save")
+    saved = saved if isinstance(saved, list) else ()
+    tied = [str(name) for name in saved if str(name).split(".")[-1] in _TIED]
+    if tied:
+        reason = _NOT_CARRIED["head or embedding"][1]
+        raise ValueError(f"{file}: modules_to_save: found {', '.join(tied)}: {reason}")
     # PEFT writes every setting it has; those it does not use are None, False or empty.
     unsupported = {
         key: value
@@ -216,32 +263,47 @@ def _read_config(directory: Path) -> LoraConfig:
     init = settings.get("init_lora_weights")
     if init not in _INITS_THAT_KEEP_THE_BASE:
         unsupported["init_lora_weights"] = init
+    rslora = settings.get("use_rslora")
+    if rslora not in (True, False, None):
+        unsupported["use_rslora"] = rslora
     if unsupported:
         raise ValueError(
             f"{file}: unsupported settings {unsupported}; supported are plain LoRA adapters of "
             "one rank and alpha, without biases or other trained modules"
         )
-    return LoraConfig(rank=rank, alpha=alpha, use_rslora=bool(settings.get("use_rslora")))
+    return LoraConfig(rank=rank, alpha=alpha, use_rslora=bool(rslora))
 
 
-def _read_tensors(model: nnx.Module, directory: Path) -> dict[str, StoredTensor]:
-    """The adapter's tensors, by the names that we write."""
+def _read_file(directory: Path) -> dict[str, StoredTensor]:
     file = directory / TENSORS
     if not file.is_file():
         raise ValueError(
             f"{file}: no such file; an adapter saved as adapter_model.bin has to be saved again "
             "by PEFT with safe_serialization=True"
         )
+    return read_header(file)[0]
+
+
+def _read_tensors(model: nnx.Module, directory: Path) -> dict[str, StoredTensor]:
+    """The adapter's tensors, by the names that we write."""
     tensors, skipped = {}, []
-    for name, tensor in read_header(file)[0].items():
-        # A model class without vision calls the same decoder `model.layers`.
-        name = name.replace(f"{_PREFIX}model.layers.", f"{_PREFIX}model.language_model.layers.")
+    for name, tensor in _read_file(directory).items():
+        # A model class without vision has no `language_model` in its names.
+        name = re.sub(
+            rf"^{re.escape(_PREFIX)}model\.(layers|per_layer_model_projection)\.",
+            rf"{_PREFIX}model.language_model.\1.",
+            name,
+        )
+        if name in tensors:
+            raise ValueError(f"{directory / TENSORS}: {name} is there under two spellings")
         if _is_never_computed(model, name):
             skipped.append(name)
         else:
             tensors[name] = tensor
     if skipped:
-        logging.info("%s: skipped keys and values of layers that reuse others': %s", file, skipped)
+        logging.info(
+            "%s: skipped keys and values of layers that reuse others': %s", directory, skipped
+        )
     return tensors
 
 
@@ -289,6 +351,6 @@ def _check_tensors(
     if not expected and not lines:
         lines = ["it holds no tensors"]
     if lines:
-        vision = any("vision_tower" in name for name in complaints["unexpected"])
+        vision = any("vision" in name for name in complaints["unexpected"])
         hint = " Load the model with text_only=False?" if vision else ""
         raise ValueError("\n".join([f"{directory} does not fit this model.{hint}", *lines]))

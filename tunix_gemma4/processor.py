@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from .config import ModelConfig
+from .config_checks import refuse_ids_beyond
 from .processor_chat import ChatFormat, special_tokens, text_tokenizer
 from .processor_conversation import Conversation, read_conversation
 from .processor_images import ImagePacker
@@ -121,6 +122,7 @@ class Processor:
                 "checkpoint here"
             )
         tokenizer = AutoTokenizer.from_pretrained(directory)
+        refuse_ids_beyond(str(directory), tokenizer.get_vocab(), config)
         if not tokenizer.chat_template:
             raise ValueError(
                 f"{directory}: it has no chat template, as the pre-trained checkpoints have none; "

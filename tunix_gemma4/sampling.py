@@ -20,6 +20,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from .config import ModelConfig
+from .config_checks import refuse_ids_beyond
 from .model.merge import check_images
 from .model.stacking import unstack_layers
 from .processor import Batch
@@ -174,6 +175,8 @@ def _check_prompts(config: ModelConfig, batch: Batch, image_repeats: int) -> Non
             "batch: expected left-padded rows, found padding in the last column of row "
             f"{int(jnp.argmin(last))}; collate with side='left'"
         )
+    largest = int(jnp.max(jnp.asarray(batch.tokens)))
+    refuse_ids_beyond("batch", {str(largest): largest}, config)
     check_images(config, batch.tokens, batch.images, image_repeats)
     expected = (jnp.asarray(batch.tokens) == config.image_token_id).sum(axis=1)
     found = jnp.zeros_like(expected)
