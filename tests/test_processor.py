@@ -328,8 +328,8 @@ def test_merged_assistant_messages_are_learnt_together_but_not_in_part(with_temp
     )
     processor = with_template(old, new)
     example = processor.encode([QUESTION, ANSWER, ANSWER])
-    assert runs(processor, example)[1:] == [("77<turn|>", 1), ("\n", 0)]
-    with pytest.raises(ValueError, match="writes 1 model turns for 2 assistant messages"):
+    assert runs(processor, example)[1:] == [("7\n7<turn|>", 1), ("\n", 0)]
+    with pytest.raises(ValueError, match="message 2: it follows an assistant message, and one"):
         processor.encode({"prompt": [QUESTION, ANSWER], "completion": [ANSWER]})
 
 
@@ -345,7 +345,7 @@ def test_template_of_another_family_is_refused(with_template):
     ("generation", "eos", "expected"),
     [
         ({"eos_token_id": [1, 9, 14]}, [1, 9], (1, 9, 14)),
-        ({"eos_token_id": 1}, [1, 9], (1,)),
+        ({"eos_token_id": 1}, [1, 9], (1, 9)),  # A base model's, without the end of a turn.
         ({}, [1, 5], (1, 5, 9)),
         (None, 1, (1, 9)),
         (None, None, (1, 9)),

@@ -130,7 +130,6 @@ REFUSED = {
     "empty": ([], "the conversation is empty"),
     "message": (["hello"], "message 0: expected an object .* found 'hello'"),
     "role": ([{"role": "boss", "content": "a"}], "message 0: there is no role 'boss'"),
-    "tool_role": ([user(TEXT), {"role": "tool", "content": "a"}], "message 1: .*tool turns"),
     "no_role": ([{"content": "a"}], "message 0: there is no role None"),
     "no_content": ([{"role": "user"}], "message 0: expected its content .* found NoneType"),
     "number": ([{"role": "user", "content": 7}], "message 0: .* found int"),
@@ -149,8 +148,6 @@ REFUSED = {
         "1 images .* have 0 image parts without",
     ),
     "nowhere": ({"messages": [ANSWER], "images": ["a"]}, "no user message to hold them"),
-    "tools": ({"messages": [user(TEXT)], "tools": [{}]}, "'tools' are not supported"),
-    "tool_calls": ([user(TEXT), ANSWER | {"tool_calls": [{}]}], "message 1: 'tool_calls' are not"),
 }
 
 

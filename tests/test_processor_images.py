@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images of every form become RGB, and RGB images become patches."""
 
+import base64
 import io
+import json
+from urllib.parse import quote
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from tunix_gemma4.config_parts import VisionConfig
-from tunix_gemma4.processor_images import ImagePacker, to_rgb
+from tunix_gemma4.processor_images import ImagePacker, soft_tokens_of, to_rgb
 
 VISION = VisionConfig(patch_size=4, pooling_kernel_size=2, position_embedding_size=160)
 
@@ -28,6 +31,10 @@ def png(array):
     return buffer.getvalue()
 
 
+def base64_of(array):
+    return base64.b64encode(png(array)).decode()
+
+
 FORMS = {
     "pil": lambda array, path: Image.fromarray(array),
     "array": lambda array, path: array,
@@ -37,6 +44,10 @@ FORMS = {
     "string": lambda array, path: str(path),
     "file_url": lambda array, path: f"file://{path}",
     "datasets_bytes": lambda array, path: {"bytes": png(array), "path": None},
+    "data_url": lambda array, path: f"data:image/png;base64,{base64_of(array)}",
+    "data_url_in_percents": lambda array, path: "data:image/png," + quote(png(array)),
+    "base64": lambda array, path: base64_of(array),
+    "base64_in_lines": lambda array, path: base64.encodebytes(png(array)).decode(),
     "datasets_path": lambda array, path: {"bytes": None, "path": str(path)},
 }
 
@@ -57,9 +68,28 @@ def test_grey_arrays_become_three_equal_channels(shape):
     np.testing.assert_array_equal(image, np.repeat(grey.reshape(6, 5, 1), 3, axis=2))
 
 
-def test_alpha_is_dropped():
-    array = np.dstack([picture(), picture(seed=1)[..., :1]])
-    np.testing.assert_array_equal(np.asarray(to_rgb(array)), array[..., :3])
+def transparent(mode):
+    """Black ink on a transparent ground, in a mode that can say so."""
+    grey = Image.new("L", (8, 8))
+    ground = Image.fromarray(np.uint8(np.arange(64).reshape(8, 8) % 3 != 0) * 255)
+    if mode == "P":
+        image = ground.convert("P")
+        image.putpalette([0, 0, 0] * 255 + [0, 0, 0])
+        image.info["transparency"] = 0
+        return image
+    image = Image.merge("LA", (grey, ground))
+    return image if mode == "LA" else image.convert("RGBA")
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_transparent_becomes_white(mode):
+    ink = np.arange(64).reshape(8, 8) % 3 != 0
+    image = transparent(mode)
+    expected = np.repeat(np.where(ink, 0, 255)[..., None], 3, axis=2)
+    np.testing.assert_array_equal(np.asarray(to_rgb(image)), expected)
+    assert not np.asarray(to_rgb(image, transformers_alpha=True)).any()
+    half = np.full((2, 2, 4), [0, 0, 0, 128], np.uint8)
+    assert (np.asarray(to_rgb(half)) == 127).all()
 
 
 def test_photograph_is_turned_upright_as_its_exif_says(tmp_path):
@@ -83,7 +113,9 @@ REFUSED = {
     "object": (object(), "found object"),
     "nothing": (None, "found NoneType"),
     "address": ("https://example.org/cat.png", "is an address; only files are read"),
-    "data_address": ("data:image/png;base64,AAAA", "is an address; only files are read"),
+    "data_without_image": ("data:image/png;base64,AAAA", "'data:image/png;base64,AAAA'... cannot"),
+    "data_broken": ("data:image/png;base64,A", "is no base64"),
+    "data_empty": ("data:image/png", "expected data:TYPE;base64,CONTENT"),
     "no_file": ("no/such/file.png", "there is no file 'no/such/file.png'"),
     "no_image": (b"plain text", "the given bytes cannot be decoded as an image"),
     "truncated": (png(picture(64, 64))[:500], "cannot be decoded as an image"),
@@ -94,6 +126,36 @@ REFUSED = {
 def test_refused(value, message):
     with pytest.raises(ValueError, match=message):
         to_rgb(value)
+
+
+def test_a_long_string_that_is_no_image_is_not_repeated():
+    for value in ("A" * 5000, "x/" * 5000, "data:" + "y" * 5000):
+        with pytest.raises(ValueError) as error:
+            to_rgb(value)
+        assert len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("files", "given", "budget"),
+    [
+        ({}, None, 280),
+        ({}, 70, 70),
+        ({"processor_config.json": {"image_processor": {"max_soft_tokens": 560}}}, None, 560),
+        ({"preprocessor_config.json": {"max_soft_tokens": 1120}}, None, 1120),
+        ({"processor_config.json": {}, "preprocessor_config.json": {}}, None, 280),
+        ({"processor_config.json": {"image_processor": {"max_soft_tokens": 560}}}, 140, 140),
+    ],
+)
+def test_budget_is_the_given_one_or_the_directorys(tmp_path, files, given, budget):
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    assert soft_tokens_of(tmp_path, given) == budget
+
+
+def test_a_directorys_budget_that_no_model_has_is_named(tmp_path):
+    (tmp_path / "processor_config.json").write_text('{"image_processor": {"max_soft_tokens": 99}}')
+    with pytest.raises(ValueError, match=r"processor_config.json: max_soft_tokens is 99, expected"):
+        soft_tokens_of(tmp_path)
 
 
 def test_patches_are_rows_of_pixels_with_their_place_behind(packer):

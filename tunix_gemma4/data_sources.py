@@ -5,12 +5,17 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-# Where a row may hold images, and under which keys their paths stand.
-_FIELDS = (
-    *("messages", "conversations", "prompt", "completion", "chosen", "rejected"),
-    *("images", "image"),
+from .processor_images import is_path
+from .processor_keys import ANSWERS, CHOSEN, CONVERSATIONS, IMAGE_PARTS, IMAGES, PROMPTS, REJECTED
+
+# Keys of lists of images, and those under which messages and parts may stand in each other.
+_IMAGES = (*IMAGES, "rejected_images")
+# What else stands beside the path in an image part.
+_NO_PATHS = ("type", "text", "detail", "media_type", "data", "bytes", "base64", "cache_control")
+_NESTED = (
+    *(*CONVERSATIONS, *PROMPTS, *ANSWERS, *CHOSEN, *REJECTED),
+    *("input", "content", "value"),
 )
-_PATH_KEYS = ("images", "image", "path", "url", "image_url")
 
 
 class Rows:
@@ -37,8 +42,8 @@ class Rows:
             return row
         if not isinstance(row, Mapping):
             return _anchored(row, self._folder)
-        fields = {key: _anchored(row[key], self._folder, key) for key in _FIELDS if key in row}
-        return {**row, **fields}
+        images = {key: _with_paths(row[key], self._folder) for key in _IMAGES if key in row}
+        return {**_anchored(row, self._folder), **images}
 
     def place(self, index: int) -> str:
         """How messages to the user call row `index`."""
@@ -125,13 +130,27 @@ def _open(path: Path):
     return _OPENERS[path.suffix](path)
 
 
-def _anchored(value, folder: Path, key: str = ""):
-    """`value` with every relative path of an image in it put under `folder`."""
-    if isinstance(value, str):
-        is_address = "://" in value or value.startswith("data:")
-        return str(folder / value) if key in _PATH_KEYS and not is_address else value
-    if isinstance(value, Mapping):
-        return {inner: _anchored(part, folder, inner) for inner, part in value.items()}
+def _anchored(value, folder: Path):
+    """`value` with the relative paths in image parts put under `folder`; all else stays.
+
+    What a tool was asked or answered is data, whatever its keys are called.
+    """
     if isinstance(value, list):
-        return [_anchored(part, folder, key) for part in value]
-    return value
+        return [_anchored(part, folder) for part in value]
+    if not isinstance(value, Mapping) or value.get("type") == "tool_use":
+        return value
+    if value.get("type") in IMAGE_PARTS:
+        return _with_paths(value, folder)
+    return {key: _anchored(part, folder) if key in _NESTED else part for key, part in value.items()}
+
+
+def _with_paths(value, folder: Path):
+    """An image, or several, whose strings are paths unless they are addresses or base64."""
+    if isinstance(value, str):
+        return str(folder / value) if is_path(value) else value
+    if isinstance(value, Mapping):
+        return {
+            key: part if key in _NO_PATHS else _with_paths(part, folder)
+            for key, part in value.items()
+        }
+    return [_with_paths(part, folder) for part in value] if isinstance(value, list) else value

@@ -19,9 +19,12 @@ from jaxtyping import Float, Int
 
 from .config import ModelConfig
 from .config_checks import refuse_ids_beyond
-from .processor_chat import ChatFormat, special_tokens, text_tokenizer
+from .processor_chat import ChatFormat, Segment, special_tokens, text_tokenizer
 from .processor_conversation import Conversation, read_conversation
-from .processor_images import ImagePacker
+from .processor_images import ImagePacker, soft_tokens_of
+from .processor_turns import each_turn, keep_thoughts
+
+THOUGHTS = ("last", "none", "each_turn")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -31,6 +34,7 @@ class Example:
     tokens: Int[np.ndarray, " T"]
     loss_mask: Int[np.ndarray, " T"]  # 1: this token is learnt
     images: Float[np.ndarray, "I M C"] | None  # None: no images
+    thoughts_left_out: int = 0  # of earlier turns
 
 
 @flax.struct.dataclass
@@ -62,7 +66,7 @@ class Processor:
     Attributes:
         tokenizer: the directory's own.
         chat: its chat template's format.
-        stop_ids: tokens that end an answer.
+        stop_ids: tokens that end an answer; the one that ends a turn is always among them.
         max_soft_tokens: the most soft tokens an image may become.
         image_token_id, boi_token_id, eoi_token_id, pad_token_id: ids.
     """
@@ -75,9 +79,14 @@ class Processor:
         max_soft_tokens: int,
         *,
         thinking: bool = False,
+        thoughts: str = "last",
+        transformers_alpha: bool = False,
     ):
+        if thoughts not in THOUGHTS:
+            raise ValueError(f"thoughts: expected one of {THOUGHTS}, found {thoughts!r}")
         self.tokenizer = tokenizer
         self.max_soft_tokens = max_soft_tokens
+        self._thoughts = thoughts
         self.image_token_id = config.image_token_id
         self.boi_token_id, self.eoi_token_id = config.boi_token_id, config.eoi_token_id
         self.pad_token_id = config.pad_token_id
@@ -92,25 +101,39 @@ class Processor:
         self.chat = ChatFormat(tokenizer, sorted(special), thinking=thinking)
         if stop_ids is None:
             eos = config.eos_token_id
-            eos = [eos] if isinstance(eos, int) else list(eos)
-            stop_ids = dict.fromkeys([*eos, self._special_ids[self.chat.turn_end]])
-        self.stop_ids = tuple(stop_ids)
+            stop_ids = [eos] if isinstance(eos, int) else list(eos)
+        # A base model's list lacks what an answer ends with.
+        self.stop_ids = tuple(dict.fromkeys([*stop_ids, self._special_ids[self.chat.turn_end]]))
         self._packer, self._no_images = None, "the checkpoint has no vision_config"
         if config.model_type != "gemma4":
             self._no_images = f"images of model_type {config.model_type!r} are not supported yet"
         elif config.vision_config is not None:
-            self._packer = ImagePacker(config.vision_config, max_soft_tokens)
+            self._packer = ImagePacker(
+                config.vision_config, max_soft_tokens, transformers_alpha=transformers_alpha
+            )
 
     @classmethod
     def from_pretrained(
-        cls, directory: str | Path, max_soft_tokens: int = 280, *, thinking: bool = False
+        cls,
+        directory: str | Path,
+        max_soft_tokens: int | None = None,
+        *,
+        thinking: bool = False,
+        thoughts: str = "last",
+        transformers_alpha: bool = False,
     ) -> Processor:
         """Reads tokenizer, chat template, special ids and stop list from a checkpoint directory.
 
         Args:
             directory: as Hugging Face writes it.
-            max_soft_tokens: the most soft tokens an image may become: 70, 140, 280, 560 or 1120.
+            max_soft_tokens: the most soft tokens an image may become: 70, 140, 280, 560 or 1120;
+                None: what the directory's processor_config.json says, or 280.
             thinking: passed to the chat template as `enable_thinking`.
+            thoughts: which of a row's thoughts are learnt: "last", those of its last turn, as
+                earlier ones are out of sight when a model is asked; "none"; or "each_turn", for
+                which `encode_all` makes a row of each turn.
+            transformers_alpha: drop the transparency of images, as transformers does, instead of
+                laying them on white.
         """
         from transformers import AutoTokenizer
 
@@ -138,7 +161,15 @@ class Processor:
         elif isinstance(stop, int):
             stop = [stop]
         try:
-            return cls(tokenizer, config, stop, max_soft_tokens, thinking=thinking)
+            return cls(
+                tokenizer,
+                config,
+                stop,
+                soft_tokens_of(directory, max_soft_tokens),
+                thinking=thinking,
+                thoughts=thoughts,
+                transformers_alpha=transformers_alpha,
+            )
         except ValueError as error:
             raise ValueError(f"{directory}: {error}") from error
 
@@ -194,6 +225,9 @@ class Processor:
                 "there is no assistant message to learn; add one, or build prompts with "
                 "add_generation_prompt=True"
             )
+        if read.text is not None:
+            return self._encode_text(read, add_generation_prompt=add_generation_prompt)
+        read, left_out = keep_thoughts(read, self._thoughts, prompt=add_generation_prompt)
         images, counts = self._pack(read)
         segments = self.chat.segments(read, add_generation_prompt=add_generation_prompt)
         placeholders = sum(s.special and s.text == self._image_token for s in segments)
@@ -202,27 +236,96 @@ class Processor:
                 f"the chat template writes {placeholders} image placeholders for {len(counts)} "
                 "images"
             )
+        tokens, loss_mask = self._tokens(segments, counts)
+        return self._example(tokens, loss_mask, images, left_out)
+
+    def encode_all(self, conversation: Any) -> list[Example]:
+        """One row to learn from as the examples it makes: one, or one for each of its turns.
+
+        Args:
+            conversation: see `encode`.
+        """
+        if self._thoughts != "each_turn":
+            return [self.encode(conversation)]
+        read = conversation
+        if not isinstance(conversation, Conversation):
+            read = read_conversation(conversation)
+        # A row without anything to learn says so in `encode`.
+        return [self.encode(turn) for turn in each_turn(read) or [read]]
+
+    def _tokens(
+        self, segments: Sequence[Segment], counts: Sequence[int]
+    ) -> tuple[list[int], list[int]]:
+        """Ids, and 1 where one is supervised; `counts` are the images' soft tokens."""
         texts = [segment.text for segment in segments if not segment.special]
         pieces = iter(self._text_tokenizer.encode_batch(texts, add_special_tokens=False))
-        counts = iter(counts)
+        soft = iter(counts)
         tokens, loss_mask = [], []
         for segment in segments:
+            supervised = segment.supervised
             if not segment.special:
                 ids = next(pieces).ids
             elif segment.text == self._image_token:
-                soft = [self.image_token_id] * next(counts)
-                ids = [self.boi_token_id, *soft, self.eoi_token_id]
+                ids = self._placeholders(next(soft))
+                supervised = False  # A model reads images and does not write them.
             else:
                 ids = [self._special_ids[segment.text]]
             tokens += ids
-            loss_mask += [int(segment.supervised)] * len(ids)
-        return Example(np.array(tokens, np.int32), np.array(loss_mask, np.int32), images)
+            loss_mask += [int(supervised)] * len(ids)
+        return tokens, loss_mask
+
+    def _placeholders(self, count: int) -> list[int]:
+        return [self.boi_token_id, *[self.image_token_id] * count, self.eoi_token_id]
+
+    def _example(
+        self,
+        tokens: list[int],
+        loss_mask: list[int],
+        images: Float[np.ndarray, "I M C"] | None,
+        left_out: int = 0,
+    ) -> Example:
+        """With the tokenizer's `<bos>` in front, once, whatever the template writes."""
+        bos = self.tokenizer.bos_token_id
+        own = next((index for index, token in enumerate(tokens) if token != bos), len(tokens))
+        return Example(
+            np.array([bos, *tokens[own:]], np.int32),
+            np.array([0, *loss_mask[own:]], np.int32),
+            images,
+            left_out,
+        )
+
+    def _encode_text(self, read: Conversation, *, add_generation_prompt: bool) -> Example:
+        """A prompt that already follows the template, and the answer that goes on with it."""
+        prompt = self.encode_templated(read.text, read.images)
+        if add_generation_prompt:
+            return prompt
+        if self.chat.header not in read.text.rpartition(self.chat.turn_start)[2]:
+            raise ValueError(
+                "the prompt follows the chat template and does not end where an answer begins; "
+                f"expected {self.chat.turn_start + self.chat.header!r} at its end"
+            )
+        if [message["role"] for message in read.messages] != ["assistant"]:
+            raise ValueError(
+                "the prompt follows the chat template, so that its answer has to be one text; "
+                "give both as messages"
+            )
+        (message,) = read.messages
+        if not isinstance(message["content"], str) or message.get("tool_calls"):
+            raise ValueError("the prompt follows the chat template, its answer has to be a string")
+        if self._thoughts == "none":
+            message = {key: message[key] for key in ("role", "content")}
+        tokens, loss_mask = self._tokens(self.chat.answer(message), [])
+        tokens, loss_mask = (
+            [*before.tolist(), *after]
+            for before, after in ((prompt.tokens, tokens), (prompt.loss_mask, loss_mask))
+        )
+        return self._example(tokens, loss_mask, prompt.images)
 
     def encode_templated(self, text: str, images: Sequence[Any]) -> Example:
         """A prompt that already follows the chat template, `<|image|>` standing for each image.
 
         Unlike in `encode`, special tokens in `text` are special. The first token is the tokenizer's
-        `<bos>`, whether `text` begins with it or not.
+        `<bos>`, once, however often `text` begins with it.
         """
         packed, counts = self._pack(Conversation([], list(images), []))
         pieces = text.split(self._image_token)
@@ -231,14 +334,12 @@ class Processor:
                 f"the prompt has {len(pieces) - 1} times {self._image_token} and {len(counts)} "
                 "images; write one where each image goes, or give the prompt as a list of messages"
             )
-        tokens = [] if text.startswith(self.tokenizer.bos_token) else [self.tokenizer.bos_token_id]
+        tokens: list[int] = []
         for piece, count in zip(pieces, [*counts, None], strict=True):
             tokens += self.tokenizer.encode(piece, add_special_tokens=False)
             if count is not None:
-                soft = [self.image_token_id] * count
-                tokens += [self.boi_token_id, *soft, self.eoi_token_id]
-        ids = np.array(tokens, np.int32)
-        return Example(ids, np.zeros_like(ids), packed)
+                tokens += self._placeholders(count)
+        return self._example(tokens, [0] * len(tokens), packed)
 
     def _pack(self, read: Conversation) -> tuple[Float[np.ndarray, "I M C"] | None, list[int]]:
         if not read.images:

@@ -8,10 +8,11 @@ model turn and what a generation prompt puts before the answer are found by rend
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from .processor_conversation import Conversation
+from .processor_turns import Turn, model_turns
 
 # What a model writes itself. In its turns these stay tokens; all other special tokens, and in
 # other turns these too, are taken as the text that somebody typed.
@@ -20,6 +21,10 @@ _GRAMMAR = (
     *("<|tool_response>", "<tool_response|>", '<|"|>'),
 )
 _TOOL_RESPONSE = ("<|tool_response>", "<tool_response|>")
+_CHANNEL = ("<|channel>", "<channel|>")
+_QUESTION = [{"role": "user", "content": "question"}]
+# Arguments of `apply_chat_template` that are not the template's.
+_RENDERING = ("messages", "tools", "add_generation_prompt", "tokenize", "chat_template")
 
 
 class Segment(NamedTuple):
@@ -44,19 +49,18 @@ class ChatFormat:
         self._tokenizer, self._thinking = tokenizer, thinking
         self._special = _any_of(special_tokens)
         self._special_in_answer = _any_of([t for t in special_tokens if t not in _GRAMMAR])
+        self._prefixes: dict[str, list[Segment]] = {}
+        self._has_tool_turns: bool | None = None
         self._learn_turns()
 
     def _learn_turns(self) -> None:
-        question = [{"role": "user", "content": "question"}]
-        before = self.render(question)
-        prompt = self.render(question, add_generation_prompt=True)
-        answered = self.render([*question, {"role": "assistant", "content": "answer"}])
-        pieces = list(self._split(prompt.removeprefix(before)))
+        before, pieces = self._opening({})
+        answered = self.render([*_QUESTION, {"role": "assistant", "content": "answer"}])
         closing = [
             piece.text for piece in self._split(answered.rpartition("answer")[2]) if piece.special
         ]
         well_formed = (
-            prompt.startswith(before)
+            before is not None
             and len(pieces) > 1
             and pieces[0].special
             and "\n" in pieces[1].text
@@ -68,22 +72,46 @@ class ChatFormat:
                 f"newline, the content and a special token; a question and answer give {answered!r}"
             )
         self.turn_start, self.turn_end = pieces[0].text, closing[0]
-        role, newline, rest = pieces[1].text.partition("\n")
-        self.header = role + newline
-        self.prefix = [Segment(rest, False)] * bool(rest) + pieces[2:]
+        self.header = "".join(pieces[1].text.partition("\n")[:2])
+        self.prefix = self._prefix({})
 
-    def render(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = False) -> str:
+    def _opening(self, arguments: Mapping[str, Any]) -> tuple[str | None, list[Segment]]:
+        """A question, and what the generation prompt puts behind it; None if it changes both."""
+        before = self.render(_QUESTION, arguments=arguments)
+        prompt = self.render(_QUESTION, add_generation_prompt=True, arguments=arguments)
+        pieces = list(self._split(prompt.removeprefix(before)))
+        return (before if prompt.startswith(before) else None), pieces
+
+    def _prefix(self, arguments: Mapping[str, Any]) -> list[Segment]:
+        """What stands between a model turn's header and an answer under these arguments."""
+        key = repr(sorted(arguments.items()))
+        if key not in self._prefixes:
+            _, pieces = self._opening(arguments)
+            rest = pieces[1].text.partition("\n")[2]
+            self._prefixes[key] = [Segment(rest, False)] * bool(rest) + pieces[2:]
+        return self._prefixes[key]
+
+    def render(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        add_generation_prompt: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+        arguments: Mapping[str, Any] | None = None,
+    ) -> str:
         """What the template makes of `messages`."""
         import jinja2
 
+        settings = {"enable_thinking": self._thinking} | dict(arguments or {})
         try:
             return self._tokenizer.apply_chat_template(
                 messages,
+                tools=tools,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
-                enable_thinking=self._thinking,
+                **settings,
             )
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, TypeError, KeyError) as error:
             raise ValueError(f"the chat template refuses the conversation: {error}") from error
 
     def segments(
@@ -92,31 +120,90 @@ class ChatFormat:
         """The rendered conversation in pieces; supervised are the trained answers and their end.
 
         Where the generation prompt has a prefix, it stands before each trained answer too,
-        unsupervised, because that is what the answer will follow when it is generated.
+        unsupervised, because that is what the answer will follow when it is generated. Thoughts
+        are put before the answers by this method, whatever the template does with them.
+
+        Raises:
+            ValueError: also where something of a trained turn is not in what the template writes.
         """
-        messages, restore = self._hide(conversation.messages)
-        rendered = self.render(messages, add_generation_prompt=add_generation_prompt)
+        self._check_arguments(conversation.arguments)
+        turns = model_turns(conversation)
+        given = [_without_thought(message) for message in conversation.messages]
+        if any(message["role"] == "tool" for message in given) and not self._knows_tool_turns():
+            given = _with_results_inside(given)
+        (messages, tools), restore = self._hide(given, conversation.tools)
+        rendered = self.render(
+            messages,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            arguments=conversation.arguments,
+        )
         pieces = [
             piece if piece.special else piece._replace(text=restore(piece.text))
             for piece in self._split(rendered)
         ]
-        if add_generation_prompt:
+        _check_tools(conversation, "".join(piece.text for piece in pieces))
+        if add_generation_prompt and not any(turn.thoughts for turn in turns):
             return pieces
-        return self._supervise(pieces, conversation.trained)
+        prefix = self._prefix(conversation.arguments)
+        return self._supervise(pieces, turns, prefix, prompt=add_generation_prompt)
 
-    def _hide(self, messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], Any]:
+    def answer(self, message: Mapping[str, Any]) -> list[Segment]:
+        """An answer by itself, all of it supervised, with the token that ends its turn."""
+        text = message["content"].rstrip().removesuffix(self.turn_end)
+        pieces: list[Segment] = []
+        end = 0
+        for match in self._special.finditer(text):
+            if match[0] in _GRAMMAR:
+                before = text[end : match.start()]
+                pieces += [Segment(before, False)] * bool(before) + [Segment(match[0], True)]
+                end = match.end()
+        pieces += [Segment(text[end:], False)] * bool(text[end:]) + [Segment(self.turn_end, True)]
+        if message.get("reasoning_content"):
+            pieces = [*_thought(message["reasoning_content"]), *pieces]
+        return _learnt(pieces)
+
+    def _check_arguments(self, arguments: Mapping[str, Any]) -> None:
+        """Refuses arguments that the template does not look at."""
+        template = str(self._tokenizer.chat_template)
+        for name in arguments:
+            if name in _RENDERING or not re.search(rf"\b{re.escape(name)}\b", template):
+                raise ValueError(
+                    f"'chat_template_kwargs': the chat template has no argument {name!r}; remove it"
+                )
+
+    def _knows_tool_turns(self) -> bool:
+        """Whether the template takes what a tool answered as a message, or inside the call's."""
+        if self._has_tool_turns is None:
+            call = {"type": "function", "function": {"name": "probe", "arguments": {}}}
+            asked = [*_QUESTION, {"role": "assistant", "content": "", "tool_calls": [call]}]
+            result = {"role": "tool", "name": "probe", "content": "result"}
+            try:
+                rendered = self.render([*asked, result])
+            except ValueError:
+                rendered = ""
+            before, found, _ = rendered.partition("result")
+            self._has_tool_turns = bool(found) and _TOOL_RESPONSE[0] in before
+        return self._has_tool_turns
+
+    def _hide(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None
+    ) -> tuple[tuple[Any, Any], Any]:
         """Replaces special tokens that stand in texts by marks; `restore` puts them back."""
-        texts = [text for message in messages for text in _texts(message)]
-        used = set().union(*texts)
+        used = set().union(*_strings(messages), *_strings(tools))
         mark = next(chr(code) for code in range(0xE000, 0xF900) if chr(code) not in used)
         hidden: list[str] = []
 
-        def hide(text: str, special: re.Pattern) -> str:
+        def hide(value: Any, special: re.Pattern) -> Any:
             def replace(match: re.Match) -> str:
                 hidden.append(match[0])
                 return f"{mark}{len(hidden) - 1}{mark}"
 
-            return special.sub(replace, text)
+            if isinstance(value, str):
+                return special.sub(replace, value)
+            if isinstance(value, Mapping):
+                return {key: hide(part, special) for key, part in value.items()}
+            return [hide(part, special) for part in value] if isinstance(value, list) else value
 
         def restore(text: str) -> str:
             return re.sub(f"{mark}(\\d+){mark}", lambda match: hidden[int(match[1])], text)
@@ -124,19 +211,15 @@ class ChatFormat:
         result = []
         for message in messages:
             answer = message["role"] == "assistant"
-            special = self._special_in_answer if answer else self._special
-            message = dict(message)
-            for key in message.keys() - {"role"}:
-                value = message[key]
-                if isinstance(value, str):
-                    message[key] = hide(value, special)
-                else:
-                    message[key] = [
-                        part | {"text": hide(part["text"], special)} if "text" in part else part
-                        for part in value
-                    ]
-            result.append(message)
-        return result, restore
+            # Calls and results are data: what looks like a token in them is not one.
+            special = {"content": self._special_in_answer} if answer else {}
+            result.append(
+                {
+                    key: value if key == "role" else hide(value, special.get(key, self._special))
+                    for key, value in message.items()
+                }
+            )
+        return (result, hide(tools, self._special)), restore
 
     def _split(self, rendered: str) -> Iterator[Segment]:
         """Special tokens and the text between them."""
@@ -149,7 +232,9 @@ class ChatFormat:
         if end < len(rendered):
             yield Segment(rendered[end:], False)
 
-    def _supervise(self, pieces: list[Segment], trained: list[bool]) -> list[Segment]:
+    def _supervise(
+        self, pieces: list[Segment], turns: list[Turn], prefix: list[Segment], *, prompt: bool
+    ) -> list[Segment]:
         starts = [
             index
             for index, (piece, following) in enumerate(zip(pieces, pieces[1:], strict=False))
@@ -157,57 +242,136 @@ class ChatFormat:
             and not following.special
             and following.text.startswith(self.header)
         ]
-        if len(set(trained)) == 1:
-            trained = trained[:1] * len(starts)
-        if len(trained) != len(starts):
+        if prompt:
+            starts = starts[: len(turns)]  # Behind them is the turn that is asked for.
+        elif len(starts) != len(turns):
+            turns = [single for turn in turns for single in turn.singles()]
+        if len(starts) != len(turns):
             raise ValueError(
-                f"the chat template writes {len(starts)} model turns for {len(trained)} assistant "
-                "messages, so that the ones to train on cannot be told; join assistant messages "
-                "that follow each other"
+                f"the chat template writes {len(starts)} model turns for {len(turns)} assistant "
+                "messages, so that the ones to train on cannot be told"
             )
         result, done = [], 0
-        for start, train in zip(starts, trained, strict=True):
-            try:
-                end = pieces.index(Segment(self.turn_end, True), start)
-            except ValueError:
-                raise ValueError(
-                    f"the chat template leaves a model turn open: no {self.turn_end} follows"
-                ) from None
+        for number, (start, turn) in enumerate(zip(starts, turns, strict=True)):
+            end = self._end(pieces, start)
             result += pieces[done : start + 1]
             result.append(Segment(self.header, False))
             content = pieces[start + 1].text[len(self.header) :]
-            body = [Segment(content, False)] * bool(content) + pieces[start + 2 : end + 1]
-            result += self._answer(body) if train else body
-            done = end + 1
+            body = [Segment(content, False)] * bool(content) + pieces[start + 2 : end]
+            missing = turn.missing_from("".join(p.text for p in body)) if turn.trained else None
+            result += self._answer(body, turn, prefix)
+            if missing is not None:
+                raise ValueError(
+                    f"turn {number} of the model: the chat template does not write "
+                    f"{missing!r:.80} there, so that it would not be learnt; remove it, or put it "
+                    "where the template has it"
+                )
+            done = end
         return result + pieces[done:]
 
-    def _answer(self, body: list[Segment]) -> list[Segment]:
-        """A trained model turn without its header: the prefix, then what is learnt."""
-        prefix = self.prefix
-        if body[: len(prefix)] == prefix:
+    def _end(self, pieces: list[Segment], start: int) -> int:
+        """Where a model turn ends, behind its last piece: a call may leave it open."""
+        edges = (Segment(self.turn_end, True), Segment(self.turn_start, True))
+        end = next((i for i in range(start + 1, len(pieces)) if pieces[i] in edges), len(pieces))
+        if end < len(pieces) and pieces[end] == edges[0]:
+            return end + 1
+        if pieces[end - 1].special and pieces[end - 1].text in _TOOL_RESPONSE:
+            return end
+        raise ValueError(f"the chat template leaves a model turn open: no {self.turn_end} follows")
+
+    def _answer(self, body: list[Segment], turn: Turn, prefix: list[Segment]) -> list[Segment]:
+        """A model turn without its header: the prefix and, if it is trained, what is learnt."""
+        if not turn.trained:
+            return _with_thoughts(body, turn)
+        if prefix and body[: len(prefix)] == prefix:
             body = body[len(prefix) :]
         elif prefix and body[0] == prefix[0]:
             prefix = []  # The turn has a thought of its own.
-        if not "".join(piece.text for piece in body[:-1]).strip():
+        if not "".join(p.text for p in body if p != Segment(self.turn_end, True)).strip():
             raise ValueError(
                 "an assistant turn is empty once the chat template has removed its thoughts; "
                 "give it an answer or remove it"
             )
-        result, quoted = [], False
-        for piece in body:
-            # What a tool answered stands inside the model's turn and is not the model's.
-            result.append(piece._replace(supervised=not quoted))
-            if piece.special and piece.text in _TOOL_RESPONSE:
-                quoted = piece.text == _TOOL_RESPONSE[0]
-        return [*prefix, *result]
+        if turn.thoughts.get(0):
+            prefix = []
+        return [*prefix, *_learnt(_with_thoughts(body, turn))]
 
 
-def _texts(message: dict[str, Any]) -> Iterator[str]:
-    for value in message.values():
-        if isinstance(value, str):
-            yield value
+def _learnt(body: list[Segment]) -> list[Segment]:
+    """All of a turn but what a tool answered: that stands in it and is not the model's."""
+    result, quoted = [], False
+    for piece in body:
+        result.append(piece._replace(supervised=not quoted))
+        if piece.special and piece.text in _TOOL_RESPONSE:
+            quoted = piece.text == _TOOL_RESPONSE[0]
+    return result
+
+
+def _thought(text: str) -> list[Segment]:
+    return [
+        Segment(_CHANNEL[0], True),
+        Segment(f"thought\n{text}\n", False),
+        Segment(_CHANNEL[1], True),
+    ]
+
+
+def _with_thoughts(body: list[Segment], turn: Turn) -> list[Segment]:
+    """The turn with each message's thought before what it says or calls."""
+    result = list(body)
+    for index, text in sorted(turn.thoughts.items(), reverse=True):
+        place = turn.place_of(index, body)
+        result[place:place] = _thought(text)
+    return result
+
+
+def _without_thought(message: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in message.items() if key != "reasoning_content"}
+
+
+def _with_results_inside(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What tools answered in the message of the call, as Gemma 4's first template takes it.
+
+    The text that the model goes on with stands in that message too.
+    """
+    result: list[dict[str, Any]] = []
+    for message in messages:
+        last = result[-1] if result else {}
+        if message["role"] == "tool":
+            response = {"name": message["name"], "response": message["content"]}
+            result[-1] = last | {"tool_responses": [*last.get("tool_responses", []), response]}
+        elif "tool_responses" in last and "tool_calls" not in message and not last["content"]:
+            result[-1] = last | {"content": message["content"]}
         else:
-            yield from (part["text"] for part in value if "text" in part)
+            result.append(message)
+    return result
+
+
+def _check_tools(conversation: Conversation, rendered: str) -> None:
+    """Refuses a template that leaves out definitions of tools or what they answered."""
+    for tool in conversation.tools or []:
+        if tool["function"]["name"] not in rendered:
+            raise ValueError("the chat template writes no definitions of tools; remove 'tools'")
+    for index, message in enumerate(conversation.messages):
+        if message["role"] == "tool":
+            missing = [s for s in _strings(message["content"]) if s.strip() not in rendered]
+            if missing:
+                raise ValueError(
+                    f"message {index}: the chat template does not write what the tool answered, "
+                    f"{missing[0]!r:.80}"
+                )
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every string in it; of parts their texts."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, part in value.items():
+            if key not in ("type", "role"):
+                yield from _strings(part)
+    elif isinstance(value, list):
+        for part in value:
+            yield from _strings(part)
 
 
 def _any_of(tokens: Sequence[str]) -> re.Pattern:

@@ -1,250 +1,217 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The forms in which data sets write a conversation, made one."""
+"""What training takes of a row: a conversation to learn or to go on with, or two that compete.
+
+row -> Row -> Conversation (supervised: `read_conversation`; to go on with: `read_prompt`; with a
+better and a worse answer: `read_preference_pair`)
+"""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-import numpy as np
+from . import processor_keys as keys
+from .processor_keys import first_of, is_empty, is_list
+from .processor_messages import ROLES, Message, join, read_messages
+from .processor_rows import PROMPTS, Conversation, Row, form_of, read_row, text_of, with_system
 
-_ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "model": "assistant",
-    "gpt": "assistant",
-}
-_IMAGE_KEYS = ("image", "path", "url", "bytes", "image_url")
-_FORMS = (
-    "a list of messages, or an object with 'messages', with 'conversations' (from, value), or "
-    "with 'prompt' and 'completion'"
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Conversation:
-    """Messages as a chat template takes them, and what it does not take.
-
-    Attributes:
-        messages: `role` (system, user or assistant) and `content`, a string or a list of parts;
-            image parts carry no image.
-        images: one for each image part, in order.
-        trained: for each assistant message, whether it is to be learnt.
-    """
-
-    messages: list[dict[str, Any]]
-    images: list[Any]
-    trained: list[bool]
+__all__ = ["Conversation", "read_conversation", "read_preference_pair", "read_prompt"]
 
 
 def read_conversation(row: Any, *, prompt_only: bool = False) -> Conversation:
-    """Reads any of the accepted forms.
+    """Reads a row to learn from, or, with `prompt_only`, to go on with.
 
-    Images stand in their parts (`image`, `path`, `url` of a file, `bytes`), or beside the messages
-    in `images` or `image`: there they fill the parts that lack one in order, or, where there is
-    no image part at all, precede the first user message.
+    Images stand in their parts, or beside the messages in `images` or `image`: there they fill the
+    parts that lack one or the marks (such as `<image>`) in order, or, where there is neither,
+    precede the first user message.
 
     Args:
-        row: see `_FORMS`.
+        row: of any form of docs/how-to/data.md.
         prompt_only: leave out the completion, and refuse a conversation that ends in an answer.
+
+    Raises:
+        ValueError: saying what cannot be read, or is not supported.
     """
-    given, history, completion = _forms(row)
+    read = read_row(row)
+    history, completion = read.messages, read.completion or []
     if prompt_only:
         completion = []
-    images = _Images(_beside(row))
-    messages = [images.place(message) for message in (*history, *completion)]
-    if images.beside and not images.parts:
-        _put_first(messages, len(images.beside))
-        images.found = images.beside
-    elif images.used != len(images.beside):
+        if history and history[-1].role == "assistant":
+            raise ValueError(
+                "add_generation_prompt=True asks for an answer, and the conversation ends in one "
+                "already; leave its last assistant message out"
+            )
+    elif not completion and (not history or history[-1].role != "assistant"):
+        _refuse_preference(read)
+    trained = [read.whole and not prompt_only] * len(history) + [True] * len(completion)
+    conversation = read.view([*history, *completion], trained)
+    _check(conversation)
+    return conversation
+
+
+def read_prompt(
+    row: Any, *, column: str | None = None, system: str | None = None, names: Collection[str] = ()
+) -> Conversation:
+    """Reads a row to go on with; a last answer is left out and becomes the column `answer`.
+
+    Args:
+        row: of any form of docs/how-to/data.md.
+        column: that of the prompt, a string or messages; None: where the forms have it.
+        system: put before a conversation that has no system message.
+        names: of reward functions' parameters: such a key is a column too, whatever it means.
+    """
+    read = read_row(row, column=column, names=names, expected=PROMPTS)
+    history = list(read.messages)
+    said = []
+    while history and history[-1].role == "assistant":
+        said.append(history.pop())
+    if said:
+        (answer,) = join(said[::-1])
+        read.columns.setdefault("answer", answer.text())
+    if system is not None and history and history[0].role != "system":
+        history.insert(0, Message("system", system))
+    conversation = read.view(history, [False] * len(history))
+    _check(conversation)
+    return conversation
+
+
+def read_preference_pair(row: Any) -> dict[str, Conversation]:
+    """Reads a better and a worse answer, each with its prompt: `chosen` and `rejected`.
+
+    Only the answers are learnt.
+    """
+    names = [
+        first_of(row, found) if isinstance(row, Mapping) else None
+        for found in (keys.CHOSEN, keys.REJECTED)
+    ]
+    pictures = None
+    if isinstance(row, Mapping):
+        pictures = None if is_empty(row.get("rejected_images")) else list(row["rejected_images"])
+    if names[0] is None and (names[1] is not None or pictures):
+        return _answers_of_one(row, names[1], pictures)  # The chosen answer ends the messages.
+    if None in names:
+        found = sorted(row) if isinstance(row, Mapping) else type(row).__name__
+        raise ValueError(f"expected 'prompt', 'chosen' and 'rejected', found {found}")
+    sides = {}
+    for side, name in zip(("chosen", "rejected"), names, strict=True):
+        try:
+            prompt, answer, read = _side(row, name)
+            learnt = [False] * len(prompt) + [True] * len(answer)
+            images = pictures if side == "rejected" else None
+            sides[side] = read.view([*prompt, *answer], learnt, images)
+            _check(sides[side])
+            _check_answer(sides[side])
+        except ValueError as error:
+            raise ValueError(f"{name!r}: {error}") from error
+    return sides
+
+
+def _side(row: Mapping[str, Any], name: str) -> tuple[list[Message], list[Message], Row]:
+    """Prompt and answer of one side."""
+    answer = row[name]
+    if not isinstance(answer, str):
+        answer = read_messages([answer] if isinstance(answer, Mapping) else answer, name)
+    rest = {key: row[key] for key in row if key not in (*keys.CHOSEN, *keys.REJECTED)}
+    # Messages that end in an answer are no prompt: ultrafeedback_binarized has both.
+    rest = {key: v for key, v in rest.items() if key not in keys.CONVERSATIONS or not _ended(v)}
+    if form_of(rest, answered=True) is None:
+        if isinstance(answer, str) or len(answer) < 2:
+            raise ValueError(
+                "without 'prompt' it has to be a whole conversation, the prompt's messages and "
+                "the answer"
+            )
+        read = read_row(rest | {"messages": row[name]})
+        return read.messages[:-1], read.messages[-1:], read
+    read = read_row(rest, answered=True)
+    if isinstance(answer, str):
+        return read.messages, [Message("assistant", answer)], read
+    if len(answer) > 1 and _repeats(answer[:-1], read):
+        longer = answer[:-1] if len(answer) - 1 > len(read.messages) else read.messages
+        return longer, answer[-1:], read
+    if len(answer) != 1:
+        raise ValueError(f"expected one assistant message, found {len(answer)}")
+    return read.messages, answer, read
+
+
+def _ended(messages: Any) -> bool:
+    last = messages[-1] if is_list(messages) and len(messages) else None
+    role = last.get("role", last.get("from")) if isinstance(last, Mapping) else None
+    return isinstance(role, str) and ROLES.get(role) == "assistant"
+
+
+def _repeats(given: list[Message], read: Row) -> bool:
+    """Whether these messages are the prompt again; a system message may be theirs alone."""
+
+    def told(messages: Sequence[Message]) -> list[tuple]:
+        return [(message.role, message.text().strip()) for message in messages]
+
+    without = given[1:] if given[0].role == "system" else given
+    prompt = told(read.messages)
+    if prompt and prompt[0][0] == "system" and given[0].role != "system":
+        prompt = prompt[1:]
+    return read.text is None and prompt in (told(given), told(without))
+
+
+def _answers_of_one(
+    row: Mapping[str, Any], name: str | None, pictures: list[Any] | None
+) -> dict[str, Conversation]:
+    """ms-swift's form: messages that end in the better answer, and what is worse beside them."""
+    read = read_row({key: row[key] for key in row if key not in keys.REJECTED}, answered=True)
+    start = 1 + max(
+        (index for index, m in enumerate(read.messages) if m.role == "user"), default=-1
+    )
+    prompt, chosen = read.messages[:start], read.messages[start:] + (read.completion or [])
+    if not chosen:
         raise ValueError(
-            f"{len(images.beside)} images are given beside the messages, which have "
-            f"{images.used} image parts without an image of their own; there must be one for each"
+            f"expected 'prompt', 'chosen' and 'rejected', or messages that end in the better "
+            f"answer, found {sorted(row)}"
         )
-    if not messages:
+    worse = prompt, chosen
+    if name is not None:
+        given = row[name]
+        if isinstance(given, str):
+            given = [{"role": "assistant", "content": given}]
+        given = read_messages(given, name)
+        worse = prompt, given
+        if name == "rejected_messages":
+            worse = with_system(given[:-1], row, None), given[-1:]
+    sides = {}
+    for side, (before, answer), images in (
+        ("chosen", (prompt, chosen), None),
+        ("rejected", worse, pictures),
+    ):
+        learnt = [False] * len(before) + [True] * len(answer)
+        sides[side] = read.view([*before, *answer], learnt, images)
+        _check(sides[side])
+        _check_answer(sides[side])
+    return sides
+
+
+def _check_answer(conversation: Conversation) -> None:
+    if not any(conversation.trained):
+        raise ValueError(
+            "there is no assistant message to learn as its answer; its role is another, or its "
+            "loss switch is off"
+        )
+
+
+def _refuse_preference(read: Row) -> None:
+    found = [key for key in (*keys.CHOSEN, *keys.REJECTED) if not is_empty(read.columns.get(key))]
+    if found:
+        raise ValueError(
+            f"{', '.join(map(repr, found))} make it a row of preferences, which DPO and ORPO "
+            "train on; to learn an answer give it as 'completion'"
+        )
+
+
+def _check(conversation: Conversation) -> None:
+    if not conversation.messages and conversation.text is None:
         raise ValueError("the conversation is empty; expected at least one message")
-    for index, message in enumerate(messages):
-        if message["role"] == "assistant" and not _text(message["content"]).strip():
+    for index, message in enumerate(conversation.messages):
+        if message["role"] != "assistant":
+            continue
+        says = message.get("tool_calls") or message.get("reasoning_content")
+        if not says and not text_of(message["content"]).strip():
             raise ValueError(
                 f"message {index}: the assistant turn is empty; give it a text or remove it"
             )
-    if prompt_only and messages[-1]["role"] == "assistant":
-        raise ValueError(
-            "add_generation_prompt=True asks for an answer, and the conversation ends in one "
-            "already; leave its last assistant message out"
-        )
-    first_trained = len(history) if given == "prompt" else 0
-    trained = [
-        index >= first_trained
-        for index, message in enumerate(messages)
-        if message["role"] == "assistant"
-    ]
-    return Conversation(messages, images.found, trained)
-
-
-def _forms(row: Any) -> tuple[str, list[dict], list[dict]]:
-    """The form's name, its messages, and those of a separate completion."""
-    if _is_list(row):
-        return "messages", _messages(row), []
-    if not isinstance(row, Mapping):
-        raise ValueError(f"expected {_FORMS}, found {type(row).__name__}")
-    if row.get("tools"):
-        raise ValueError("'tools' are not supported yet; remove them")
-    for name in ("messages", "conversations"):
-        if row.get(name) is not None:
-            if not _is_list(row[name]):
-                found = type(row[name]).__name__
-                raise ValueError(f"{name!r}: expected a list of messages, found {found}")
-            return name, _messages(row[name], split_images=_beside(row) != []), []
-    if row.get("prompt") is None:
-        raise ValueError(f"expected {_FORMS}, found an object with {sorted(row)}")
-    sides = []
-    for name, role in (("prompt", "user"), ("completion", "assistant")):
-        side = row.get(name)
-        if side is None:
-            side = []
-        sides.append(_messages([{"role": role, "content": side}] if not _is_list(side) else side))
-    return "prompt", *sides
-
-
-def _is_list(value: Any) -> bool:
-    # Parquet readers give lists as arrays of objects.
-    return isinstance(value, list | tuple) or (
-        isinstance(value, np.ndarray) and value.dtype == object
-    )
-
-
-def _beside(row: Any) -> list[Any]:
-    """The images of the row's columns `images` and `image`."""
-    if not isinstance(row, Mapping):
-        return []
-    images = row.get("images")
-    images = [] if images is None else list(images) if _is_list(images) else [images]
-    return images if row.get("image") is None else [*images, row["image"]]
-
-
-def _messages(messages: Sequence[Any], *, split_images: bool = False) -> list[dict[str, Any]]:
-    return [
-        _message(message, f"message {index}", split_images)
-        for index, message in enumerate(messages)
-    ]
-
-
-def _message(message: Any, place: str, split_images: bool) -> dict[str, Any]:
-    """`role` and `content`; the parts keep their images."""
-    if not isinstance(message, Mapping):
-        raise ValueError(
-            f"{place}: expected an object with 'role' and 'content', found {message!r:.80}"
-        )
-    sharegpt = "from" in message
-    role = message.get("from" if sharegpt else "role")
-    if role not in _ROLES:
-        hint = "; tool turns are not supported yet" if role in ("tool", "function") else ""
-        raise ValueError(
-            f"{place}: there is no role {role!r}; expected system, developer, user, assistant or "
-            f"model{hint}"
-        )
-    if message.get("tool_calls"):
-        raise ValueError(f"{place}: 'tool_calls' are not supported yet; remove them")
-    content = message.get("value" if sharegpt else "content")
-    if isinstance(content, str):
-        # ShareGPT marks the place of an image by a word of its own.
-        if sharegpt and split_images and "<image>" in content:
-            content = _at_marks(content)
-    elif _is_list(content):
-        content = [_part(part, place) for part in content]
-    else:
-        raise ValueError(
-            f"{place}: expected its content to be a string or a list of parts, found "
-            f"{type(content).__name__}"
-        )
-    result = {"role": _ROLES[role], "content": content}
-    for key in ("reasoning", "reasoning_content"):
-        if isinstance(message.get(key), str):
-            result[key] = message[key]
-    return result
-
-
-def _at_marks(content: str) -> list[dict[str, Any]]:
-    parts: list[dict[str, Any]] = []
-    for index, text in enumerate(content.split("<image>")):
-        if index:
-            parts.append({"type": "image"})
-        if text.strip():
-            parts.append({"type": "text", "text": text.strip()})
-    return parts
-
-
-def _part(part: Any, place: str) -> dict[str, Any]:
-    """One part, its image (if it is one and has one) under `image`."""
-    if isinstance(part, str):
-        return {"type": "text", "text": part}
-    if not isinstance(part, Mapping):
-        raise ValueError(f"{place}: expected each part to be an object, found {part!r:.80}")
-    kind = part.get("type")
-    if kind == "text":
-        if not isinstance(part.get("text"), str):
-            raise ValueError(f"{place}: a text part needs a string 'text', found {part!r:.80}")
-        return {"type": "text", "text": part["text"]}
-    if kind in ("image", "image_url"):
-        for key in _IMAGE_KEYS:
-            image = part.get(key)
-            if image is not None:
-                is_url = key == "image_url" and isinstance(image, Mapping)
-                return {"type": "image", "image": image["url"] if is_url else image}
-        return {"type": "image"}
-    if kind in ("audio", "input_audio", "video", "video_url"):
-        raise ValueError(f"{place}: {kind!r} parts are not supported; supported: text and image")
-    raise ValueError(f"{place}: unknown part type {kind!r}; expected 'text' or 'image'")
-
-
-class _Images:
-    """Takes the images out of messages, filling parts without one from those beside."""
-
-    def __init__(self, beside: list[Any]):
-        self.beside, self.found = beside, []
-        self.used = self.parts = 0
-
-    def place(self, message: dict[str, Any]) -> dict[str, Any]:
-        if isinstance(message["content"], str):
-            return message
-        return message | {"content": [self._strip(part) for part in message["content"]]}
-
-    def _strip(self, part: dict[str, Any]) -> dict[str, Any]:
-        if part["type"] != "image":
-            return part
-        self.parts += 1
-        if "image" in part:
-            self.found.append(part["image"])
-        else:
-            if self.used < len(self.beside):
-                self.found.append(self.beside[self.used])
-            elif not self.beside:
-                raise ValueError(
-                    'an image part without an image; give it in the part, as {"type": "image", '
-                    "\"image\": path}, or in a list 'images' beside the messages"
-                )
-            self.used += 1
-        return {"type": "image"}
-
-
-def _put_first(messages: list[dict[str, Any]], count: int) -> None:
-    """Puts `count` image parts before the first user message's text."""
-    for message in messages:
-        if message["role"] == "user":
-            content = message["content"]
-            if isinstance(content, str):
-                content = [{"type": "text", "text": content}]
-            message["content"] = [{"type": "image"}] * count + content
-            return
-    raise ValueError(f"{count} images are given and there is no user message to hold them")
-
-
-def _text(content: str | list[dict[str, Any]]) -> str:
-    if isinstance(content, str):
-        return content
-    return "".join(part["text"] for part in content if part["type"] == "text")

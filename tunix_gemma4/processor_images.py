@@ -3,7 +3,12 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import io
+import json
+import re
+import urllib.parse
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,16 +20,86 @@ from PIL import Image, ImageOps
 from .config_parts import VisionConfig
 
 SOFT_TOKEN_BUDGETS = (70, 140, 280, 560, 1120)
+_DEFAULT_BUDGET = 280
+# Shorter strings without a dot are taken as names of files.
+_LEAST_BASE64 = 64
+_BASE64 = re.compile(r"[A-Za-z0-9+/_\-\s]+={0,2}\s*")
 
 # Modes whose conversion to RGB cuts values off instead of scaling them.
 _WIDE_MODES = ("I", "F")
 _CHANNELS = (1, 3, 4)
 
 
-def to_rgb(value: Any) -> Image.Image:
+def soft_tokens_of(directory: str | Path, given: int | None = None) -> int:
+    """The budget of an image: the one given, or a checkpoint directory's own, or 280.
+
+    Raises:
+        ValueError: if the directory's is none that the models were trained with.
+    """
+    if given is not None:
+        return given
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        path = Path(directory) / name
+        if not path.is_file():
+            continue
+        try:
+            config = json.loads(path.read_bytes())
+            config = config.get("image_processor", config) or {}
+            found = config.get("max_soft_tokens")
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{path}: expected a JSON object ({error})") from error
+        if found is None:
+            continue
+        if found not in SOFT_TOKEN_BUDGETS:
+            raise ValueError(
+                f"{path}: max_soft_tokens is {found!r:.80}, expected one of {SOFT_TOKEN_BUDGETS}; "
+                "set max_soft_tokens to one of them"
+            )
+        return found
+    return _DEFAULT_BUDGET
+
+
+def is_path(value: str) -> bool:
+    """Whether a string names a file: it is no address and no encoded image."""
+    return "://" not in value and not value.startswith("data:") and _from_base64(value) is None
+
+
+def _from_base64(value: str) -> bytes | None:
+    """The bytes that a string encodes; None: it is no base64 of an image."""
+    if len(value) < _LEAST_BASE64 or not _BASE64.fullmatch(value):
+        return None
+    text = re.sub(r"\s", "", value).translate(str.maketrans("-_", "+/")).rstrip("=")
+    try:
+        content = base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+        Image.open(io.BytesIO(content))
+    except (binascii.Error, OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return None
+    return content
+
+
+def _from_data_url(value: str) -> bytes:
+    """The bytes of `data:image/png;base64,...`."""
+    head, comma, body = value.partition(",")
+    try:
+        if comma and head.endswith(";base64"):
+            return base64.b64decode(urllib.parse.unquote(body), validate=True)
+        if comma:
+            return urllib.parse.unquote_to_bytes(body)
+    except (binascii.Error, ValueError) as error:
+        raise ValueError(f"{value[:40]!r}... is no base64 ({error})") from error
+    raise ValueError(f"{value[:40]!r}: expected data:TYPE;base64,CONTENT")
+
+
+def to_rgb(value: Any, *, transformers_alpha: bool = False) -> Image.Image:
     """An RGB image from a PIL image, path, encoded bytes, `{"bytes", "path"}` or array.
 
     Arrays are [height, width] (grey) or [height, width, channels], uint8 or floats in [0, 1].
+    Strings may also be `data:` URLs or base64.
+
+    Args:
+        value: the image.
+        transformers_alpha: drop transparency; otherwise what is transparent becomes white, as
+            where models are served.
     """
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
@@ -37,6 +112,9 @@ def to_rgb(value: Any) -> Image.Image:
             f"its mode {image.mode!r} has more than 8 bits a channel, which RGB would cut off; "
             "scale it to 8 bits first"
         )
+    if image.has_transparency_data and not transformers_alpha:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
 
 
@@ -44,14 +122,7 @@ def _decode(value: Any) -> Image.Image:
     """Reads, decodes and turns upright."""
     name = "a PIL image" if isinstance(value, Image.Image) else "the given bytes"
     if isinstance(value, str | Path):
-        name = str(value).removeprefix("file://")
-        if "://" in name or name.startswith("data:"):
-            raise ValueError(
-                f"{name[:80]!r} is an address; only files are read: download it and give its path"
-            )
-        if not Path(name).is_file():
-            raise ValueError(f"there is no file {name!r} (current folder: {Path.cwd()})")
-        value = name
+        name, value = _opened(str(value))
     elif not isinstance(value, Image.Image):
         value = io.BytesIO(value)
     try:
@@ -61,6 +132,27 @@ def _decode(value: Any) -> Image.Image:
         return ImageOps.exif_transpose(image)
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{name} cannot be decoded as an image ({error})") from error
+
+
+def _opened(value: str) -> tuple[str, Any]:
+    """What errors call an image that is given as a string, and where its bytes are."""
+    if value.startswith("data:"):
+        return f"{value[:40]!r}...", io.BytesIO(_from_data_url(value))
+    name = value.removeprefix("file://")
+    if "://" in name:
+        raise ValueError(
+            f"{name[:80]!r} is an address; only files are read: download it and give its path"
+        )
+    try:
+        if Path(name).is_file():
+            return name, name
+    except (OSError, ValueError):
+        pass  # Too long for a name, or not one at all.
+    content = _from_base64(value)
+    if content is None:
+        shown = name if len(name) <= 255 else f"{name[:80]}... ({len(name)} characters)"
+        raise ValueError(f"there is no file {shown!r} (current folder: {Path.cwd()})")
+    return f"{value[:40]!r}...", io.BytesIO(content)
 
 
 def _from_array(value: Any) -> Image.Image:
@@ -101,7 +193,9 @@ class ImagePacker:
     Checked: tests/parity/test_processor.py, bit for bit.
     """
 
-    def __init__(self, vision: VisionConfig, max_soft_tokens: int):
+    def __init__(
+        self, vision: VisionConfig, max_soft_tokens: int, *, transformers_alpha: bool = False
+    ):
         if max_soft_tokens not in SOFT_TOKEN_BUDGETS:
             raise ValueError(
                 f"max_soft_tokens: expected one of {SOFT_TOKEN_BUDGETS}, found {max_soft_tokens}"
@@ -110,6 +204,7 @@ class ImagePacker:
         from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
 
         self.vision, self.max_soft_tokens = vision, max_soft_tokens
+        self._transformers_alpha = transformers_alpha
         self.num_patches = vision.pooling_kernel_size**2 * max_soft_tokens
         self._processor = Gemma4ImageProcessorPil(
             patch_size=vision.patch_size,
@@ -128,7 +223,7 @@ class ImagePacker:
 
         C is `3 * patch_size ** 2 + 2`; pixel values lie in [0, 1].
         """
-        image = to_rgb(value)
+        image = to_rgb(value, transformers_alpha=self._transformers_alpha)
         short, long = sorted(image.size)
         if long // short > self.max_soft_tokens:
             raise ValueError(

@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 
 from ..data_sources import Rows
 from ..processor import Example, Processor, image_slots
+from ..processor_conversation import read_preference_pair
 
 SIDES = ("chosen", "rejected")
 
@@ -38,24 +39,22 @@ class Preference:
 
 
 def read_preference(row: Mapping[str, Any], processor: Processor) -> Preference:
-    """One row in TRL's forms.
+    """One row of preferences.
 
     Args:
-        row: `prompt`, a list of messages or a string, with `chosen` and `rejected`, each a list of
-            one assistant message or a string; or `chosen` and `rejected` alone, two conversations
-            that differ in their last message. Images stand in the prompt's image parts or in
-            `images` or `image`, as in any conversation.
+        row: a prompt in any form of docs/how-to/data.md, with `chosen` and `rejected`, each a
+            string, an assistant message, a list of one, or the prompt's messages and one; or
+            `chosen` and `rejected` alone, two conversations that differ in their last message; or
+            another tool's form of that page. Images stand as in any conversation.
         processor: of the checkpoint.
 
     Raises:
         ValueError: saying what is missing, or what cannot be compared.
     """
-    conversations = _sides(row)
-    beside = {name: row[name] for name in ("images", "image") if row.get(name) is not None}
     sides = []
-    for name, side in zip(SIDES, conversations, strict=True):
+    for name, side in read_preference_pair(row).items():
         try:
-            example = processor.encode(side | beside)
+            example = processor.encode(side)
             sides.append((example.images, *_split(example)))
         except ValueError as error:
             raise ValueError(f"{name!r}: {error}") from error
@@ -68,27 +67,6 @@ def read_preference(row: Mapping[str, Any], processor: Processor) -> Preference:
     if np.array_equal(chosen, rejected):
         raise ValueError("'chosen' and 'rejected' are the same answer; there is nothing to prefer")
     return Preference(tokens, chosen, rejected, images)
-
-
-def _sides(row: Any) -> list[dict[str, Any]]:
-    """Each answer with its prompt, as a conversation."""
-    if not isinstance(row, Mapping) or any(row.get(name) is None for name in SIDES):
-        found = sorted(row) if isinstance(row, Mapping) else type(row).__name__
-        raise ValueError(f"expected 'prompt', 'chosen' and 'rejected', found {found}")
-    sides = []
-    for name in SIDES:
-        prompt, answer = row.get("prompt"), row[name]
-        if prompt is None:
-            if isinstance(answer, str) or len(answer) < 2:
-                raise ValueError(
-                    f"{name!r}: without 'prompt' it has to be a whole conversation, the prompt's "
-                    "messages and the answer"
-                )
-            prompt, answer = list(answer[:-1]), [answer[-1]]
-        elif not isinstance(answer, str) and len(answer) != 1:
-            raise ValueError(f"{name!r}: expected one assistant message, found {len(answer)}")
-        sides.append({"prompt": prompt, "completion": answer})
-    return sides
 
 
 def _same(images: np.ndarray | None, others: np.ndarray | None) -> bool:

@@ -3,20 +3,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import dataclasses
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from .. import processor_conversation
 from ..data_sources import Rows
 from ..processor import Processor
-from ..processor_conversation import Conversation, read_conversation
+from ..processor_conversation import Conversation
 from .rl_config import PromptConfig
 
-_ASSISTANT = ("assistant", "model", "gpt")
-# What is read here and does not go to the reward functions as it stands.
-_CONSUMED = ("messages", "conversations", "prompt", "images", "image")
 # Names that the host or a reward function's signature has for something else.
 _RESERVED = ("prompts", "completions", "rewards", "advantages", "mode", "trajectory_ids")
 
@@ -60,62 +59,29 @@ class PromptRows:
         """One row: `prompts` and every column, None where the row has no such value."""
         prompt, others = read_prompt(self._rows[self.kept[index]], self._config)
         others["images"] = prompt.images
-        return {"prompts": prompt.messages} | {name: others.get(name) for name in self.columns}
+        return {"prompts": prompt.given} | {name: others.get(name) for name in self.columns}
 
 
-def read_prompt(row: Any, config: PromptConfig) -> tuple[Conversation, dict[str, Any]]:
+def read_prompt(
+    row: Any, config: PromptConfig, names: Collection[str] = ()
+) -> tuple[Conversation, dict[str, Any]]:
     """The conversation that a row asks to go on with, and the columns beside it.
+
+    Args:
+        row: of any form of docs/how-to/data.md.
+        config: of the data.
+        names: parameters of reward functions, which get a key of that name whatever it means.
 
     Raises:
         ValueError: saying what is wrong with the row.
     """
-    if not isinstance(row, Mapping):
-        row = {"messages": row}
-    columns = {name: value for name, value in row.items() if name not in _CONSUMED}
-    taken = [name for name in columns if name in _RESERVED]
+    prompt = processor_conversation.read_prompt(
+        row, column=config.prompt_column, system=config.system_prompt, names=names
+    )
+    taken = [name for name in prompt.columns if name in _RESERVED]
     if taken:
         raise ValueError(f"the column {taken[0]!r} has a name that rewards need; rename it")
-    prompt, answer = _split(row, columns, config)
-    if answer is not None:
-        columns.setdefault("answer", answer)
-    conversation = read_conversation(prompt, prompt_only=True)
-    system = config.system_prompt
-    if system is not None and conversation.messages[0]["role"] != "system":
-        conversation.messages.insert(0, {"role": "system", "content": system})
-    return conversation, columns
-
-
-def _split(
-    row: Mapping[str, Any], columns: dict[str, Any], config: PromptConfig
-) -> tuple[dict[str, Any], str | None]:
-    """The row without its last answer, and that answer's text."""
-    beside = {name: row[name] for name in ("images", "image") if row.get(name) is not None}
-    name = config.prompt_column
-    if name is not None:
-        if row.get(name) is None:
-            raise ValueError(f"it has no column {name!r}, which data.prompt_column names")
-        columns.pop(name, None)
-        return beside | {"prompt": row[name]}, None
-    for name in ("messages", "conversations"):
-        messages = row.get(name)
-        if messages is not None and len(messages):
-            last = messages[-1]
-            if last.get("role", last.get("from")) not in _ASSISTANT:
-                return beside | {name: messages}, None
-            return beside | {name: messages[:-1]}, _text(last)
-    if row.get("prompt") is None:
-        raise ValueError(
-            "expected 'prompt' or 'messages', or data.prompt_column to name the column of the "
-            f"prompts; found {', '.join(row)}"
-        )
-    return beside | {"prompt": row["prompt"]}, None
-
-
-def _text(message: Mapping[str, Any]) -> str:
-    content = message.get("content", message.get("value"))
-    if isinstance(content, str):
-        return content
-    return "".join(part.get("text", "") for part in content)
+    return prompt, dict(prompt.columns)
 
 
 def _length(processor: Processor, prompt: Conversation, enough: int) -> int:
@@ -124,17 +90,18 @@ def _length(processor: Processor, prompt: Conversation, enough: int) -> int:
     Images are opened only where their size decides.
     """
     words = [
-        message
-        if isinstance(message["content"], str)
-        else message | {"content": [part for part in message["content"] if part["type"] == "text"]}
+        message | {"content": [part for part in message["content"] if part["type"] == "text"]}
+        if isinstance(message["content"], list)
+        else message
         for message in prompt.messages
     ]
-    length = len(processor.encode(words, add_generation_prompt=True).tokens)
+    text = prompt.text if prompt.text is None else prompt.text.replace("<|image|>", "")
+    bare = dataclasses.replace(prompt, messages=words, images=[], text=text)
+    length = len(processor.encode(bare, add_generation_prompt=True).tokens)
     most = length + len(prompt.images) * (processor.max_soft_tokens + 2)
     if most <= enough or not prompt.images or length > enough:
         return most
-    whole = {"messages": prompt.messages, "images": prompt.images}
-    return len(processor.encode(whole, add_generation_prompt=True).tokens)
+    return len(processor.encode(prompt, add_generation_prompt=True).tokens)
 
 
 class Batches:

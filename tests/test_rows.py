@@ -1,0 +1,530 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keys and marks of other tools' data: each line of docs/how-to/data.md, on every road."""
+
+import base64
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tunix_gemma4.data_sources import Rows
+from tunix_gemma4.processor_conversation import (
+    read_conversation,
+    read_preference_pair,
+    read_prompt,
+)
+
+USER, ANSWER = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
+TALK = [USER, ANSWER]
+SYSTEM = {"role": "system", "content": "S"}
+IMAGE = {"type": "image"}
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": "1"}}}
+RESULT = {"role": "tool", "name": "f", "content": "R"}
+TOOL = {"type": "function", "function": {"name": "f", "description": "", "parameters": {}}}
+ROUND = [USER, {"role": "assistant", "content": "", "tool_calls": [CALL]}, RESULT, ANSWER]
+
+
+def text(content):
+    return {"type": "text", "text": content}
+
+
+def user(*parts):
+    return {"role": "user", "content": list(parts)}
+
+
+def said(message, **keys):
+    return [USER, message | keys]
+
+
+# Rows of each tool's documentation, and the messages that all of them mean.
+FORMS = {
+    "trl messages": ({"messages": TALK}, TALK),
+    "trl prompt, completion": ({"prompt": "Q", "completion": "A"}, TALK),
+    "trl conversational prompt": ({"prompt": [USER], "completion": [ANSWER]}, TALK),
+    "llama-factory alpaca": ({"instruction": "Q", "input": "", "output": "A"}, TALK),
+    "llama-factory alpaca with input": (
+        {"instruction": "Do", "input": "it", "output": "A"},
+        [{"role": "user", "content": "Do\nit"}, ANSWER],
+    ),
+    "llama-factory history": (
+        {"instruction": "Q", "output": "A", "history": [["Q", "A"]], "system": "S"},
+        [SYSTEM, *TALK, *TALK],
+    ),
+    "llama-factory sharegpt": (
+        {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]},
+        TALK,
+    ),
+    "llama-factory system": (
+        {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}
+        | {"system": "S"},
+        [SYSTEM, *TALK],
+    ),
+    "llama-factory function_call, observation": (
+        {
+            "conversations": [
+                {"from": "human", "value": "Q"},
+                {"from": "function_call", "value": '{"name": "f", "arguments": {"x": "1"}}'},
+                {"from": "observation", "value": "R"},
+                {"from": "gpt", "value": "A"},
+            ]
+        },
+        ROUND,
+    ),
+    "ms-swift conversation": ({"conversation": [{"human": "Q", "assistant": "A"}]}, TALK),
+    "ms-swift query, response": (
+        {"query": "Q", "response": "A", "history": [["Q", "A"]], "system": "S"},
+        [SYSTEM, *TALK, *TALK],
+    ),
+    "ms-swift system_prompt": ({"system_prompt": "S", "messages": TALK}, [SYSTEM, *TALK]),
+    "ms-swift tool_call, tool_response": (
+        [
+            USER,
+            {"role": "tool_call", "content": '{"name": "f", "arguments": {"x": "1"}}'},
+            {"role": "tool_response", "content": "R"},
+            ANSWER,
+        ],
+        ROUND,
+    ),
+    "question, answer": ({"question": "Q", "answer": "A"}, TALK),
+    "prompt, response": ({"prompt": "Q", "response": "A"}, TALK),
+    "pygmalion": (
+        {"conversations": [{"role": "user", "value": "Q"}, {"role": "model", "value": "A"}]},
+        TALK,
+    ),
+    "openai developer": ([{"role": "developer", "content": "S"}, *TALK], [SYSTEM, *TALK]),
+    "openai tool_calls": (
+        [
+            USER,
+            {
+                "role": "assistant",
+                "content": None,
+                "tool_calls": [
+                    {"type": "function", "function": {"name": "f", "arguments": '{"x": "1"}'}}
+                ],
+            },
+            {"role": "tool", "content": "R"},
+            ANSWER,
+        ],
+        ROUND,
+    ),
+    "openai function_call": (
+        [
+            USER,
+            {"role": "assistant", "function_call": {"name": "f", "arguments": '{"x": "1"}'}},
+            {"role": "function", "name": "f", "content": "R"},
+            ANSWER,
+        ],
+        ROUND,
+    ),
+    "anthropic tool_use, tool_result": (
+        [
+            USER,
+            {
+                "role": "assistant",
+                "content": [{"type": "tool_use", "name": "f", "input": {"x": "1"}}],
+            },
+            {"role": "user", "content": [{"type": "tool_result", "content": "R"}]},
+            ANSWER,
+        ],
+        ROUND,
+    ),
+    "gemma tool_responses": (
+        [
+            USER,
+            ROUND[1] | {"tool_responses": [{"name": "f", "response": "R"}]},
+            ANSWER,
+        ],
+        ROUND,
+    ),
+    "assistant messages that follow each other": (
+        [USER, ANSWER, ANSWER],
+        [USER, ANSWER | {"content": "A\nA"}],
+    ),
+    "openai reasoning_content": (
+        said(ANSWER, reasoning_content="T"),
+        said(ANSWER, reasoning_content="T"),
+    ),
+    "reasoning": (said(ANSWER, reasoning="T"), said(ANSWER, reasoning_content="T")),
+    "harmony thinking": (said(ANSWER, thinking="T"), said(ANSWER, reasoning_content="T")),
+    "a thought channel": (
+        [USER, ANSWER | {"content": "<|channel>thought\nT\n<channel|>A"}],
+        said(ANSWER, reasoning_content="T"),
+    ),
+    "anthropic thinking part": (
+        [USER, ANSWER | {"content": [{"type": "thinking", "thinking": "T"}, text("A")]}],
+        [USER, {"role": "assistant", "content": [text("A")], "reasoning_content": "T"}],
+    ),
+}
+
+
+def plain(messages):
+    """Without the difference between no text and no parts."""
+    return [m | {"content": m["content"] or ""} for m in messages]
+
+
+@pytest.mark.parametrize(("row", "messages"), FORMS.values(), ids=FORMS)
+def test_every_form_means_the_same_messages_on_every_road(row, messages):
+    assert plain(read_conversation(row).messages) == messages
+    asked = read_prompt(row)
+    assert plain(asked.messages) == messages[:-1]
+    assert read_conversation(row).trained[-1]
+    given = {"chosen": "better", "rejected": "worse"}
+    pair = read_preference_pair({"prompt": asked.messages, "tools": asked.tools, **given})
+    for side, conversation in pair.items():
+        assert plain(conversation.messages)[:-1] == messages[:-1]
+        assert conversation.messages[-1]["content"] == given[side]
+        assert conversation.trained == [False] * (len(conversation.trained) - 1) + [True]
+
+
+# ---- Marks of images.
+
+MARKS = ("<image>", "<start_of_image>", "<image_soft_token>", "<|image|>", "<|image_pad|>")
+MARKS += ("<|vision_start|><|image_pad|><|vision_end|>",)
+
+
+@pytest.mark.parametrize("mark", MARKS)
+def test_images_stand_at_their_marks_on_every_road(mark):
+    first, second = f"{mark}Who?", f"and here?{mark}"
+    row = {
+        "messages": [
+            {"role": "user", "content": first},
+            ANSWER,
+            {"role": "user", "content": second},
+        ],
+        "images": ["a.png", "b.png"],
+    }
+    placed = [user(IMAGE, text("Who?")), ANSWER, user(text("and here?"), IMAGE)]
+    asked = read_prompt(row)
+    assert (asked.messages, asked.images) == (placed, ["a.png", "b.png"])
+    learnt = read_conversation(row | {"messages": [*row["messages"], ANSWER]})
+    assert (learnt.messages, learnt.images) == ([*placed, ANSWER], ["a.png", "b.png"])
+    sharegpt = [{"from": "human", "value": first}, {"from": "gpt", "value": "A"}]
+    found = read_conversation({"conversations": sharegpt, "image": ["a.png"]})
+    assert (found.messages, found.images) == ([placed[0], ANSWER], ["a.png"])
+    prompt = {"prompt": first, "image": "a.png"}
+    assert read_prompt(prompt).messages == placed[:1]
+    assert read_conversation(prompt | {"completion": "A"}).messages == [placed[0], ANSWER]
+    pair = read_preference_pair(prompt | {"chosen": "A", "rejected": "B"})
+    assert [side.images for side in pair.values()] == [["a.png"]] * 2
+    assert pair["chosen"].messages == [placed[0], ANSWER]
+    for images in (["a.png"], list("abc"), []):
+        for read in (read_prompt, read_conversation):
+            with pytest.raises(ValueError, match=f"^{len(images)} images .* have 2 image parts"):
+                read(row | {"images": images, "messages": [*row["messages"]]})
+
+
+def test_a_mark_beside_image_parts_is_text():
+    messages = [user(IMAGE, text("an <image> tag")), ANSWER]
+    assert read_conversation({"messages": messages, "image": "a.png"}).messages == messages
+
+
+# ---- Loss switches.
+
+SWITCHES = [("weight", 0), ("weight", 0.0), ("train", False), ("loss", False), ("loss_scale", 0)]
+
+
+@pytest.mark.parametrize(("key", "value"), SWITCHES)
+def test_a_loss_switch_leaves_a_message_out(key, value):
+    learnt = {key: type(value)(1)}
+    row = [USER, ANSWER | {key: value}, USER, ANSWER | learnt, USER, ANSWER]
+    assert read_conversation(row).trained == [False, True, True]
+    parts = [text("A") | {key: value}]
+    assert read_conversation([USER, ANSWER | {"content": parts}, *TALK]).trained == [False, True]
+    with pytest.raises(ValueError, match="^'chosen': .*loss switch is off"):
+        read_preference_pair({"prompt": "Q", "chosen": ANSWER | {key: value}, "rejected": "B"})
+
+
+def test_history_is_learnt_as_llama_factory_does_and_a_prompts_answers_are_not():
+    row = {"instruction": "Q", "output": "A", "history": [["Q", "A"]]}
+    assert read_conversation(row).trained == [True, True]
+    assert read_conversation({"prompt": [*TALK, USER], "completion": "A"}).trained == [False, True]
+
+
+# ---- Tools.
+
+TOOLS = {
+    "openai, trl": [TOOL],
+    "json": json.dumps([TOOL]),
+    "list of json": [json.dumps(TOOL)],
+    "bare": [{"name": "f", "description": "", "parameters": {}}],
+    "anthropic": [{"name": "f", "description": "", "input_schema": {}}],
+    "axolotl": [{"type": "function", "function": {"name": "f", "parameters": "{}"}}],
+    "parquet": [TOOL | {"strict": None}],
+}
+
+
+@pytest.mark.parametrize("key", ["tools", "functions"])
+@pytest.mark.parametrize("tools", TOOLS.values(), ids=TOOLS)
+def test_definitions_of_tools_are_read_on_every_road(tools, key):
+    prompt = {"prompt": "Q", key: tools}
+    assert read_conversation(prompt | {"completion": "A"}).tools == [TOOL]
+    assert read_prompt(prompt).tools == [TOOL]
+    pair = read_preference_pair(prompt | {"chosen": "A", "rejected": "B"})
+    assert [side.tools for side in pair.values()] == [[TOOL]] * 2
+
+
+def test_results_are_named_after_their_calls():
+    calls = [CALL | {"id": "1"}, {"id": "2", "function": {"name": "g", "arguments": "{}"}}]
+    row = [
+        USER,
+        {"role": "assistant", "tool_calls": calls},
+        {"role": "tool", "tool_call_id": "2", "content": "second"},
+        {"role": "tool", "tool_call_id": "1", "content": "first"},
+    ]
+    assert [m["name"] for m in read_prompt(row).messages[2:]] == ["g", "f"]
+
+
+# ---- Template arguments.
+
+
+def test_template_arguments_of_a_row():
+    row = {"prompt": "Q", "completion": "A", "chat_template_kwargs": {"a": 1, "b": None}}
+    assert read_conversation(row).arguments == {"a": 1}
+    assert read_prompt(row | {"enable_thinking": True}).arguments["enable_thinking"] is True
+
+
+# ---- Preferences.
+
+BETTER, WORSE = {"role": "assistant", "content": "B"}, {"role": "assistant", "content": "W"}
+PAIRS = {
+    "trl": {"prompt": "Q", "chosen": "B", "rejected": "W"},
+    "trl conversational": {"prompt": [USER], "chosen": [BETTER], "rejected": [WORSE]},
+    "trl implicit": {"chosen": [USER, BETTER], "rejected": [USER, WORSE]},
+    "a message as answer": {"prompt": "Q", "chosen": BETTER, "rejected": WORSE},
+    "llama-factory sharegpt": {
+        "conversations": [{"from": "human", "value": "Q"}],
+        "chosen": {"from": "gpt", "value": "B"},
+        "rejected": {"from": "gpt", "value": "W"},
+    },
+    "llama-factory alpaca": {"instruction": "Q", "input": "", "chosen": "B", "rejected": "W"},
+    "ultrafeedback_binarized": {
+        "prompt": "Q",
+        "prompt_id": "0",
+        "chosen": [USER, BETTER],
+        "rejected": [USER, WORSE],
+        "messages": [USER, BETTER],
+        "score_chosen": 8.0,
+    },
+    "axolotl messages": {"messages": [USER], "chosen": BETTER, "rejected": WORSE},
+    "axolotl argilla": {"instruction": "Q", "chosen_response": "B", "rejected_response": "W"},
+    "axolotl intel": {"question": "Q", "chosen": "B", "rejected": "W"},
+    "axolotl icr": {"input": "Q", "chosen": "B", "rejected": "W"},
+    "ms-swift rejected_response": {"messages": [USER, BETTER], "rejected_response": "W"},
+    "ms-swift rejected_response message": {
+        "messages": [USER, BETTER],
+        "rejected_response": [WORSE],
+    },
+    "ms-swift rejected_messages": {
+        "messages": [USER, BETTER],
+        "rejected_messages": [USER, WORSE],
+    },
+    "openai": {
+        "input": {"messages": [USER], "tools": [], "parallel_tool_calls": True},
+        "preferred_output": [BETTER],
+        "non_preferred_output": [WORSE],
+    },
+}
+
+
+@pytest.mark.parametrize("row", PAIRS.values(), ids=PAIRS)
+def test_every_form_of_preferences_means_the_same(row):
+    pair = read_preference_pair(row)
+    assert [side.messages for side in pair.values()] == [[USER, BETTER], [USER, WORSE]]
+    assert [side.trained for side in pair.values()] == [[True]] * 2
+    if "system" not in row and not isinstance(row.get("chosen"), list):
+        pair = read_preference_pair(row | {"system": "S"})
+        assert pair["rejected"].messages == [SYSTEM, USER, WORSE]
+
+
+def test_images_of_the_worse_answer():
+    row = {"messages": [USER, BETTER], "images": ["a"], "rejected_images": ["b"]}
+    pair = read_preference_pair(row)
+    assert [side.images for side in pair.values()] == [["a"], ["b"]]
+
+
+# ---- What is refused.
+
+REFUSED = {
+    "videos": ({"videos": ["a.mp4"]}, "'videos' is not supported: images are"),
+    "video": ({"video": "a.mp4"}, "'video' is not"),
+    "audios": ({"audios": ["a.wav"]}, "'audios' is not"),
+    "audio": ({"audio": {"path": "a.wav"}}, "'audio' is not"),
+    "ms-swift objects": ({"objects": {"ref": [], "bbox": [[1, 2]]}}, "'objects' is not"),
+    "trl label": ({"label": False}, "'label' is feedback .*KTO"),
+    "llama-factory kto_tag": ({"kto_tag": True}, "'kto_tag' is feedback"),
+    "trl labels": ({"completions": ["a"], "labels": [True]}, "'labels' are of single steps"),
+    "axolotl input_ids": ({"input_ids": [1], "labels": [1]}, "'input_ids'|'labels'"),
+    "axolotl segments": ({"segments": [{"label": True, "text": "a"}]}, "'segments' are not"),
+    "two systems": (
+        {"messages": [SYSTEM, *TALK], "system": "other", "prompt": None},
+        "'system' and the conversation's system message differ",
+    ),
+    "history beside messages": ({"messages": TALK, "history": [["a", "b"]]}, "'history' stands"),
+    "history": ({"history": [["a"]]}, "'history': expected pairs of two strings"),
+    "system": ({"system": ["a"]}, "'system': expected a string, found list"),
+    "tools": ({"tools": "no json"}, "'tools': expected JSON, found 'no json'"),
+    "tool without name": ({"tools": [{}]}, "'tools': expected definitions with a 'name'"),
+    "chat_template_kwargs": ({"chat_template_kwargs": 3}, "'chat_template_kwargs': expected an"),
+    "enable_thinking": ({"enable_thinking": "yes"}, "'enable_thinking': expected true or false"),
+    "another template": ({"prompt": "<start_of_turn>user\nQ"}, "in another model's chat template"),
+}
+
+
+@pytest.mark.parametrize(("keys", "message"), REFUSED.values(), ids=REFUSED)
+def test_keys_that_would_be_lost_are_refused_on_every_road(keys, message):
+    row = {"prompt": "Q", **keys}
+    for read in (
+        lambda: read_conversation(row | {"completion": "A"}),
+        lambda: read_prompt(row),
+        lambda: read_preference_pair(row | {"chosen": "B", "rejected": "W"}),
+    ):
+        if read_preference_pair.__name__ in read.__code__.co_names and "messages" in row:
+            continue  # There messages that end in an answer are no prompt.
+        with pytest.raises(ValueError, match=message):
+            read()
+
+
+MESSAGES = {
+    "weight": (said(ANSWER, weight=0.5), "message 1: 'weight': expected 0 or 1"),
+    "weight word": (said(ANSWER, weight="0"), "message 1: 'weight': expected 0 or 1"),
+    "two switches": (said(ANSWER, weight=1, train=False), "'weight', 'train' contradict"),
+    "train a question": ([USER | {"train": True}, ANSWER], "message 0: it is to be trained on"),
+    "parts": (
+        [USER, ANSWER | {"content": [text("a") | {"train": False}, text("b")]}],
+        "message 1: its parts differ in their loss switches",
+    ),
+    "train_detail": (said(ANSWER, train_detail=[{}]), "message 1: 'train_detail'"),
+    "refusal": (said(ANSWER, refusal="no"), "message 1: 'refusal'"),
+    "message audio": (said(ANSWER, audio={"id": "a"}), "message 1: 'audio'"),
+    "message images": ([USER | {"images": ["a"]}, ANSWER], "message 0: 'images'"),
+    "two thoughts": (
+        said(ANSWER, reasoning="a", thinking="b"),
+        "message 1: it has two thoughts that differ",
+    ),
+    "a user's thought": ([USER | {"reasoning": "a"}, ANSWER], "'reasoning' stands in a user"),
+    "a user's call": ([USER | {"tool_calls": [CALL]}, ANSWER], "'tool_calls' stands in a user"),
+    "call": (said(ANSWER, tool_calls=[{}]), "tool_calls: expected calls with a 'name'"),
+    "arguments": (
+        said(ANSWER, tool_calls=[{"name": "f", "arguments": "[1]"}]),
+        "message 1: tool_calls: expected 'arguments' to be an object",
+    ),
+    "function_call": (
+        [{"from": "human", "value": "Q"}, {"from": "function_call", "value": "f(x)"}],
+        "message 1: function_call: expected JSON, found",
+    ),
+    "result of nothing": ([USER, RESULT], "message 1: it answers a call, and none precedes it"),
+    "result": (ROUND[:2] + [RESULT | {"content": None}], "message 2: expected what a tool answ"),
+    "one learnt, one not": (
+        [USER, ANSWER | {"weight": 0}, ANSWER],
+        "message 2: it follows an assistant message, and one",
+    ),
+    "thought in the middle": (
+        [USER, ANSWER, ANSWER | {"reasoning": "a"}],
+        "message 2: it has a thought and follows",
+    ),
+    "role": ([{"role": ["user"], "content": "a"}], r"message 0: there is no role \['user'\]"),
+    "image_url": (
+        [user({"type": "image_url", "image_url": {}}), ANSWER],
+        "message 0: 'image_url': expected an object with 'url'",
+    ),
+    "video part": ([user({"type": "video_url", "video_url": "a"}), ANSWER], "'video_url' parts"),
+}
+
+
+@pytest.mark.parametrize(("messages", "error"), MESSAGES.values(), ids=MESSAGES)
+def test_messages_that_would_lose_something_are_refused(messages, error):
+    with pytest.raises(ValueError, match=error):
+        read_conversation(messages)
+
+
+@pytest.mark.parametrize(
+    ("row", "error"),
+    [
+        ({"prompt": "Q", "chosen": "B", "rejected": "W"}, "'chosen', 'rejected' make it a row of"),
+        ({"chosen": [USER, ANSWER], "rejected": "W"}, "it is a row of preferences"),
+        ({"text": "plain"}, r"found an object with \['text'\]; plain texts are not trained on"),
+    ],
+)
+def test_rows_of_another_kind_of_training_are_refused(row, error):
+    with pytest.raises(ValueError, match=error):
+        read_conversation(row)
+
+
+# ---- Columns.
+
+
+def test_every_other_key_is_a_column_of_every_road():
+    row = {"prompt": "Q", "ability": "math", "reward_model": {"ground_truth": "4"}, "label": 3}
+    others = {"ability": "math", "reward_model": {"ground_truth": "4"}, "label": 3}
+    assert read_prompt(row).columns == others
+    assert read_conversation(row | {"completion": "A"}).columns == others | {"completion": "A"}
+    pair = read_preference_pair(row | {"chosen": "B", "rejected": "W"})
+    assert others.items() <= pair["chosen"].columns.items()
+    message = USER | {"tree_id": "a", "name": None}
+    assert read_conversation([message, ANSWER]).unread == ("tree_id",)
+
+
+def test_a_key_that_a_reward_names_is_its_column_whatever_it_means():
+    row = {"prompt": "Q", "label": True, "system": "S", "videos": ["a"], "images": ["x"]}
+    asked = read_prompt(row, names={"label", "system", "videos", "images"})
+    assert {"label", "system", "videos", "images"} <= asked.columns.keys()
+    assert asked.messages[0] == SYSTEM
+    assert asked.images == ["x"]
+
+
+# ---- Prompts that follow the template already.
+
+TEMPLATED = "<bos><|turn>user\nQ<turn|>\n<|turn>model\n"
+
+
+def test_a_templated_prompt_is_recognised_on_every_road():
+    for start in (TEMPLATED, TEMPLATED.removeprefix("<bos>")):
+        row = {"prompt": start}
+        assert read_prompt(row).given == start
+        assert read_conversation(row | {"completion": "A"}).text == start
+        assert read_preference_pair(row | {"chosen": "B", "rejected": "W"})["chosen"].text == start
+        with pytest.raises(ValueError, match="already follows the chat template"):
+            read_prompt(row | {"system": "S"})
+
+
+# ---- Images.
+
+
+def test_paths_below_the_file_are_those_of_images_alone(tmp_path):
+    buffer = io.BytesIO()
+    Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(buffer, "png")
+    encoded = base64.b64encode(buffer.getvalue()).decode()
+    call = {"name": "f", "arguments": {"path": "a.py", "image": "b.png"}}
+    row = {
+        "messages": [
+            user({"type": "image", "image": "a.png"}, {"type": "image", "image": encoded}),
+            {"role": "assistant", "tool_calls": [call]},
+            {"role": "tool", "content": {"path": "c", "image": "d"}},
+        ],
+        "images": ["e.png", encoded, f"data:image/png;base64,{encoded}"],
+        "path": "f",
+        "rejected_images": ["g.png"],
+    }
+    (tmp_path / "rows.json").write_text(json.dumps([row]))
+    read = Rows(tmp_path / "rows.json")[0]
+    parts = read["messages"][0]["content"]
+    assert [part["image"] for part in parts] == [str(tmp_path / "a.png"), encoded]
+    assert read["messages"][1:] == row["messages"][1:]
+    assert read["images"] == [str(tmp_path / "e.png"), *row["images"][1:]]
+    assert (read["path"], read["rejected_images"]) == ("f", [str(tmp_path / "g.png")])
+
+
+def test_page_of_the_data_lists_every_key_and_mark():
+    from tunix_gemma4 import processor_keys, processor_messages, processor_rows
+
+    page = (Path(__file__).parents[1] / "docs/how-to/data.md").read_text("utf-8")
+    names = [*processor_keys.CONSUMED, *processor_keys.REFUSED, *processor_keys.ANSWERS]
+    names += [*processor_keys.CHOSEN, *processor_keys.REJECTED, *processor_messages.ROLES]
+    names += [*processor_messages._SWITCHES, *processor_messages._THOUGHTS]
+    names += [*processor_messages._REFUSED, *processor_rows._MARKS]
+    page = page.replace("\\|", "|")
+    missing = [name for name in dict.fromkeys(names) if f"`{name}`" not in page]
+    assert not missing

@@ -1,0 +1,440 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One message in the words of any tool, made one: role, parts, loss switch, thought, calls."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from .processor_keys import IMAGE_PARTS, first_of, is_empty, is_list
+
+ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "model": "assistant",
+    "gpt": "assistant",
+    "function_call": "assistant",
+    "tool_call": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+    "tool_response": "tool",
+    "ipython": "tool",
+}
+# Roles whose content is a call in JSON.
+_CALLING = ("function_call", "tool_call")
+_IMAGE_KEYS = ("image", "path", "url", "bytes", "base64", "image_url", "source")
+_TEXTS = ("text", "input_text", "output_text")
+_SWITCHES = ("weight", "train", "loss", "loss_scale")
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+_CHANNEL = re.compile(r"\s*<\|channel>thought\n?(.*?)<channel\|>", re.DOTALL)
+_READ = {
+    *("role", "from", "content", "value", "tool_calls", "function_call", "tool_responses"),
+    *("name", "tool_call_id", "id", *_SWITCHES, *_THOUGHTS),
+}
+_REFUSED = {
+    "train_detail": "parts of a text cannot be trained on by themselves; remove it",
+    "refusal": "a refusal is not supported; give it as the message's content",
+    "audio": "only text and images are supported",
+    "images": "give them in image parts, or in a list 'images' beside the messages",
+}
+
+
+@dataclasses.dataclass
+class Message:
+    """What a message says, whatever the tool.
+
+    Attributes:
+        role: system, user, assistant or tool.
+        content: a string or parts; an image part keeps its image. A tool's may be an object.
+        trained: what its loss switch says; None: it has none.
+        thought: what an assistant thinks before it.
+        calls: of tools, `{"type", "function": {"name", "arguments"}}`, perhaps with an `id`.
+        name: of the tool that answers.
+        call_id: of the call that it answers.
+        unread: keys that mean nothing here.
+    """
+
+    role: str
+    content: Any
+    trained: bool | None = None
+    thought: str = ""
+    calls: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    name: str | None = None
+    call_id: str | None = None
+    unread: tuple[str, ...] = ()
+
+    def text(self) -> str:
+        """What it says, without its images."""
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part["text"] for part in self.content if part["type"] == "text")
+
+
+def read_messages(given: Any, name: str) -> list[Message]:
+    """A list of messages, those of tools standing behind the calls they answer.
+
+    Args:
+        given: as a data set has it.
+        name: of the key, for errors.
+    """
+    if not is_list(given):
+        raise ValueError(f"{name!r}: expected a list of messages, found {type(given).__name__}")
+    messages: list[Message] = []
+    for index, message in enumerate(given):
+        try:
+            messages += _read(message)
+        except ValueError as error:
+            raise ValueError(f"message {index}: {error}") from error
+    _name_results(messages)
+    return messages
+
+
+def _read(given: Any) -> Iterator[Message]:
+    if not isinstance(given, Mapping):
+        raise ValueError(f"expected an object with 'role' and 'content', found {given!r:.80}")
+    said = given.get("role", given.get("from"))
+    if not isinstance(said, str) or said not in ROLES:
+        raise ValueError(
+            f"there is no role {said!r:.80}; expected system, developer, user, assistant, model or "
+            "tool"
+        )
+    for key, why in _REFUSED.items():
+        if not is_empty(given.get(key)):
+            raise ValueError(f"{key!r}: {why}")
+    role = ROLES[said]
+    content = given.get("content", given.get("value"))
+    message = Message(role, content, _switch(given, role))
+    message.unread = tuple(
+        key for key in given if key not in _READ | set(_REFUSED) and not is_empty(given[key])
+    )
+    if role != "assistant":
+        own = [key for key in ("tool_calls", "function_call", *_THOUGHTS) if _is_given(given, key)]
+        if own:
+            raise ValueError(f"{own[0]!r} stands in a {said} message; only assistants have it")
+    if role == "tool":
+        yield _result(message, given)
+        return
+    if said in _CALLING:
+        message.calls, message.content = _calls(_parsed(content, said), said), ""
+        yield message
+        return
+    if role == "assistant":
+        message.calls = _calls(given.get("tool_calls"), "tool_calls")
+        message.calls += _calls(given.get("function_call"), "function_call")
+    results = [*_split_parts(message), *_native_results(given)]
+    if role == "assistant":
+        _think(message, given)
+        yield message
+        yield from results
+    else:
+        yield from results
+        if message.content or not results:
+            yield message
+
+
+def _is_given(given: Mapping[str, Any], key: str) -> bool:
+    return not is_empty(given.get(key))
+
+
+# ---- Loss switches and thoughts.
+
+
+def _flag(given: Mapping[str, Any], keys: Sequence[str]) -> bool | None:
+    """What switches say: 0, false: not to be learnt; 1, true: to be learnt."""
+    found = {key: given[key] for key in keys if given.get(key) is not None}
+    for key, value in found.items():
+        if isinstance(value, str) or value not in (0, 1):
+            raise ValueError(
+                f"{key!r}: expected 0 or 1 (false or true), found {value!r:.80}; other weights are "
+                "not supported"
+            )
+    if len({bool(value) for value in found.values()}) > 1:
+        raise ValueError(f"{', '.join(map(repr, found))} contradict each other; give one of them")
+    return bool(next(iter(found.values()))) if found else None
+
+
+def _switch(given: Mapping[str, Any], role: str) -> bool | None:
+    flag = _flag(given, _SWITCHES)
+    if role != "assistant":
+        # In ms-swift, whose word it is, "loss" has no effect outside assistant messages.
+        if flag and _flag(given, [key for key in _SWITCHES if key != "loss"]):
+            raise ValueError(f"it is to be trained on, but only assistant messages are, not {role}")
+        return None
+    return flag
+
+
+def _think(message: Message, given: Mapping[str, Any]) -> None:
+    """Takes thoughts out of the content and the keys that may hold them."""
+    thoughts = [message.thought] if message.thought else []
+    for key in _THOUGHTS:
+        value = given.get(key)
+        if is_list(value):
+            value = "".join(part["text"] for part in map(_text_part, value))
+        if not is_empty(value):
+            if not isinstance(value, str):
+                raise ValueError(f"{key!r}: expected a string, found {type(value).__name__}")
+            thoughts.append(value)
+    content = message.content
+    first = content if isinstance(content, str) else content[0].get("text", "") if content else ""
+    said = []
+    while match := _CHANNEL.match(first):
+        said.append(match[1].strip("\n"))
+        first = first[match.end() :]
+    if said:
+        thoughts.append("\n".join(said))
+        if isinstance(content, str):
+            message.content = first
+        else:
+            message.content = [{"type": "text", "text": first}] * bool(first) + content[1:]
+    thoughts = list(dict.fromkeys(thought.strip("\n") for thought in thoughts if thought.strip()))
+    if len(thoughts) > 1:
+        raise ValueError(
+            "it has two thoughts that differ, in "
+            f"{', '.join(map(repr, _THOUGHTS))} or in the content; give one"
+        )
+    message.thought = thoughts[0] if thoughts else ""
+
+
+# ---- Parts.
+
+
+def _split_parts(message: Message) -> list[Message]:
+    """Reads the parts of a message; thoughts and calls leave it, results become messages."""
+    if message.content is None and message.calls:
+        message.content = ""
+    if isinstance(message.content, str):
+        return []
+    if not is_list(message.content):
+        raise ValueError(
+            "expected its content to be a string or a list of parts, found "
+            f"{type(message.content).__name__}"
+        )
+    parts, results, flags = [], [], []
+    for part in message.content:
+        kind = part.get("type") if isinstance(part, Mapping) else "text"
+        if kind == "tool_result" and message.role == "user":
+            result = Message("tool", part.get("content"), call_id=part.get("tool_use_id"))
+            results.append(_result(result, {}))
+        elif kind == "tool_use" and message.role == "assistant":
+            call = {"id": part.get("id"), "name": part.get("name"), "arguments": part.get("input")}
+            message.calls += _calls([call], "tool_use")
+        elif kind == "thinking" and message.role == "assistant":
+            message.thought += str(part.get("thinking") or "")
+        else:
+            parts.append(_part(part))
+            flags.append(_flag(part, _SWITCHES) if isinstance(part, Mapping) else None)
+    said = {flag for flag in flags if flag is not None}
+    if said and (len(set(flags)) > 1 or message.trained not in (None, *said)):
+        raise ValueError("its parts differ in their loss switches; only whole messages are learnt")
+    if said and message.role == "assistant":
+        message.trained = said.pop()
+    message.content = parts
+    return results
+
+
+def _text_part(part: Any) -> dict[str, Any]:
+    part = _part(part)
+    if part["type"] != "text":
+        raise ValueError(f"expected parts of text, found one of {part['type']}")
+    return part
+
+
+def _part(part: Any) -> dict[str, Any]:
+    """One part, its image (if it is one and has one) under `image`."""
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    if not isinstance(part, Mapping):
+        raise ValueError(f"expected each part to be an object, found {part!r:.80}")
+    kind = part.get("type")
+    if kind in _TEXTS:
+        key = first_of(part, ("text", "content", "value"))
+        if key is None or not isinstance(part[key], str):
+            raise ValueError(f"a text part needs a string 'text', found {part!r:.80}")
+        return {"type": "text", "text": part[key]}
+    if kind in IMAGE_PARTS:
+        key = first_of(part, _IMAGE_KEYS)
+        return {"type": "image"} | ({} if key is None else {"image": _image(part[key], key)})
+    if kind in ("audio", "audio_url", "input_audio", "video", "video_url"):
+        raise ValueError(f"{kind!r} parts are not supported; supported: text and image")
+    raise ValueError(f"unknown part type {kind!r:.80}; expected 'text' or 'image'")
+
+
+def _image(value: Any, key: str) -> Any:
+    """The image of a part; OpenAI and Anthropic put it one level down."""
+    if key not in ("image_url", "source") or not isinstance(value, Mapping):
+        return value
+    inner = first_of(value, ("url", "data", "path"))
+    if inner is None:
+        raise ValueError(f"{key!r}: expected an object with 'url' or 'data', found {value!r:.80}")
+    return value[inner]
+
+
+# ---- Tools.
+
+
+def _parsed(value: Any, what: str) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{what}: expected JSON, found {value!r:.80} ({error})") from error
+
+
+def _calls(given: Any, what: str) -> list[dict[str, Any]]:
+    """Calls of tools, whose arguments are an object or JSON of one."""
+    given = _parsed(given, what)
+    if is_empty(given):
+        return []
+    result = []
+    for call in given if is_list(given) else [given]:
+        call = _parsed(call, what)
+        function = call.get("function") if isinstance(call, Mapping) else None
+        function = call if function is None else function
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise ValueError(f"{what}: expected calls with a 'name', found {call!r:.80}")
+        arguments = _parsed(function.get("arguments"), f"{what}: 'arguments'")
+        arguments = {} if arguments is None else arguments
+        if not isinstance(arguments, Mapping):
+            raise ValueError(
+                f"{what}: expected 'arguments' to be an object or JSON of one, found "
+                f"{arguments!r:.80}"
+            )
+        # Tables give every object the keys of all; JSON in a string has its own nulls.
+        if not isinstance(function.get("arguments"), str):
+            arguments = {key: value for key, value in arguments.items() if value is not None}
+        call_id = call.get("id")
+        identity = {} if call_id is None else {"id": call_id}
+        function = {"name": function["name"], "arguments": dict(arguments)}
+        result.append(identity | {"type": "function", "function": function})
+    return result
+
+
+def _result(message: Message, given: Mapping[str, Any]) -> Message:
+    """What a tool answered: text, parts or an object."""
+    message.name = given.get("name")
+    message.call_id = given.get("tool_call_id", message.call_id)
+    if is_list(message.content):
+        message.content = [_part(part) for part in message.content]
+    elif not isinstance(message.content, str | Mapping):
+        raise ValueError(
+            "expected what a tool answered to be a string, parts or an object, found "
+            f"{type(message.content).__name__}"
+        )
+    return message
+
+
+def _native_results(given: Mapping[str, Any]) -> Iterator[Message]:
+    """Results that stand in the message of their calls, as Gemma 4's first template has them."""
+    responses = given.get("tool_responses")
+    for response in [] if is_empty(responses) else responses:
+        if not isinstance(response, Mapping) or response.get("response") is None:
+            raise ValueError(
+                f"'tool_responses': expected 'name' and 'response', found {response!r:.80}"
+            )
+        yield _result(Message("tool", response["response"]), {"name": response.get("name")})
+
+
+def _name_results(messages: list[Message]) -> None:
+    """Gives each result the name of the tool that was called, by its id or in their order."""
+    calls: list[dict[str, Any]] = []
+    for index, message in enumerate(messages):
+        if message.role == "assistant":
+            calls = calls + message.calls if _follows(messages, index) else list(message.calls)
+        elif message.role != "tool":
+            calls = []
+        elif not calls:
+            raise ValueError(f"message {index}: it answers a call, and none precedes it")
+        else:
+            ids = [call.get("id") for call in calls]
+            known = message.call_id is not None and message.call_id in ids
+            call = calls.pop(ids.index(message.call_id) if known else 0)
+            message.name = message.name or call["function"]["name"]
+
+
+def _follows(messages: list[Message], index: int) -> bool:
+    return index > 0 and messages[index - 1].role == "assistant"
+
+
+def read_tools(given: Any, what: str) -> list[dict[str, Any]] | None:
+    """Definitions of tools, as OpenAI and transformers write them; None for none.
+
+    Args:
+        given: a list of definitions, objects or JSON, or JSON of the list; bare functions and
+            Anthropic's `input_schema` are taken too.
+        what: the key's name, for errors.
+    """
+    given = _parsed(given, repr(what))
+    if is_empty(given):
+        return None
+    result = []
+    for tool in given if is_list(given) else [given]:
+        tool = _without_none(_parsed(tool, repr(what)))
+        function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise ValueError(f"{what!r}: expected definitions with a 'name', found {tool!r:.80}")
+        function = {key: value for key, value in function.items() if key != "type"} | {
+            "description": function.get("description", "")
+        }
+        parameters = function.pop("input_schema", function.get("parameters"))
+        if parameters is not None:
+            function["parameters"] = _parsed(parameters, f"{what!r}: 'parameters'")
+        result.append({"type": "function", "function": function})
+    return result
+
+
+def _without_none(value: Any) -> Any:
+    """Tables give every object the keys of all; in a definition null means nothing."""
+    if isinstance(value, Mapping):
+        return {key: _without_none(part) for key, part in value.items() if part is not None}
+    return [_without_none(part) for part in value] if is_list(value) else value
+
+
+# ---- Messages that follow each other.
+
+
+def join(messages: Sequence[Message]) -> list[Message]:
+    """Assistant messages that follow each other made one turn, a newline between their texts."""
+    result: list[Message] = []
+    for index, message in enumerate(messages):
+        last = result[-1] if result else None
+        if last is None or not last.role == message.role == "assistant":
+            result.append(dataclasses.replace(message))
+            continue
+        if (last.trained is False) != (message.trained is False):
+            raise ValueError(
+                f"message {index}: it follows an assistant message, and one of the two is to be "
+                "learnt and one is not; they are one turn: give both the same loss switch"
+            )
+        if message.thought and last.content:
+            raise ValueError(
+                f"message {index}: it has a thought and follows an assistant message that has "
+                "spoken; a turn has one thought, before its text"
+            )
+        last.thought = "\n".join(filter(None, (last.thought, message.thought)))
+        last.content = _joined(last.content, message.content)
+        last.calls = last.calls + message.calls
+        last.unread += message.unread
+    return result
+
+
+def _joined(one: Any, other: Any) -> Any:
+    if not one or not other:
+        return one or other
+    if isinstance(one, str) and isinstance(other, str):
+        return f"{one.rstrip()}\n{other.lstrip()}"
+    one, other = (
+        [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+        for content in (one, other)
+    )
+    if one[-1]["type"] == other[0]["type"] == "text":
+        text = _joined(one.pop()["text"], other[0]["text"])
+        other[0] = {"type": "text", "text": text}
+    return one + other

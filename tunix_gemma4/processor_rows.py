@@ -1,0 +1,395 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The forms in which data sets write a row, made one: the only place that knows them."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from . import processor_keys as keys
+from .processor_keys import first_of, is_empty, is_list
+from .processor_messages import Message, join, read_messages, read_tools
+
+PROMPTS = "'prompt' or 'messages', or data.prompt_column to name the column of the prompts"
+_FORMS = (
+    "a list of messages, or an object with 'messages', with 'conversations' (from, value), or "
+    "with 'prompt' and 'completion'"
+)
+# A string that a chat template has written already, ours or another's.
+_TEMPLATED = re.compile(r"\s*(<bos>\s*)?<\|turn>\w+\n")
+_FOREIGN = re.compile(
+    r"\s*(<bos>|<s>)?\s*(<start_of_turn>|<\|im_start\|>|<\|begin_of_text\|>|\[INST\])"
+)
+# Words of other tools for an image's place; the longest first, for one contains another.
+_MARKS = (
+    *("<|vision_start|><|image_pad|><|vision_end|>", "<start_of_image>", "<image_soft_token>"),
+    *("<|image|>", "<|image_pad|>", "<image>"),
+)
+_MARK = re.compile("|".join(map(re.escape, _MARKS)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversation:
+    """Messages as a chat template takes them, and what it does not take.
+
+    Attributes:
+        messages: `role` (system, user, assistant or tool) and `content`, a string or a list of
+            parts; image parts carry no image. An assistant's may have `reasoning_content` and
+            `tool_calls`, a tool's has the `name` of its tool.
+        images: one for each image part, in order.
+        trained: for each assistant message, whether it is to be learnt.
+        tools: definitions for the template; None for none.
+        arguments: further arguments of the template, such as `enable_thinking`.
+        text: a prompt that already follows the template, in place of the messages before the
+            answer; None: there is none.
+        columns: what else the row has.
+        unread: names of keys in its messages that mean nothing here.
+    """
+
+    messages: list[dict[str, Any]]
+    images: list[Any]
+    trained: list[bool]
+    tools: list[dict[str, Any]] | None = None
+    arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
+    text: str | None = None
+    columns: dict[str, Any] = dataclasses.field(default_factory=dict)
+    unread: tuple[str, ...] = ()
+
+    @property
+    def given(self) -> str | list[dict[str, Any]]:
+        """The prompt as reward functions get it."""
+        return self.messages if self.text is None else self.text
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What a row says, whatever its form.
+
+    Attributes:
+        form: the key under which its conversation stands.
+        messages: the prompt with its history, or the whole conversation.
+        completion: the answer where it stands by itself; None: it has none.
+        whole: whether answers in `messages` are learnt too.
+        text: a prompt that already follows the template; `messages` is empty then.
+        images: those beside the messages; None: the row has no such column.
+        tools, arguments, columns: see `Conversation`.
+    """
+
+    form: str
+    messages: list[Message]
+    completion: list[Message] | None
+    whole: bool
+    text: str | None
+    images: list[Any] | None
+    tools: list[dict[str, Any]] | None
+    arguments: dict[str, Any]
+    columns: dict[str, Any]
+
+    def view(
+        self,
+        messages: Sequence[Message],
+        trained: Sequence[bool],
+        images: list[Any] | None = None,
+    ) -> Conversation:
+        """A conversation of these messages; learnt are those of `trained` whose switch is not off.
+
+        `images` stand beside them in place of the row's.
+        """
+        images = self.images if images is None else images
+        messages = [
+            dataclasses.replace(message, trained=learnt and message.trained is not False)
+            for message, learnt in zip(messages, trained, strict=True)
+        ]
+        filled, found = _place_images(join(messages), images, self.text)
+        return Conversation(
+            [_plain(message) for message in filled],
+            found,
+            [bool(message.trained) for message in filled if message.role == "assistant"],
+            self.tools,
+            self.arguments,
+            self.text,
+            self.columns,
+            tuple(dict.fromkeys(key for message in filled for key in message.unread)),
+        )
+
+
+# ---- Rows.
+
+
+def read_row(
+    row: Any,
+    *,
+    column: str | None = None,
+    names: Collection[str] = (),
+    answered: bool = False,
+    expected: str = _FORMS,
+) -> Row:
+    """The one reading of a row of any form.
+
+    Args:
+        row: a list of messages, or an object in one of the forms of docs/how-to/data.md.
+        column: that of the prompt; None: where the forms have it.
+        names: keys that are columns too, whatever they mean.
+        answered: answers stand elsewhere, so that words such as "question" are a prompt.
+        expected: what an error says of a row of no form.
+    """
+    if is_list(row):
+        row = {"messages": row}
+    if not isinstance(row, Mapping):
+        raise ValueError(f"expected {expected}, found {type(row).__name__}")
+    row = _unpacked(row)
+    keys.refuse(row, names)
+    form = form_of(row, answered=answered) if column is None else column
+    if column is not None and row.get(column) is None:
+        raise ValueError(f"it has no column {column!r}, which data.prompt_column names")
+    if form is None:
+        _refuseform_of(row, expected)
+    consumed = {*keys.CONSUMED, form, *(("input",) if form == "instruction" else ())}
+    text, completion = None, None
+    if form in keys.CONVERSATIONS:
+        messages = read_messages(_pairs(row[form]), form)
+        if not is_empty(row.get("history")):
+            raise ValueError(f"'history' stands beside {form!r}; put it into the messages")
+    else:
+        messages, text = _prompt(row, form)
+        answer = None if column is not None else first_of(row, keys.ANSWERS)
+        if answer is not None and not answered:
+            completion = _completion(row[answer], answer)
+    return Row(
+        form,
+        with_system(messages, row, text),
+        completion,
+        form in keys.CONVERSATIONS or not is_empty(row.get("history")),
+        text,
+        _beside(row),
+        _tools(row),
+        _arguments(row),
+        keys.columns(row, consumed - set(names)),
+    )
+
+
+def _unpacked(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """OpenAI's preferences have prompt and tools one level down, in `input`."""
+    inner = row.get("input")
+    if isinstance(inner, Mapping) and is_list(inner.get("messages")):
+        return {key: value for key, value in row.items() if key != "input"} | dict(inner)
+    return row
+
+
+def form_of(row: Mapping[str, Any], *, answered: bool) -> str | None:
+    """The key under which the conversation stands."""
+    form = first_of(row, (*keys.CONVERSATIONS, *keys.PROMPTS))
+    if form is None and (answered or first_of(row, keys.ANSWERS) is not None):
+        form = first_of(row, keys.PROMPTS_WITH_ANSWER)
+    return form
+
+
+def _refuseform_of(row: Mapping[str, Any], expected: str) -> None:
+    hint = ""
+    if any(row.get(key) is not None for key in keys.CHOSEN):
+        hint = "; it is a row of preferences, which DPO and ORPO train on"
+    elif isinstance(row.get("text"), str):
+        hint = "; plain texts are not trained on: give 'messages', or 'prompt' and 'completion'"
+    found = f"an object with {sorted(row)}" if expected == _FORMS else ", ".join(row)
+    raise ValueError(f"expected {expected}; found {found}{hint}")
+
+
+def _pairs(given: Any) -> Any:
+    """ms-swift's turns `{"human", "assistant"}` as messages; others as they are."""
+    if not is_list(given) or not all(
+        isinstance(turn, Mapping) and "human" in turn and "assistant" in turn for turn in given
+    ):
+        return given
+    return [
+        {"role": role, "content": turn[role]} for turn in given for role in ("human", "assistant")
+    ]
+
+
+def _prompt(row: Mapping[str, Any], form: str) -> tuple[list[Message], str | None]:
+    """The messages before the answer, or the text that the template has written of them."""
+    prompt = row[form]
+    if is_list(prompt):
+        return read_messages(prompt, form), None
+    if isinstance(prompt, Mapping):
+        return read_messages([prompt], form), None
+    if not isinstance(prompt, str):
+        raise ValueError(
+            f"{form!r}: expected a string or a list of messages, found {type(prompt).__name__}"
+        )
+    if form == "instruction" and isinstance(row.get("input"), str) and row["input"]:
+        prompt = f"{prompt}\n{row['input']}" if prompt else row["input"]
+    if _FOREIGN.match(prompt):
+        raise ValueError(
+            f"{form!r} is written in another model's chat template ({prompt[:30]!r}); give its "
+            "messages"
+        )
+    history = [] if is_empty(row.get("history")) else row["history"]
+    messages = []
+    for pair in history:
+        if not is_list(pair) or len(pair) != 2 or not all(isinstance(s, str) for s in pair):
+            raise ValueError(f"'history': expected pairs of two strings, found {pair!r:.80}")
+        messages += [Message("user", pair[0]), Message("assistant", pair[1])]
+    if _TEMPLATED.match(prompt):
+        if messages or first_of(row, keys.SYSTEMS) is not None or not is_empty(row.get("tools")):
+            raise ValueError(
+                f"{form!r} already follows the chat template, so that history, system and tools "
+                "cannot be put into it; give its messages"
+            )
+        return [], prompt
+    return [*messages, Message("user", prompt)], None
+
+
+def _completion(given: Any, name: str) -> list[Message] | None:
+    if isinstance(given, str):
+        return [Message("assistant", given)]
+    if isinstance(given, Mapping) and ("role" in given or "from" in given):
+        given = [given]
+    if not is_list(given):
+        if name == "answer":
+            return None  # A column, such as the number that a problem has for its solution.
+        raise ValueError(f"{name!r}: expected a string or messages, found {type(given).__name__}")
+    return read_messages(given, name)
+
+
+def with_system(messages: list[Message], row: Mapping[str, Any], text: str | None) -> list[Message]:
+    """The messages behind the system column's, if it has one."""
+    name = first_of(row, keys.SYSTEMS)
+    if name is None or text is not None or is_empty(row[name]):
+        return messages
+    if not isinstance(row[name], str):
+        raise ValueError(f"{name!r}: expected a string, found {type(row[name]).__name__}")
+    if messages and messages[0].role == "system":
+        if messages[0].text().strip() == row[name].strip():
+            return messages
+        raise ValueError(
+            f"the column {name!r} and the conversation's system message differ; keep one of them"
+        )
+    return [Message("system", row[name]), *messages]
+
+
+def _tools(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    name = next((name for name in keys.TOOLS if not is_empty(row.get(name))), None)
+    return None if name is None else read_tools(row[name], name)
+
+
+def _arguments(row: Mapping[str, Any]) -> dict[str, Any]:
+    given = row.get("chat_template_kwargs")
+    if not is_empty(given) and not isinstance(given, Mapping):
+        raise ValueError(
+            f"'chat_template_kwargs': expected an object, found {type(given).__name__}"
+        )
+    given = {} if given is None else {k: v for k, v in given.items() if v is not None}
+    thinking = row.get("enable_thinking")
+    if thinking is not None:
+        if not isinstance(thinking, bool):
+            raise ValueError(f"'enable_thinking': expected true or false, found {thinking!r:.80}")
+        given["enable_thinking"] = thinking
+    return given
+
+
+# ---- Images.
+
+
+def _beside(row: Mapping[str, Any]) -> list[Any] | None:
+    """The images of the row's columns `images` and `image`, each one or a list; None: no column."""
+    found = None
+    for name in keys.IMAGES:
+        value = row.get(name)
+        if value is not None:
+            found = (found or []) + (list(value) if is_list(value) else [value])
+    return found
+
+
+def _place_images(
+    messages: list[Message], beside: list[Any] | None, text: str | None
+) -> tuple[list[Message], list[Any]]:
+    """Messages whose image parts are empty, and the images of the parts in order."""
+    if text is not None:
+        return messages, list(beside or [])
+    has_parts = any(
+        part["type"] == "image" for m in messages if is_list(m.content) for part in m.content
+    )
+    if beside is not None and not has_parts:
+        messages = [_at_marks(message) for message in messages]
+        if beside and not any(part["type"] == "image" for m in messages for part in _parts(m)):
+            messages = _put_first(messages, len(beside))
+    beside = beside or []
+    found, used = [], 0
+    for message in messages:
+        for part in _parts(message):
+            if part["type"] != "image":
+                continue
+            if "image" in part:
+                found.append(part["image"])
+                continue
+            if used < len(beside):
+                found.append(beside[used])
+            elif has_parts and not beside:
+                raise ValueError(
+                    'an image part without an image; give it in the part, as {"type": "image", '
+                    "\"image\": path}, or in a list 'images' beside the messages"
+                )
+            used += 1
+    if used != len(beside):
+        raise ValueError(
+            f"{len(beside)} images are given beside the messages, which have {used} image parts "
+            "without an image of their own, or marks; there must be one for each"
+        )
+    return messages, found
+
+
+def _parts(message: Message) -> list[dict[str, Any]]:
+    return list(message.content) if is_list(message.content) else []
+
+
+def _at_marks(message: Message) -> Message:
+    """The message with an image part at each mark of its texts."""
+    content = message.content
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    if not is_list(content) or not any(_MARK.search(part.get("text", "")) for part in content):
+        return message
+    parts: list[dict[str, Any]] = []
+    for part in content:
+        for index, text in enumerate(_MARK.split(part["text"])):
+            if index:
+                parts.append({"type": "image"})
+            if text.strip():
+                parts.append({"type": "text", "text": text.strip()})
+    return dataclasses.replace(message, content=parts)
+
+
+def _put_first(messages: list[Message], count: int) -> list[Message]:
+    """`count` image parts before the first user message's text."""
+    for index, message in enumerate(messages):
+        if message.role == "user":
+            content = message.content
+            if isinstance(content, str):
+                content = [{"type": "text", "text": content}]
+            content = [{"type": "image"}] * count + list(content)
+            shown = dataclasses.replace(message, content=content)
+            return [*messages[:index], shown, *messages[index + 1 :]]
+    raise ValueError(f"{count} images are given and there is no user message to hold them")
+
+
+def _plain(message: Message) -> dict[str, Any]:
+    """As a chat template takes it."""
+    content = message.content
+    if is_list(content):
+        content = [{"type": "image"} if part["type"] == "image" else part for part in content]
+    result = {"role": message.role, "content": content}
+    if message.thought:
+        result["reasoning_content"] = message.thought
+    if message.calls:
+        result["tool_calls"] = message.calls
+    if message.role == "tool":
+        result["name"] = message.name
+    return result
+
+
+def text_of(content: str | list[dict[str, Any]]) -> str:
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] for part in content if part["type"] == "text")
