@@ -370,7 +370,7 @@ def test_a_second_apply_is_refused():
     [
         ({"rank": 0}, "rank: expected at least 1, found 0"),
         ({"quantize": "int3"}, "quantize: expected None or one of nf4, int8, found 'int3'"),
-        ({"tile_size": 0}, "tile_size: expected None or at least 1, found 0"),
+        ({"tile_size": 0}, "tile_size: expected at least 1, found 0"),
     ],
 )
 def test_a_config_says_what_is_wrong_with_it(fields, message):

@@ -35,6 +35,7 @@ from .checkpoint_check import (
     check_tokenizer,
 )
 from .config import ModelConfig
+from .config_domains import require
 from .model.gemma4 import (
     AnyModel,
     Gemma4ForConditionalGeneration,
@@ -194,8 +195,7 @@ def save_checkpoint(
         NonFiniteError: parameters that hold NaN or infinity, by name.
     """
     directory = Path(directory)
-    if max_shard_bytes < 1:
-        raise ValueError(f"max_shard_bytes: expected at least 1, found {max_shard_bytes}")
+    require(max_shard_bytes=max_shard_bytes)
     require_single_layers(model)
     _refuse_unmerged(model)
     files.check_target(directory, overwrite)

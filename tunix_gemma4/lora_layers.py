@@ -21,6 +21,7 @@ import numpy as np
 import qwix
 from flax import nnx
 
+from .config_domains import require_fields
 from .lora_targets import grouped, linears
 from .model.low_rank import project
 from .sharding import eval_shape, is_variable, param_shardings, spread
@@ -57,14 +58,11 @@ class LoraConfig:
     use_rslora: bool = False
 
     def __post_init__(self):
-        if self.rank < 1:
-            raise ValueError(f"rank: expected at least 1, found {self.rank}")
+        require_fields(self)
         if self.quantize not in (None, *QTYPES):
             raise ValueError(
                 f"quantize: expected None or one of {', '.join(QTYPES)}, found {self.quantize!r}"
             )
-        if self.tile_size is not None and self.tile_size < 1:
-            raise ValueError(f"tile_size: expected None or at least 1, found {self.tile_size}")
 
     @property
     def scale(self) -> float:

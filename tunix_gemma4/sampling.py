@@ -21,6 +21,7 @@ from jax.sharding import NamedSharding
 
 from .config import ModelConfig
 from .config_checks import refuse_ids_beyond
+from .config_domains import require
 from .model.merge import check_images
 from .model.stacking import unstack_layers
 from .processor import Batch
@@ -195,14 +196,8 @@ def _check_settings(
     max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None
 ) -> None:
     """Raises ValueError for settings that cannot be meant."""
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens: expected at least 1, found {max_new_tokens}")
-    if temperature < 0:
-        raise ValueError(f"temperature: expected 0 (greedy) or more, found {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k: expected at least 1, or None for no limit, found {top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p: expected above 0 and at most 1, found {top_p}")
+    numbers = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+    require("generate", **numbers, top_k=top_k, top_p=top_p)
     if temperature == 0 and (top_k, top_p) != (None, None):
         raise ValueError(
             f"temperature=0 is greedy and would ignore top_k={top_k} and top_p={top_p}; "

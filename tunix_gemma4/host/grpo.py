@@ -18,6 +18,7 @@ from tunix.rl.rl_cluster import ClusterConfig, RLCluster, RLTrainingConfig, Role
 from tunix.rl.rollout.base_rollout import RolloutConfig
 from tunix.sft import utils as sft_utils
 
+from ..config_domains import require
 from ..processor import Processor
 from .checkpoints import CheckpointManager
 from .learner import set_processor
@@ -66,6 +67,8 @@ def make_rollout_config(
     seed: int = 0,
 ) -> RolloutConfig:
     """How completions are sampled; lengths in tokens."""
+    require(max_prompt_length=max_prompt_length, max_completion_length=max_completion_length)
+    require(temperature=temperature, top_p=top_p, top_k=top_k)
     return RolloutConfig(
         max_prompt_length=max_prompt_length,
         max_tokens_to_generate=max_completion_length,
@@ -192,6 +195,8 @@ def make_algorithm(
         epsilon, epsilon_high: bounds of the probability ratio below and above 1; None is the
             host's, which is `epsilon`, or 0.28 with "dapo".
     """
+    require(num_generations=num_generations, num_iterations=num_iterations)
+    require(beta=beta, epsilon=epsilon, epsilon_high=epsilon_high)
     learner, config, fields = _LEARNERS[loss_type]
     shared = {
         "num_generations": num_generations,

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from ..config_domains import require
 from ..processor import Batch
 from .optimizer import StepRecord
 
@@ -34,8 +35,7 @@ class StepMetrics:
     """
 
     def __init__(self, *, log: Callable[[str], None], logging_steps: int):
-        if logging_steps < 1:
-            raise ValueError(f"logging_steps: expected at least 1, found {logging_steps}")
+        require(logging_steps=logging_steps)
         self._log = log
         self._logging_steps = logging_steps
         self._tokens = self._supervised = 0  # of the current step and of this process

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ..config_domains import require
 from ..model.stacking import stacked_axes
 
 SCHEDULES = ("constant", "linear", "cosine")
@@ -103,6 +104,7 @@ def make_schedule(
         warmup_steps: optimizer steps below it.
         total_steps: optimizer steps after which "linear" and "cosine" have reached zero.
     """
+    require(learning_rate=learning_rate, warmup_steps=warmup_steps, total_steps=total_steps)
     decay_steps = max(total_steps - warmup_steps, 1)
     if kind == "constant":
         after = optax.constant_schedule(learning_rate)
@@ -140,6 +142,10 @@ def make_optimizer(
             the run there.
         max_skipped_steps: the run ends when more are skipped.
     """
+    require(b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
+    require(max_grad_norm=max_grad_norm, max_skipped_steps=max_skipped_steps)
+    if on_nonfinite not in ON_NONFINITE:
+        raise ValueError(f"on_nonfinite: expected one of {ON_NONFINITE}, found {on_nonfinite!r}")
     steps = [record_step(schedule)]
     if max_grad_norm:
         steps.append(optax.clip_by_global_norm(max_grad_norm))

@@ -11,6 +11,8 @@ import orbax.checkpoint as ocp
 from tunix.sft.metrics_logger import MetricsLoggerOptions, TensorboardBackend, WandbBackend
 from tunix.sft.peft_trainer import TrainingConfig
 
+from ..config_domains import require
+
 CHECKPOINTS = "checkpoints"
 TENSORBOARD = "tensorboard"
 
@@ -57,6 +59,8 @@ def training_fields(
     report_to: str = "tensorboard",
 ) -> dict[str, Any]:
     """What the configurations of all of Tunix's trainers share; see `make_training_config`."""
+    require(max_steps=max_steps, eval_steps=eval_steps)
+    require(save_steps=save_steps, save_total_limit=save_total_limit)
     output_dir = Path(output_dir).absolute()
     return {
         "max_steps": max_steps,

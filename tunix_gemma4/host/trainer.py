@@ -21,6 +21,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tunix.sft import hooks, metrics_logger, peft_trainer
 
+from ..config_domains import require_fields
 from ..data import BatchDataset
 from ..losses import next_token_loss
 from ..processor import Batch
@@ -105,6 +106,7 @@ class Gemma4Trainer(peft_trainer.PeftTrainer):
         log: Callable[[str], None] = print,
         after_eval: Callable[[Gemma4Trainer], None] | None = None,
     ):
+        require_fields(training_config)
         # The host would restore before the optimizer's state lies where it belongs.
         without = dataclasses.replace(training_config, checkpoint_root_directory=None)
         super().__init__(model, optimizer, without, metrics_logger)

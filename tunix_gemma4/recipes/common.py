@@ -158,6 +158,8 @@ def optimizer_of(config: TrainSettings, total_steps: int) -> optax.GradientTrans
         eps=config.adam_epsilon,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
+        on_nonfinite=config.on_nonfinite,
+        max_skipped_steps=config.max_skipped_steps,
     )
 
 

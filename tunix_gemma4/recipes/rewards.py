@@ -12,6 +12,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import math
 import re
 from collections.abc import Callable, Sequence
 from fractions import Fraction
@@ -145,7 +146,7 @@ def soft_overlong(max_length: int, buffer: int) -> RewardFn:
         max_length: characters from which on it is -1.
         buffer: characters over which it falls.
     """
-    if not 0 < buffer <= max_length:
+    if not 0 < buffer <= max_length < math.inf:
         raise ValueError(
             f"soft_overlong: expected 0 < buffer <= max_length, found buffer={buffer}, "
             f"max_length={max_length}"

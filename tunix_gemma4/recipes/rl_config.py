@@ -15,7 +15,7 @@ from omegaconf import MISSING
 from ..host.grpo import KL_ESTIMATORS, LOSS_TYPES
 from .load_config import load_config
 from .rewards import load_reward
-from .settings import MeshConfig, TrainSettings, at_least_one, one_of
+from .settings import MeshConfig, TrainSettings, one_of
 
 
 @dataclasses.dataclass
@@ -126,29 +126,15 @@ class GrpoRunConfig(TrainSettings):
         super().validate()
         one_of("loss_type", self.loss_type, LOSS_TYPES)
         one_of("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
-        at_least_one({name: vars(self)[name] for name in _COUNTS})
-        at_least_one({"data.max_prompt_length": self.data.max_prompt_length})
-        if self.num_generations < 2:
-            raise ValueError(
-                f"num_generations: expected at least 2, found {self.num_generations}; completions "
-                "of one prompt are compared with each other"
-            )
         self._validate_numbers()
         self._validate_rewards()
         self._validate_sizes()
 
     def _validate_numbers(self) -> None:
-        if self.beta < 0 or self.epsilon <= 0 or self.temperature <= 0:
-            raise ValueError(
-                "beta, epsilon, temperature: expected beta at least 0 and the others above it, "
-                f"found {self.beta}, {self.epsilon}, {self.temperature}"
-            )
         if self.epsilon_high is not None and self.epsilon_high < self.epsilon:
             raise ValueError(
                 f"epsilon_high: expected at least epsilon={self.epsilon}, found {self.epsilon_high}"
             )
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p: expected above 0 and at most 1, found {self.top_p}")
         if self.loss_type == "dapo" and self.beta:
             raise ValueError(f'beta: loss_type "dapo" has no KL penalty, found {self.beta}; set 0')
         if self.lora is not None and self.lora.quantize is not None and self.beta:
@@ -197,8 +183,6 @@ class GrpoRunConfig(TrainSettings):
 
 
 _MICRO = ("train_micro_batch_size", "rollout_micro_batch_size", "compute_logps_micro_batch_size")
-_COUNTS = ("num_iterations", "max_completion_length", "batch_size", "mini_batch_size", "top_k")
-_COUNTS += _MICRO
 
 
 def load_grpo_config(path: str | Path, overrides: Sequence[str] = ()) -> GrpoRunConfig:

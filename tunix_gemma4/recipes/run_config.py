@@ -13,7 +13,7 @@ from pathlib import Path
 from omegaconf import MISSING
 
 from .load_config import load_config, to_yaml
-from .settings import LoraSettings, MeshConfig, TrainSettings, at_least_one
+from .settings import LoraSettings, MeshConfig, TrainSettings
 
 __all__ = ["DataConfig", "LoraSettings", "MeshConfig", "RunConfig", "load_run_config", "to_yaml"]
 
@@ -62,12 +62,6 @@ class RunConfig(TrainSettings):
     def validate(self) -> None:
         """Raises ValueError for settings that cannot be meant."""
         super().validate()
-        at_least_one(
-            {
-                "batch_size": self.batch_size,
-                "gradient_accumulation_steps": self.gradient_accumulation_steps,
-            }
-        )
         if self.batch_size % self.mesh.fsdp:
             raise ValueError(
                 f"batch_size: expected a multiple of mesh.fsdp={self.mesh.fsdp}, found "

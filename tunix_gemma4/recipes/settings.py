@@ -8,8 +8,9 @@ import dataclasses
 from omegaconf import MISSING
 
 from ..config_checks import ATTENTION_IMPLEMENTATIONS
+from ..config_domains import require_fields
 from ..config_parts import RematConfig
-from ..host.optimizer import SCHEDULES
+from ..host.optimizer import ON_NONFINITE, SCHEDULES
 from .compile_cache import AUTO
 
 
@@ -74,7 +75,11 @@ class TrainSettings:
         warmup_steps: steps until the highest rate.
         weight_decay: AdamW's, on matrices only; 0 as is usual in fine-tuning.
         adam_beta1, adam_beta2, adam_epsilon: AdamW's; the usual values.
-        max_grad_norm: gradients are scaled down to this norm; null: never.
+        max_grad_norm: gradients are scaled down to this norm; 0 or null: never.
+        on_nonfinite: "stop" ends the run with the first loss, gradient or state that is NaN or
+            infinite, and saves nothing of it; "skip" lets such a step change nothing, counts it
+            and goes on.
+        max_skipped_steps: with "skip", the run ends when more steps than these were skipped.
         logging_steps: steps between lines of text.
         eval_steps: steps between evaluations; there is one before the first.
         save_steps: steps between checkpoints; there is one after the last.
@@ -107,6 +112,8 @@ class TrainSettings:
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8
     max_grad_norm: float | None = 1.0
+    on_nonfinite: str = "stop"
+    max_skipped_steps: int = 10
     logging_steps: int = 10
     eval_steps: int = 100
     save_steps: int = 100
@@ -120,21 +127,15 @@ class TrainSettings:
         """Raises ValueError for settings that cannot be meant."""
         if self.max_steps is None and self.num_train_epochs is None:
             raise ValueError("max_steps, num_train_epochs: both are null; give at least one")
+        require_fields(self)
         RematConfig.parse(self.remat)
         one_of("attention_implementation", self.attention_implementation, ATTENTION_IMPLEMENTATIONS)
         one_of("dtype", self.dtype, (None, "bfloat16", "float32"))
         one_of("lr_scheduler_type", self.lr_scheduler_type, SCHEDULES)
+        one_of("on_nonfinite", self.on_nonfinite, ON_NONFINITE)
         one_of("report_to", self.report_to, ("tensorboard", "wandb", "none"))
-        at_least_one({name: vars(self)[name] for name in _COUNTS})
-        at_least_one({f"mesh.{name}": size for name, size in vars(self.mesh).items()})
         if self.merge and self.lora is None:
             raise ValueError("merge: true needs lora; without an adapter model/ is saved anyway")
-
-
-_COUNTS = (
-    *("max_steps", "num_train_epochs"),
-    *("logging_steps", "eval_steps", "save_steps", "save_total_limit"),
-)
 
 
 def one_of(name: str, value: str | None, allowed: tuple[str | None, ...]) -> None:
@@ -142,10 +143,3 @@ def one_of(name: str, value: str | None, allowed: tuple[str | None, ...]) -> Non
     if value not in allowed:
         listed = ", ".join("null" if choice is None else choice for choice in allowed)
         raise ValueError(f"{name}: expected one of {listed}, found {value!r}")
-
-
-def at_least_one(counts: dict[str, int | None]) -> None:
-    """Raises ValueError naming the first that is below 1; null is no number."""
-    for name, value in counts.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name}: expected at least 1, found {value}")
