@@ -38,7 +38,7 @@ _LEARNING_RATE = flags.DEFINE_float("learning_rate", 2e-5, "The highest.")
 
 def brevity(prompts, completions):
     """A reward of one's own: less for every letter beyond the first."""
-    return [1 / max(len(said.strip()), 1) for said in completions]
+    return [1 / max(len(message["content"].strip()), 1) for (message,) in completions]
 
 
 def main(argv: list[str]) -> None:

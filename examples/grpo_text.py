@@ -24,7 +24,7 @@ from tunix.rl.rollout.base_rollout import RolloutConfig
 import tunix_gemma4 as g4
 from tunix_gemma4.recipes.common import device_mesh
 from tunix_gemma4.recipes.prompts import Batches, PromptRows
-from tunix_gemma4.recipes.rewards import read_number
+from tunix_gemma4.recipes.rewards import completion_text, read_number
 from tunix_gemma4.recipes.rl_config import PromptConfig
 from tunix_gemma4.recipes.settings import MeshConfig
 from tunix_gemma4.tiny import build_tiny_checkpoint
@@ -41,9 +41,10 @@ _MAX_LENGTH = flags.DEFINE_integer("max_completion_length", 8, "Most tokens of a
 
 def right_number(prompts, completions, answer):
     """1 for the right number, 0 for another, a little less for none."""
+    numbers = [read_number(completion_text(completion)) for completion in completions]
     return [
-        float(read_number(said) == read_number(right)) if read_number(said) is not None else -0.1
-        for said, right in zip(completions, answer, strict=True)
+        float(said == read_number(right)) if said is not None else -0.1
+        for said, right in zip(numbers, answer, strict=True)
     ]
 
 

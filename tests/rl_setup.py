@@ -15,6 +15,7 @@ from tunix_gemma4.checkpoint import load_checkpoint
 from tunix_gemma4.host.learner import set_processor
 from tunix_gemma4.lora import LoraConfig, apply_lora
 from tunix_gemma4.processor import Processor
+from tunix_gemma4.recipes.rewards import completion_text
 
 Role = rl_cluster.Role
 STEPS = 5
@@ -112,7 +113,7 @@ def low_ids(prompts, completions, **columns):
     """A reward that any policy can raise: the share of letters early in the alphabet."""
     return [
         sum(letter.lower() < "m" for letter in completion) / max(len(completion), 1)
-        for completion in completions
+        for completion in map(completion_text, completions)
     ]
 
 

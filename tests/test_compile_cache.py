@@ -203,7 +203,8 @@ def test_second_start_compiles_nothing(tiny_checkpoint, tmp_path):
     prompt = {"prompt": "What is 7?", "answer": "7"}
     (tmp_path / "prompts.jsonl").write_text("\n".join([json.dumps(prompt)] * 2))
     (tmp_path / "rewards.py").write_text(
-        "def length(prompts, completions, **_):\n    return [len(x) / 9 for x in completions]\n"
+        "def length(prompts, completions, **_):\n"
+        "    return [len(said['content']) / 9 for (said,) in completions]\n"
     )
     environment = os.environ | {
         "JAX_ENABLE_COMPILATION_CACHE": "true",

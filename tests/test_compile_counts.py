@@ -18,7 +18,7 @@ BUCKETS = (32, 64)
 SQUARE = MeshConfig(fsdp=2, tp=2)
 REWARDS = """
 def length(prompts, completions, **_):
-    return [float(len(said)) for said in completions]
+    return [float(len(said[0]["content"])) for said in completions]
 """
 
 

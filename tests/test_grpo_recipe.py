@@ -29,8 +29,9 @@ REWARDS = """
 def early_letters(prompts, completions, answer):
     assert len(prompts) == len(completions) == len(answer)
     assert set(answer) <= set("0123456789")
-    early = [sum(letter.lower() < "m" for letter in said) for said in completions]
-    return [count / max(len(said), 1) for count, said in zip(early, completions)]
+    texts = [message["content"] for (message,) in completions]
+    early = [sum(letter.lower() < "m" for letter in said) for said in texts]
+    return [count / max(len(said), 1) for count, said in zip(early, texts)]
 """
 
 

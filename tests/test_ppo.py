@@ -180,7 +180,7 @@ def test_two_optimizer_steps_share_a_rollout(tiny_checkpoint):
 
     def reward(prompts, completions, **columns):
         seen.append(completions)
-        return [len(text) / 7 for text in completions]
+        return [len(message["content"]) / 7 for (message,) in completions]
 
     config = ppo_learner.PPOConfig(beta=0.0, num_iterations=2)
     ppo_learner.PPOLearner(cluster, config, [reward]).train([text_batch(0), text_batch(1)])

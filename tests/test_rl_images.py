@@ -41,7 +41,8 @@ def cluster(directory):
 
 def make_learner(cluster, reward_fn=low_ids, **fields):
     config = grpo_learner.GRPOConfig(num_generations=GENERATIONS, **{"beta": 0.0} | fields)
-    return grpo_learner.GRPOLearner(rl_cluster=cluster, algo_config=config, reward_fns=[reward_fn])
+    reward_fns = reward_fn if isinstance(reward_fn, list) else [reward_fn]
+    return grpo_learner.GRPOLearner(rl_cluster=cluster, algo_config=config, reward_fns=reward_fns)
 
 
 def examples_of(learner, batches, *, micro):
@@ -212,6 +213,27 @@ def test_reward_functions_see_prompts_and_images_as_they_were_given(cluster):
     assert seen["prompts"] == [p for p in batch["prompts"] for _ in range(GENERATIONS)]
     assert seen["answer"] == [a for a in batch["answer"] for _ in range(GENERATIONS)]
     assert seen["images"][0] is batch["images"][0]
+
+
+def test_reward_functions_may_abstain_and_ask_for_more_than_columns(cluster):
+    """Two functions; both abstain on the third completion, one of a group of two."""
+    seen = []
+
+    async def judge(completion_ids, trainer_state, log_metric):
+        assert all(isinstance(ids, list) and ids for ids in completion_ids)
+        seen.append(trainer_state)
+        log_metric("judge/seen", float(len(completion_ids)))
+        return [0.0, 1.0, None, 1.0, 0.0, 1.0, 1.0, 0.0]
+
+    def silent(prompts, completions, log_extra):
+        log_extra("letters", [len(message["content"]) for (message,) in completions])
+        return [None] * 8
+
+    examples = examples_of(make_learner(cluster, [judge, silent]), [mixed_batch(5)], micro=4)
+    advantages = np.concatenate([np.asarray(example.advantages) for example in examples])
+    assert advantages[2] == advantages[3] == 0
+    assert np.all(advantages[[1, 5, 6]] > 0.7) and np.all(advantages[[0, 4, 7]] < -0.7)
+    assert seen[0].max_steps == cluster.actor_trainer.config.max_steps
 
 
 def test_packing_with_images_is_refused(directory):

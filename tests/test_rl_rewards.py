@@ -5,9 +5,15 @@ import math
 
 import numpy as np
 import pytest
+from PIL import Image
+from tunix.rl import function_registry
+from tunix.rl.grpo.grpo_learner import GRPOConfig
+from tunix.rl.reward_manager import SequenceRewardManager
 
+import tunix_gemma4
 from tunix_gemma4.host.binding import Bound, bind
-from tunix_gemma4.host.rewards import RewardError, checked
+from tunix_gemma4.host.rewards import RewardError, checked, without_abstained
+from tunix_gemma4.recipes.rewards import exact_answer, weighted
 
 PROMPTS, COMPLETIONS = ["p0", "p1", "p2"], ["c0", "c1", "c2"]
 
@@ -45,9 +51,9 @@ def test_prompts_are_those_of_the_data_set():
 @pytest.mark.parametrize(
     ("found", "message"),
     [
-        ([1.0, math.nan, 2.0], "finite number, found nan\nsample 1: prompt 'p1', completion 'c1'"),
+        ([1.0, math.nan, 2.0], "finite number.*found nan\nsample 1: prompt 'p1', completion 'c1'"),
         ([1.0, 2.0, math.inf], "found inf\nsample 2"),
-        ([None, 0.0, 0.0], "found None\nsample 0"),
+        ({"p0": 1.0, "p1": 1.0, "p2": 1.0}, "expected a list of 3 numbers, found dict"),
         (["a", 0.0, 0.0], "found 'a'\nsample 0"),
         ([[1.0, 2.0], 0.0, 0.0], "sample 0"),
         ([1.0, 2.0], "expected 3 rewards, one per completion, found 2\nsample 2: prompt 'p2'"),
@@ -80,3 +86,133 @@ def test_a_crash_of_the_whole_batch_says_that_no_sample_alone_caused_it():
 
     with pytest.raises(RewardError, match="(?s)no spread.*each of the 3 samples alone"):
         call(spread)
+
+
+CONVERSATIONS = [[{"role": "user", "content": name}] for name in PROMPTS]
+
+
+def test_completions_of_conversations_are_messages():
+    seen = []
+
+    def keep(completions, **_):
+        seen.append(completions)
+        return [0.0] * 3
+
+    with bind(Bound(prompts=[CONVERSATIONS[0], "p1", CONVERSATIONS[2]])):
+        call(keep)
+    assert seen[0] == [
+        [{"role": "assistant", "content": "c0"}],
+        "c1",
+        [{"role": "assistant", "content": "c2"}],
+    ]
+
+
+def test_function_written_for_strings_is_told_of_messages():
+    def length(prompts, completions):
+        return [float(said.strip() == "") for said in completions]
+
+    with (
+        bind(Bound(prompts=CONVERSATIONS)),
+        pytest.raises(RewardError, match=r'(?s)AttributeError.*completion\[0\]\["content"\]'),
+    ):
+        call(length)
+
+
+def test_context_is_given_to_who_names_it():
+    context = {"completion_ids": [[1], [2, 3], [4]], "trainer_state": "state"}
+
+    def named(completion_ids):
+        return [float(len(ids)) for ids in completion_ids]
+
+    def all_of_it(completions, **columns):
+        assert columns["trainer_state"] == "state" and columns["prompts"] == PROMPTS
+        return named(columns["completion_ids"])
+
+    with bind(Bound(for_rewards=context)):
+        assert call(named) == call(all_of_it) == [1.0, 2.0, 1.0]
+
+
+def test_asynchronous_functions_are_awaited_and_may_abstain():
+    async def judge(prompts, completions):
+        return [1.0, None, 0.5]
+
+    np.testing.assert_array_equal(call(judge), [1.0, np.nan, 0.5])
+    np.testing.assert_array_equal(call(weighted(judge, 0.5)), [0.5, np.nan, 0.25])
+
+
+def test_images_are_opened_once_each(tmp_path):
+    path = str(tmp_path / "a.png")
+    Image.new("RGB", (4, 4), "red").save(path)
+    held = Image.new("L", (2, 2))
+
+    def sees(prompts, completions, images, image):
+        assert images[0][0] is images[1][0] and images[0][0].getpixel((0, 0)) == (255, 0, 0)
+        assert images[2] is None and image[0] is held
+        return [1.0] * 3
+
+    assert call(sees, images=[[path], [path], None], image=[held] * 3) == [1.0] * 3
+
+
+@pytest.fixture
+def registered():
+    tunix_gemma4.register()
+    yield
+    tunix_gemma4.unregister()
+
+
+def test_abstaining_leaves_sums_and_metrics_to_the_others(registered):
+    columns = [[1.0, None, None, 2.0], [0.5, 0.25, None, None]]
+
+    def fixed(name, found):
+        def reward(prompts, completions):
+            return found
+
+        reward.__name__ = name
+        return checked(reward)
+
+    config = GRPOConfig(num_generations=2)
+    manager = SequenceRewardManager([fixed("a", columns[0]), fixed("b", columns[1])], config)
+    info = manager(prompts=["p"] * 4, completions=["c"] * 4)
+    np.testing.assert_array_equal(info["rewards"], [1.5, 0.25, np.nan, 2.0])
+    means = {
+        name: op(np.array([values])) for name, (values, op) in info["log_metrics"].items() if op
+    }
+    assert means == pytest.approx(
+        {
+            "rewards/a": 1.5,
+            "rewards/b": 0.375,
+            "rewards/sum": 1.25,
+            "rewards/mean": 1.0,
+            "rewards/min": (0.5 + 0.25 + 2.0) / 3,
+            "rewards/max": (1.0 + 0.25 + 2.0) / 3,
+        }
+    )
+
+
+def test_advantages_leave_out_completions_that_nobody_judged(registered):
+    nan = np.nan
+    found = np.array([1.0, nan, 2.0, 4.0, 0.0, 1.0, 1.0, 0.0, nan, nan, nan, 3.0])
+    with bind(Bound()):
+        filled = without_abstained(found, groups=True)
+        assert np.isfinite(filled).all()
+        assert filled.mean() == pytest.approx(np.nanmean(found))
+        estimator = function_registry.get_advantage_estimator("grpo")
+        advantages = estimator(rewards=filled, num_generations=4)
+    expected = np.zeros(12)
+    # The published formula on the completions that have a reward.
+    for group in (np.array([0, 2, 3]), np.array([4, 5, 6, 7])):
+        kept = found[group]
+        expected[group] = (kept - kept.mean()) / (kept.std(ddof=1) + 1e-6)
+    np.testing.assert_allclose(advantages, expected, rtol=1e-6)
+    with pytest.raises(RewardError, match="sample 1: every reward function returned None"):
+        without_abstained(found, groups=False)
+
+
+def test_our_own_functions_read_both_forms_and_the_hosts_get_strings():
+    def shaped(prompts, completions):
+        return [float(len(said)) for said in completions]
+
+    shaped.__module__ = "tunix.rl.grpo.dapo_learner"
+    with bind(Bound(prompts=CONVERSATIONS)):
+        assert call(exact_answer, answer=["c0", "x", "c2"]) == [1.0, 0.0, 1.0]
+        assert call(shaped) == [2.0] * 3

@@ -27,7 +27,10 @@ class Bound:
         temperature: of the rollout; used wherever the host forgets to pass it on.
         suppressed: ids that the sampler never draws, so that no policy gives them probability.
         prompts: the prompts as the user gave them, for reward functions.
-        rollout_logps: for each row, log-probabilities of the sampled tokens, as sampled.
+        for_rewards: what reward functions may ask for besides columns; see `rewards.CONTEXT`.
+        abstained: [B], where no reward function gave a number; None: nowhere.
+        completion_ids: for each row, the sampled tokens, the stop token included.
+        rollout_logps: for each row, log-probabilities of these tokens, as sampled.
         logps, entropy: [B, T] of the last computation, as a loss function sees them.
     """
 
@@ -36,6 +39,9 @@ class Bound:
     temperature: float = 1.0
     suppressed: tuple[int, ...] = ()
     prompts: list[Any] | None = None
+    for_rewards: dict[str, Any] = dataclasses.field(default_factory=dict)
+    abstained: np.ndarray | None = None
+    completion_ids: list[np.ndarray] = dataclasses.field(default_factory=list)
     rollout_logps: list[np.ndarray] = dataclasses.field(default_factory=list)
     logps: jax.Array | None = None
     entropy: jax.Array | None = None

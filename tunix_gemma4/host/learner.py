@@ -22,12 +22,13 @@ from ..model.gemma4 import Gemma4ForConditionalGeneration
 from ..processor import Processor
 from .binding import Bound, bind, bound
 from .prompts import IMAGE_COLUMNS, Prompt, PromptReader, unwrap
-from .rewards import checked
+from .rewards import checked, without_abstained
 from .rollout import Rollout
 
 # Rollouts of evaluation draw from streams that no training step has.
 _EVAL_STREAM = 1 << 32
 AGREEMENT = "rollout_agreement"
+EXTRA = "completions/extra/"  # before the names of what a reward function says of each completion
 METRICS = {"entropy": np.mean, f"{AGREEMENT}/mean": np.mean, f"{AGREEMENT}/max": np.max}
 
 
@@ -177,19 +178,58 @@ def wrap_compute_rewards(original: Callable) -> Callable:
         work = bound()
         if work is not None:
             work.prompts = unwrap(list(prompts))
+            work.for_rewards = _for_rewards(self.rl_cluster, work, mode)
         # The host logs prompts, so it gets their texts.
         texts = [prompt.text for prompt in prompts]
         columns = {name: _plain(value) for name, value in columns.items()}
-        rewards = original(self, texts, completions, mode, step, **columns)
-        groups = np.reshape(rewards, (-1, self._num_generations()))
-        spread = {"rewards/score/std": (np.std(rewards), np.mean)}
-        if groups.shape[1] > 1:
-            flat = np.mean(groups.std(axis=1) == 0)
+        found = original(self, texts, completions, mode, step, **columns)
+        rewards = without_abstained(found, groups=self._num_generations() > 1)
+        groups = [group[~np.isnan(group)] for group in found.reshape(-1, self._num_generations())]
+        spread = {"rewards/score/std": (np.std(np.concatenate(groups)), np.mean)}
+        if self._num_generations() > 1:
+            flat = np.mean([len(group) < 2 or group.std() == 0 for group in groups])
             spread["rewards/groups_without_spread"] = (flat, np.mean)
         self.rl_cluster.buffer_metrics(spread, mode=mode)
         return rewards
 
     return compute_rewards
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainerState:
+    """How far a run is, for reward functions; the names are transformers'.
+
+    Attributes:
+        global_step: optimizer steps taken.
+        max_steps: of the run; None: not known.
+    """
+
+    global_step: int
+    max_steps: int | None
+
+
+def _for_rewards(rl_cluster: Any, work: Bound, mode: Mode) -> dict[str, Any]:
+    """What reward functions may ask for besides columns of the data."""
+    trainer = rl_cluster.actor_trainer
+
+    def log_metric(name: str, value: float) -> None:
+        rl_cluster.buffer_metrics({name: (float(value), np.nanmean)}, mode=mode)
+
+    def log_extra(column: str, values: list[Any]) -> None:
+        if len(values) != len(work.prompts):
+            raise ValueError(
+                f"log_extra({column!r}): expected {len(work.prompts)} values, one per completion, "
+                f"found {len(values)}"
+            )
+        shown = [str(value) for value in values]
+        rl_cluster.buffer_metrics({f"{EXTRA}{column}": (shown, None)}, mode=mode)
+
+    return {
+        "completion_ids": [row.tolist() for row in work.completion_ids],
+        "trainer_state": TrainerState(trainer.train_steps, trainer.config.max_steps),
+        "log_extra": log_extra,
+        "log_metric": log_metric,
+    }
 
 
 def wrap_generate_and_compute_advantage(original: Callable) -> Callable:

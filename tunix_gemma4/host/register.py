@@ -19,6 +19,7 @@ from . import (
     meshes,
     orpo,
     ppo,
+    rewards,
     rollout,
     train_step,
 )
@@ -170,6 +171,18 @@ HOOKS: tuple[Hook, ...] = (
         learner.wrap_compute_rewards,
         ("prompts", "completions", "mode", "step"),
         "reward functions get the data set's own columns",
+    ),
+    Hook(
+        "tunix.rl.reward_manager:SequenceRewardManager._compute_rewards",
+        rewards.wrap_reward_manager,
+        ("prompts", "completions"),
+        "a reward function may abstain",
+    ),
+    Hook(
+        "tunix.rl.function_registry:get_advantage_estimator",
+        rewards.wrap_get_advantage_estimator,
+        ("name",),
+        "completions that no reward function judged have advantage 0 and leave the others alone",
     ),
     Hook(
         "tunix.rl.grpo.grpo_learner:GRPOLearner._generate_and_compute_advantage",

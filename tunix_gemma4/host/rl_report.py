@@ -13,6 +13,7 @@ from tunix.rl.trainer import Trainer
 from tunix.sft import hooks
 
 from .grpo import ACTOR
+from .learner import EXTRA
 
 # Short name, and the metric's prefix and name. Means since the last line.
 _SHOWN = (
@@ -68,7 +69,7 @@ class Report(hooks.TrainingHooks):
         """Receives the metrics of a rollout step when the host has logged them."""
         if buffer.mode == "eval":
             means = {
-                name: np.mean(np.concatenate([np.ravel(v) for v in buffer.metrics[key][0]]))
+                name: np.nanmean(np.concatenate([np.ravel(v) for v in buffer.metrics[key][0]]))
                 for name, key in (("reward", "rewards/sum"), ("length", "completions/mean_length"))
                 if key in buffer.metrics
             }
@@ -127,11 +128,17 @@ def _samples(metrics: dict[str, Any]) -> list[str]:
         [text for part in metrics[name][0] for text in part] for name in ("prompts", "completions")
     )
     rewards = np.concatenate([np.ravel(part) for part in metrics["rewards/sum"][0]])
+    extras = {
+        name.removeprefix(EXTRA): [text for part in parts for text in part]
+        for name, (parts, _) in metrics.items()
+        if name.startswith(EXTRA)
+    }
     # Spread over the step, so that they are not all of one prompt.
     chosen = np.linspace(0, len(completions) - 1, min(_SAMPLES, len(completions))).astype(int)
     return [
         f"  reward {rewards[index]:.3g}\n    prompt     {_short(prompts[index])}\n"
         f"    completion {_short(completions[index])}"
+        + "".join(f"\n    {name:<10} {_short(said[index])}" for name, said in extras.items())
         for index in dict.fromkeys(chosen.tolist())
     ]
 

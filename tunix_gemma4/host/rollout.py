@@ -156,6 +156,7 @@ class Rollout(vanilla_rollout.VanillaRollout):
         scores = [row[:length] for row, length in zip(logps, lengths, strict=True)]
         work = bound()
         if work is not None:
+            work.completion_ids += rows
             work.rollout_logps += scores
         spoken = [row[:-1] if row[-1] in stops else row for row in rows]
         return base_rollout.RolloutOutput(

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reward functions with TRL's signature: `f(prompts, completions, **columns) -> list[float]`.
+"""Reward functions with TRL's signature: `f(prompts, completions, **columns)` gives a list.
 
-Completions are strings; a column is a list with one value per completion. A function names the
-columns that it reads. The run checks every result: see `host.rewards.checked`.
+A completion is a string, or, where the prompt is a conversation, a list of one message; a column is
+a list with one value per completion. A function names the columns that it reads. The list holds a
+number per completion, or None to abstain. The run checks it: see `host.rewards.checked`.
 """
 
 from __future__ import annotations
@@ -14,16 +15,27 @@ import importlib.util
 import inspect
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-RewardFn = Callable[..., list[float]]
+RewardFn = Callable[..., list[float | None]]
 
 _NUMBER = re.compile(r"[-+]?(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)")
 _FINAL = re.compile(r"####\s*([-+]?[0-9.,]+)")
 _LONGEST_NUMBER = 100  # characters; a policy may write digits without end
+
+
+def completion_text(completion: str | Sequence[Mapping[str, Any]]) -> str:
+    """The text of a completion, whether that is a string or a list of messages."""
+    if isinstance(completion, str):
+        return completion
+    return "".join(message["content"] for message in completion)
+
+
+def _texts(completions: Sequence[Any]) -> list[str]:
+    return [completion_text(completion) for completion in completions]
 
 
 # ---- Whether the answer is right. Each reads the column `answer`, or else `solution`.
@@ -31,7 +43,7 @@ _LONGEST_NUMBER = 100  # characters; a policy may write digits without end
 
 def exact_answer(
     prompts: Sequence[Any],
-    completions: Sequence[str],
+    completions: Sequence[Any],
     answer: Sequence[Any] | None = None,
     solution: Sequence[Any] | None = None,
 ) -> list[float]:
@@ -39,13 +51,13 @@ def exact_answer(
     wanted = _wanted(answer, solution)
     return [
         float(said.strip() == str(right).strip())
-        for said, right in zip(completions, wanted, strict=True)
+        for said, right in zip(_texts(completions), wanted, strict=True)
     ]
 
 
 def numeric_answer(
     prompts: Sequence[Any],
-    completions: Sequence[str],
+    completions: Sequence[Any],
     answer: Sequence[Any] | None = None,
     solution: Sequence[Any] | None = None,
 ) -> list[float]:
@@ -55,7 +67,7 @@ def numeric_answer(
     thousands may have commas, and 42, 42.0 and $42 are the same.
     """
     rewards = []
-    for said, right in zip(completions, _wanted(answer, solution), strict=True):
+    for said, right in zip(_texts(completions), _wanted(answer, solution), strict=True):
         number = read_number(right) if isinstance(right, str) else Fraction(str(right))
         if number is None:
             raise ValueError(f"there is no number in the answer {right!r}")
@@ -81,7 +93,7 @@ def _separated(text: str) -> str:
 
 def multiple_choice(
     prompts: Sequence[Any],
-    completions: Sequence[str],
+    completions: Sequence[Any],
     answer: Sequence[Any] | None = None,
     solution: Sequence[Any] | None = None,
 ) -> list[float]:
@@ -91,7 +103,7 @@ def multiple_choice(
     where there is none, the first of all: "B", "(B)", "B. Paris", "The answer is B."
     """
     rewards = []
-    for said, right in zip(completions, _wanted(answer, solution), strict=True):
+    for said, right in zip(_texts(completions), _wanted(answer, solution), strict=True):
         letter = read_choice(str(right))
         if letter is None:
             raise ValueError(f"there is no letter A to J in the answer {right!r}")
@@ -120,10 +132,10 @@ def _wanted(answer: Sequence[Any] | None, solution: Sequence[Any] | None) -> Seq
 # ---- How the answer is written.
 
 
-def final_answer_format(prompts: Sequence[Any], completions: Sequence[str]) -> list[float]:
+def final_answer_format(prompts: Sequence[Any], completions: Sequence[Any]) -> list[float]:
     """1 where the last line is `####` and a number."""
     pattern = re.compile(r"(?:^|\n)#### ?\$?[-+]?[\d.,]*\d\s*$")
-    return [float(pattern.search(said) is not None) for said in completions]
+    return [float(pattern.search(said) is not None) for said in _texts(completions)]
 
 
 def matches(pattern: str) -> RewardFn:
@@ -133,8 +145,8 @@ def matches(pattern: str) -> RewardFn:
     except re.error as error:
         raise ValueError(f"pattern={pattern!r}: not a regular expression ({error})") from error
 
-    def matches(prompts: Sequence[Any], completions: Sequence[str]) -> list[float]:
-        return [float(compiled.fullmatch(said.strip()) is not None) for said in completions]
+    def matches(prompts: Sequence[Any], completions: Sequence[Any]) -> list[float]:
+        return [float(compiled.fullmatch(said.strip()) is not None) for said in _texts(completions)]
 
     return matches
 
@@ -152,8 +164,8 @@ def soft_overlong(max_length: int, buffer: int) -> RewardFn:
             f"max_length={max_length}"
         )
 
-    def soft_overlong(prompts: Sequence[Any], completions: Sequence[str]) -> list[float]:
-        over = [len(said) - (max_length - buffer) for said in completions]
+    def soft_overlong(prompts: Sequence[Any], completions: Sequence[Any]) -> list[float]:
+        over = [len(said) - (max_length - buffer) for said in _texts(completions)]
         return [-min(max(excess / buffer, 0.0), 1.0) for excess in over]
 
     return soft_overlong
@@ -244,8 +256,20 @@ def _module(place: str) -> Any:
 def weighted(reward_fn: RewardFn, weight: float) -> RewardFn:
     """`weight` times the function's rewards, under its name and with its signature."""
 
-    @functools.wraps(reward_fn)
-    def reward(*args: Any, **columns: Any) -> list[float]:
-        return [weight * value for value in reward_fn(*args, **columns)]
+    def scaled(found: Any) -> Any:
+        # What is no list is left to the check, which names it.
+        if isinstance(found, str | Mapping) or not hasattr(found, "__len__"):
+            return found
+        return [None if value is None else weight * value for value in found]
 
+    async def later(found: Any) -> Any:
+        return scaled(await found)
+
+    @functools.wraps(reward_fn)
+    def reward(*args: Any, **columns: Any) -> Any:
+        found = reward_fn(*args, **columns)
+        return later(found) if inspect.isawaitable(found) else scaled(found)
+
+    # An object that is called need not have a name.
+    reward.__name__ = getattr(reward_fn, "__name__", type(reward_fn).__name__)
     return reward
