@@ -76,6 +76,8 @@ $(VENV)/.test: $(VENV)/.made $(PACKAGING)
 
 $(VENV)/.parity: $(VENV)/.test
 	$(PIP) install -e ".[demo,test,parity]"
+	# For its reward functions alone, which need none of what it depends on.
+	$(PIP) install --no-deps "trl==1.16.0"
 	touch $@
 
 $(VENV)/.aot: $(VENV)/.test
