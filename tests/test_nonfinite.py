@@ -76,7 +76,7 @@ def test_the_first_loss_that_is_not_finite_stops_the_run_and_is_not_saved(tmp_pa
         )
         with pytest.raises(NonFiniteError, match=r"^step 3: the loss \(nan\) is not") as told:
             trainer.train(draw_batches(trainer.model.config, 8, bad=[2]))
-        assert "gradient norm" in str(told.value) and "learning_rate" in str(told.value)
+        assert "gradient norm" in str(told.value) and "learning rate 0.001" in str(told.value)
         trainer.checkpoint_manager._checkpoint_manager.wait_until_finished()
         assert saved_steps(tmp_path) == [1, 2]
         # It keeps saying so: nobody who closes the trainer afterwards saves it.
@@ -127,6 +127,7 @@ def test_a_skipped_step_changes_nothing_and_the_next_trains_on(tmp_path, micro, 
     with caplog.at_level(logging.WARNING):
         skipped = trained(tmp_path / "a", 3 * micro, bad=[micro])
     assert "step 2" in caplog.text and "changes nothing" in caplog.text
+    assert skipped.history("skipped_steps") == [0, 1, 1]
     plain = trained(tmp_path / "b", 2 * micro)
     for ours, theirs in zip(parameters(skipped), parameters(plain), strict=True):
         np.testing.assert_array_equal(ours, theirs)

@@ -31,7 +31,7 @@ from ..weights_finite import (
     nonfinite_variables,
     shown,
 )
-from .optimizer import SkipState, find
+from .optimizer import SkipState, StepRecord, find
 
 _ACCUMULATED = "acc_grads"
 
@@ -202,17 +202,21 @@ class Health:
         fields = vars(step.inputs) if dataclasses.is_dataclass(step.inputs) else {}
         arrays = {name: value for name, value in fields.items() if _is_array(value)}
         inputs = nonfinite(arrays)
-        if inputs:
-            return f"The batch holds NaN or infinity: {shown(inputs)}"
+        said = f"The batch holds NaN or infinity ({shown(inputs)}). " if inputs else ""
+        if inputs and not any(name.endswith("logps") for name in inputs):
+            return said.removesuffix(". ")
         if self._finite is None:
             return (
-                "It is the first step that this process took: a weight of the model, or its "
+                f"{said}It is the first step that this process took: a weight of the model, or its "
                 "input, makes it so whatever is learnt"
             )
         loss, norm = float(self._finite.loss), float(self._finite.gradient_norm)
+        record = find(trainer.optimizer.opt_state, StepRecord)
+        rate = "" if record is None else f" at learning rate {float(record.learning_rate[...]):.3g}"
         return (
-            f"The step before was finite, with loss {loss:.4g} and gradient norm {norm:.4g}: a "
-            "lower learning_rate, a longer warm-up or a smaller max_grad_norm is the usual remedy"
+            f"{said}The step before was finite, with loss {loss:.4g} and gradient norm {norm:.4g}"
+            f"{rate}: a lower learning_rate, a longer warm-up or a smaller max_grad_norm is the "
+            "usual remedy"
         )
 
 

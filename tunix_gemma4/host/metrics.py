@@ -47,7 +47,7 @@ class StepMetrics:
         self._tokens += int(np.count_nonzero(batch.padding_mask))
         self._supervised += supervised_tokens(batch)
 
-    def add_to(self, buffer: Any, record: StepRecord | None) -> None:
+    def add_to(self, buffer: Any, record: StepRecord | None, skipped: Any | None) -> None:
         """Completes the host's buffer of the current step with the latest micro-batch."""
         metrics = buffer.additional_metrics
         metrics["tokens"] = ([self._tokens], _last)
@@ -55,6 +55,8 @@ class StepMetrics:
         if record is not None:
             metrics["grad_norm"] = ([record.gradient_norm], _last)
             metrics["learning_rate"] = ([record.learning_rate], _last)
+        if skipped is not None:
+            metrics["skipped_steps"] = ([skipped], _last)
 
     def finish(self, buffer: Any | None) -> None:
         """Ends the step of `buffer`, whose metrics are about to be written."""
@@ -91,7 +93,9 @@ class StepMetrics:
         seconds = sum(trainer.history("step_time_s")[new])
         rates = trainer.history("learning_rate")
         total = f"/{trainer.config.max_steps}" if trainer.config.max_steps else ""
-        parts = [f"step {step}{total}", f"loss {np.mean(losses[new]):.4f}"]
+        # A step that was skipped would hide the loss of the others.
+        finite = [loss for loss in losses[new] if np.isfinite(loss)]
+        parts = [f"step {step}{total}", f"loss {np.mean(finite or losses[new]):.4f}"]
         parts += [f"lr {rates[-1]:.2e}"] if rates else []
         parts += [
             f"grad norm {trainer.history('grad_norm')[-1]:.3g}",
@@ -99,6 +103,8 @@ class StepMetrics:
             f"tokens/s {sum(trainer.history('tokens')[new]) / seconds:.0f}",
             f"s/step {seconds / (new.stop - new.start):.3g}",
         ]
+        skipped = trainer.history("skipped_steps")
+        parts += [f"skipped {skipped[-1]:.0f}"] if skipped and skipped[-1] else []
         peak = trainer.history("peak_memory_bytes")
         parts += [f"peak {peak[-1] / 2**30:.2f} GiB"] if peak else []
         self._log("  ".join(parts))

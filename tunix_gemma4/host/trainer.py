@@ -229,11 +229,13 @@ class Gemma4Trainer(peft_trainer.PeftTrainer):
     # ---- The step.
 
     def create_train_step_fn(self) -> Callable[..., Any]:
-        """The host's step, which also returns the optimizer's record of it."""
+        """The host's step, which also returns the optimizer's record of it and of what it skips."""
 
         def train_step(model, optimizer, inputs):
             loss, _, gradient_norm = self._train_step(model, optimizer, inputs)
-            return loss, nnx.as_pure(find(optimizer.opt_state, StepRecord)), gradient_norm
+            record, skips = (find(optimizer.opt_state, kind) for kind in (StepRecord, SkipState))
+            skipped = None if skips is None else skips.skipped
+            return loss, nnx.as_pure((record, skipped)), gradient_norm
 
         return train_step
 
@@ -254,7 +256,7 @@ class Gemma4Trainer(peft_trainer.PeftTrainer):
     # ---- Metrics and evaluation.
 
     def _post_process_train_step(self, aux: Any) -> None:
-        self._metrics.add_to(self._buffered_train_metrics, aux)
+        self._metrics.add_to(self._buffered_train_metrics, *aux)
 
     def _write_train_metrics(self) -> None:
         self._metrics.finish(self._prev_buffered_train_metrics)
