@@ -106,7 +106,7 @@ def write_checkpoint(directory: Path, *, tiny: bool = False, images: bool = Fals
 def read_config(directory: Path) -> g4.ModelConfig:
     """The config of a checkpoint, with its tower if it has one."""
     config = g4.ModelConfig.from_hf(directory)
-    config.text_only = config.vision_config is None
+    config.text_only = config.tower_config is None
     return config
 
 

@@ -82,7 +82,7 @@ def draw_tokens(config: ModelConfig, *rows: str, seed: int = 0) -> tuple[jax.Arr
 
 def draw_image(config: ModelConfig, columns: int, rows: int, *, seed: int = 0) -> np.ndarray:
     """Random pixels of `columns` x `rows` soft tokens: float32 [M, 3 p p + 2], padded."""
-    vision = config.vision_config
+    vision = config.tower_config
     kernel = vision.pooling_kernel_size
     image = np.zeros((BUDGET * kernel**2, vision.patch_dim + 2), np.float32)
     image[:, -2:] = -1

@@ -38,9 +38,9 @@ def cut(size):
     """
     config = getattr(ModelConfig, f"gemma4_{size}")()
     config.num_layers = 6
-    if config.vision_config is None:
+    if config.tower_config is None:
         return config
-    vision = dataclasses.replace(config.vision_config, num_hidden_layers=2)
+    vision = dataclasses.replace(config.tower_config, num_hidden_layers=2)
     return dataclasses.replace(config, vision_config=vision, text_only=False)
 
 

@@ -55,6 +55,7 @@ def load_checkpoint(
     text_only: bool = True,
     dtype: Any = None,
     *,
+    param_dtype: Any = None,
     config: ModelConfig | None = None,
     model_class: type[AnyModel] = Gemma4ForConditionalGeneration,
 ) -> AnyModel:
@@ -66,7 +67,8 @@ def load_checkpoint(
             device.
         text_only: leave the vision tower out. The audio tower always is.
         dtype: of all parameters and of activations. None keeps each tensor's own in the file, and
-            for activations that of `config.json`.
+            for activations that of `config`, or of `config.json`.
+        param_dtype: of the parameters, where it is not that of activations.
         config: of the model, where it is not to be read from the directory; its `text_only`
             counts.
         model_class: `Gemma4ForTokenScores` for a directory that such a model was saved to.
@@ -81,7 +83,10 @@ def load_checkpoint(
     """
     directory = Path(directory)
     stored = files.read_directory(directory)
-    config = _settle_config(directory, text_only, dtype, config)
+    param_dtype = dtype if param_dtype is None else param_dtype
+    changes = {"dtype": dtype, "param_dtype": param_dtype}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    config = _settle_config(directory, text_only, config, **changes)
     model = abstract_model(config, model_class)
     skipped = check_tensors(directory, model, stored)
     check_head(directory, stored, tied=config.source.get("tie_word_embeddings", True) is not False)
@@ -92,15 +97,14 @@ def load_checkpoint(
     # Buffers are static attributes: they must stand before anything is compiled.
     for name, buffer in weights.named_buffers(model).items():
         weights.set_buffer(buffer, stored[name].view())
-    _fill_parameters(model, stored, mesh, dtype)
+    _fill_parameters(model, stored, mesh, param_dtype)
     return model
 
 
 def _settle_config(
-    directory: Path, text_only: bool, dtype: Any, config: ModelConfig | None
+    directory: Path, text_only: bool, config: ModelConfig | None, **changes: Any
 ) -> ModelConfig:
     """The config to build: from `directory`, or the caller's with the directory's remembered."""
-    changes = {} if dtype is None else {"dtype": dtype, "param_dtype": dtype}
     if config is None:
         return ModelConfig.from_hf(directory, text_only=text_only, **changes)
     found = ModelConfig.from_hf(directory)
@@ -237,7 +241,7 @@ def _read_origin(model: nnx.Module, origin: Path) -> dict[str, files.StoredTenso
             "model.config.source_directory = None to save the model alone"
         )
     stored = files.read_directory(origin)
-    _settle_config(origin, text_only=model.config.text_only, dtype=None, config=model.config)
+    _settle_config(origin, model.config.text_only, model.config)
     # A head that the origin lacks was made here.
     check_tensors(origin, model, stored, optional=(SCORE_HEAD,))
     check_head(origin, stored, tied=True)

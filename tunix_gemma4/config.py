@@ -28,6 +28,7 @@ from .config_checks import (
     refuse_unsupported,
     validate,
 )
+from .config_names import TunixNames, check_sharding, is_sharding, takes_tunix_names
 from .config_parts import LayerSpec, RematConfig, VisionConfig
 from .config_source import (
     DEFAULTS,
@@ -38,24 +39,19 @@ from .config_source import (
     settle_layers,
 )
 
-
-def _alias(field: str) -> property:
-    """A read and write property that is another name of `field`."""
-    return property(
-        lambda self: getattr(self, field),
-        lambda self, value: setattr(self, field, value),
-        doc=f"Tunix's name of `{field}`.",
-    )
-
-
 _VISION_FIELDS = tuple(field.name for field in dataclasses.fields(VisionConfig))
 
 
+@takes_tunix_names
 @dataclasses.dataclass
-class ModelConfig:
+class ModelConfig(TunixNames):
     """A Gemma 4 model. Fields down to `eos_token_id` are HF's `text_config`, defaults included.
 
+    Tunix's names of the fields work too, in the constructor and in `dataclasses.replace` as well;
+    no other name can be assigned.
+
     Attributes beyond HF's:
+        tower_config: HF's `vision_config`, whether or not the tower is built.
         text_only: build no vision parameters.
         dtype: activations. param_dtype: parameters at initialisation.
         remat_config: see `RematConfig`; also Tunix's integers and names.
@@ -66,6 +62,7 @@ class ModelConfig:
             or 512.
         use_sliding_window_kv_cache: sliding layers cache one window (a ring) instead of
             `max_seq_len` tokens.
+        shd_config: Tunix's default `ShardingConfig` or None; see docs/how-to/shard.md.
         source: the `config.json` this was read from; `to_hf` keeps what it does not know.
         source_directory: the directory it was read from, if any.
     """
@@ -105,7 +102,7 @@ class ModelConfig:
     audio_token_id: int = 258_881
     boi_token_id: int = 255_999
     eoi_token_id: int = 258_882
-    vision_config: VisionConfig | None = None
+    tower_config: VisionConfig | None = None
 
     text_only: bool = True
     dtype: Any = jnp.float32
@@ -115,6 +112,7 @@ class ModelConfig:
     use_flash_attention: bool = False
     flash_attention_block_size: int = 1024
     use_sliding_window_kv_cache: bool = True
+    shd_config: Any = dataclasses.field(default=None, compare=False, repr=False)
     source: dict = dataclasses.field(default_factory=dict, compare=False, repr=False)
     source_directory: str | None = dataclasses.field(default=None, compare=False, repr=False)
 
@@ -128,6 +126,11 @@ class ModelConfig:
         if self.rope_parameters is None:
             self.rope_parameters = DEFAULT_ROPE
         self.rope_parameters = copy.deepcopy(self.rope_parameters)
+        self.validate()
+
+    def validate(self) -> None:
+        """Raises ValueError for what is contradictory or unsupported, naming field and value."""
+        check_fields(type(self), vars(self))
         validate(self)
 
     def __hash__(self) -> int:
@@ -186,8 +189,8 @@ class ModelConfig:
         result["text_config"] = (result.get("text_config") or {}) | text
         # Says what the fields above say, and older readers do not know it.
         result["text_config"].pop("per_layer_config", None)
-        if self.vision_config is not None:
-            vision = dataclasses.asdict(self.vision_config)
+        if self.tower_config is not None:
+            vision = dataclasses.asdict(self.tower_config)
             vision["rope_parameters"] = vision["rope_parameters"] or {
                 "rope_type": "default",
                 "rope_theta": 100.0,
@@ -241,7 +244,16 @@ class ModelConfig:
     @property
     def has_vision(self) -> bool:
         """Whether a model of this config owns a vision tower."""
-        return self.vision_config is not None and not self.text_only
+        return self.vision_config is not None
+
+    @property
+    def vision_config(self) -> VisionConfig | None:
+        """The tower that a model of this config has; None while `text_only`."""
+        return None if self.text_only else self.tower_config
+
+    @vision_config.setter
+    def vision_config(self, value: VisionConfig | None) -> None:
+        self.tower_config = value
 
     @property
     def rows_of_embedding(self) -> int:
@@ -271,31 +283,6 @@ class ModelConfig:
         """Whether tokens of one image see each other in sliding layers (12B, 26B-A4B, 31B)."""
         return self.use_bidirectional_attention == "vision"
 
-    # ---- Names that Tunix reads and its tests assign.
-
-    num_kv_heads = _alias("num_key_value_heads")
-    num_heads = _alias("num_attention_heads")
-    embed_dim = _alias("hidden_size")
-    hidden_dim = _alias("intermediate_size")
-    num_embed = _alias("vocab_size")
-
-    @property
-    def num_layers(self) -> int:
-        """Number of decoder layers; assigning cuts the stack and its sharing to fit."""
-        return self.num_hidden_layers
-
-    @num_layers.setter
-    def num_layers(self, value: int) -> None:
-        if not 1 <= value <= self.num_hidden_layers:
-            raise ValueError(
-                f"num_layers: expected 1 to {self.num_hidden_layers} of the existing layers, "
-                f"found {value}; build a new ModelConfig for a deeper model"
-            )
-        first_shared = self.num_hidden_layers - self.num_kv_shared_layers
-        self.num_hidden_layers = value
-        self.layer_types = self.layer_types[:value]
-        self.num_kv_shared_layers = max(0, value - first_shared)
-
 
 _TEXT_FIELDS = tuple(
     field.name
@@ -310,14 +297,34 @@ _ARCHITECTURES = {
 
 
 def _preset(name: str, twin: str):
-    """A zero-argument factory that reads `presets/<name>.json`."""
+    """A factory, needing no argument, that reads `presets/<name>.json`."""
 
-    def factory(cls: type[ModelConfig], text_only: bool = True) -> ModelConfig:
+    def factory(
+        cls: type[ModelConfig], text_only: Any = True, *, sharding_config: Any = None
+    ) -> ModelConfig:
+        if is_sharding(text_only):  # Tunix's factories take one, and nothing else.
+            if sharding_config is not None:
+                raise ValueError(f"{twin}: sharding_config is given twice")
+            text_only, sharding_config = True, text_only
+        if not isinstance(text_only, bool):
+            raise ValueError(
+                f"{twin}: expected text_only, True or False, or a ShardingConfig, found "
+                f"{text_only!r}"
+            )
+        if sharding_config is not None:
+            check_sharding(sharding_config)
         text = resources.files("tunix_gemma4").joinpath(f"presets/{name}.json").read_text("utf-8")
-        return cls.from_hf(json.loads(text), text_only=text_only)
+        return cls.from_hf(json.loads(text), text_only=text_only, shd_config=sharding_config)
 
     factory.__name__ = twin
-    factory.__doc__ = f"The released {name} configuration. `text_only` leaves the tower out."
+    factory.__doc__ = f"""The released {name} configuration, in bfloat16.
+
+    Tunix's own factories give float32: set `dtype` and `param_dtype` of the result for that.
+
+    Args:
+        text_only: leave the tower out. Tunix's `ShardingConfig` is taken for `sharding_config`.
+        sharding_config: Tunix's default, or None. Where parameters lie follows from the mesh.
+    """
     return classmethod(factory)
 
 
@@ -366,7 +373,7 @@ def _read_fields(cls: type[ModelConfig], source: dict[str, Any]) -> dict[str, An
         # The name of transformers from 5.15 on, which reads the older one too.
         if rope.get("rope_type") == "axial":
             vision["rope_parameters"] = rope | {"rope_type": "default"}
-        known["vision_config"] = VisionConfig(**vision)
+        known["tower_config"] = VisionConfig(**vision)
     return known
 
 

@@ -189,10 +189,10 @@ def _validate_sizes(config: ModelConfig) -> None:
             "text_only=False: model_type 'gemma4_unified' (Gemma 4 12B) is supported for text "
             "only so far; images are supported for model_type 'gemma4' (E2B, E4B, 26B-A4B, 31B)"
         )
-    if not config.text_only and config.vision_config is None:
+    if not config.text_only and config.tower_config is None:
         raise ValueError("text_only=False: this config has no vision_config; use text_only=True")
-    if config.vision_config is not None:
-        config.vision_config.validate()
+    if config.tower_config is not None:
+        config.tower_config.validate()
 
 
 def refuse_unsupported(

@@ -31,6 +31,13 @@ class RematConfig(enum.Enum):
             raise ValueError(f"remat_config: expected one of {names}, found {value!r}") from None
 
 
+class AttentionType(enum.Enum):
+    """The kinds of attention by Tunix's names and values."""
+
+    GLOBAL = 1
+    LOCAL_SLIDING = 2
+
+
 @dataclasses.dataclass(frozen=True)
 class LayerSpec:
     """One decoder layer, settled.
@@ -69,7 +76,7 @@ class LayerSpec:
         return self.kv_from != self.index
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class VisionConfig:
     """The vision tower of E2B, E4B, 26B-A4B and 31B. Field names are HF's."""
 

@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     directory = Path(options.directory)
     reference = Path(options.against or directory)
     config = ModelConfig.from_hf(directory)
-    vision = config.vision_config is not None and not options.text_only
+    vision = config.tower_config is not None and not options.text_only
     config = ModelConfig.from_hf(directory, text_only=not vision, dtype=options.dtype)
     batches, how = make_inputs(directory, config, length=options.length, seed=options.seed)
     print(f"Inputs: {how}.")

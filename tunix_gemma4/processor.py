@@ -107,9 +107,9 @@ class Processor:
         self._packer, self._no_images = None, "the checkpoint has no vision_config"
         if config.model_type != "gemma4":
             self._no_images = f"images of model_type {config.model_type!r} are not supported yet"
-        elif config.vision_config is not None:
+        elif config.tower_config is not None:
             self._packer = ImagePacker(
-                config.vision_config, max_soft_tokens, transformers_alpha=transformers_alpha
+                config.tower_config, max_soft_tokens, transformers_alpha=transformers_alpha
             )
 
     @classmethod

@@ -19,13 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-import jax.numpy as jnp
 from jax.sharding import Mesh
 from tunix.models import automodel, naming
 
+from ..checkpoint import load_checkpoint
 from ..config import ModelConfig
 from ..model.gemma4 import Gemma4ForConditionalGeneration
-from ..params_safetensors import create_model_from_safe_tensors
 
 FAMILY = "gemma4"
 _PACKAGE = __package__.rpartition(".")[0]
@@ -187,13 +186,8 @@ def _load(directory: Path, mesh: Mesh, fields: Mapping[str, Any]) -> Gemma4ForCo
             "fields of tunix_gemma4.ModelConfig, such as text_only, dtype and remat_config"
         )
     given = {name: fields[name] for name in fields.keys() & _FIELDS if fields[name] is not None}
-    if "param_dtype" in given:
-        raise ValueError(
-            "param_dtype: parameters have the dtype of their files; dtype= converts them, and "
-            "activations with them"
-        )
-    dtype = given.pop("dtype", None)
+    dtype, param_dtype = given.pop("dtype", None), given.pop("param_dtype", None)
     config = ModelConfig.from_hf(directory, **given)
-    return create_model_from_safe_tensors(
-        directory, config, mesh, None if dtype is None else jnp.dtype(dtype)
+    return load_checkpoint(
+        directory, mesh, config.text_only, dtype, param_dtype=param_dtype, config=config
     )

@@ -2,13 +2,13 @@
 """The Gemma 4 model: text decoder, vision tower, caches and masks.
 
 Stands in for the module that Tunix calls `model`: `model.ModelConfig`, `model.Gemma4`. It offers no
-`ShardingConfig` and no `AttentionType`: shardings follow from the mesh (`sharding.py`), and
-`layer_types` of the configuration says which layers slide.
+`ShardingConfig`: shardings follow from the mesh (`sharding.py`).
 """
 
 from importlib import import_module
 
 _HOME = {
+    "AttentionType": ("..config_parts", "AttentionType"),
     "BACKEND_MAPPINGS": (".backend_names", "BACKEND_MAPPINGS"),
     "Gemma4": (".gemma4", "Gemma4ForConditionalGeneration"),
     "Gemma4ForConditionalGeneration": (".gemma4", "Gemma4ForConditionalGeneration"),

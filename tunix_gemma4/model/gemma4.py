@@ -6,6 +6,7 @@ Source: transformers 5.12 `Gemma4ForConditionalGeneration`.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import types
 from typing import Any, TypeVar
@@ -20,7 +21,7 @@ from .backend_names import BackendNames
 from .cache import Cache, cache_name, cached_keys, init_cache
 from .head import soft_cap, uncapped_logits
 from .layers import HasBuffers
-from .masks import Visibility, attention_masks, causal_mask, segment_positions
+from .masks import Visibility, attention_masks, causal_mask, full_mask, segment_positions
 from .merge import check_images, merge_soft_tokens
 from .text import TextModel
 from .vision import VisionProjector, VisionTower
@@ -32,9 +33,13 @@ class Gemma4Model(nnx.Module):
     Args:
         config: what to build; every sub-module reads this one object.
         rngs: source of the random initial weights.
+        text_only: in place of the `text_only` of `config`, which decides if this is None.
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, text_only: bool | None = None):
+        if text_only is not None and text_only != config.text_only:
+            config = dataclasses.replace(config, text_only=text_only)
+        config.validate()  # Fields may have been assigned, in any order.
         self.config = config
         self.language_model = TextModel(config, rngs=rngs)
         if config.has_vision:
@@ -58,7 +63,7 @@ class Gemma4Model(nnx.Module):
         Arguments and errors are those of `Gemma4ForConditionalGeneration`'s call.
         """
         config = self.config
-        self._check_call(tokens, cache, attention_mask, segment_ids)
+        attention_mask = self._check_call(tokens, cache, attention_mask, segment_ids)
         check_images(config, tokens, images, image_repeats)
         first_slot = 0 if cache is None else _end_index(config, cache)
         if positions is None:
@@ -118,23 +123,19 @@ class Gemma4Model(nnx.Module):
         slots = first_slot + jnp.arange(tokens.shape[1], dtype=jnp.int32)
         return jnp.broadcast_to(slots, tokens.shape)
 
-    def _check_call(self, tokens, cache, attention_mask, segment_ids) -> None:
+    def _check_call(self, tokens, cache, attention_mask, segment_ids) -> jax.Array | None:
+        """The caller's mask, bool [B, T, S]."""
         if tokens.ndim != 2:
             raise ValueError(f"tokens: expected [B, T], found shape {tokens.shape}")
         if cache is not None and segment_ids is not None:
             raise ValueError("segment_ids: packed rows cannot be decoded with a cache; pass one")
         if attention_mask is None:
-            return
+            return None
         length = tokens.shape[1]
         if cache is not None:
             full = [spec for spec in self.config.layers if spec.kind == "full"]
             length = cache[cache_name(full[0].index)]["k"].shape[1] if full else None
-        expected = (*tokens.shape, length or attention_mask.shape[-1])
-        if attention_mask.shape != expected:
-            raise ValueError(
-                f"attention_mask: expected shape {expected}, found {attention_mask.shape}; "
-                "get_attention_mask makes one from tokens"
-            )
+        return full_mask(attention_mask, (*tokens.shape, length or attention_mask.shape[-1]))
 
     # ---- What Tunix asks of a model besides calling it.
 
@@ -142,6 +143,16 @@ class Gemma4Model(nnx.Module):
     def num_embed(self) -> int:
         """Size of the vocabulary."""
         return self.config.vocab_size
+
+    @property
+    def embedder(self) -> nnx.Module:
+        """The embedding, by Tunix's name."""
+        return self.language_model.embed_tokens
+
+    @property
+    def vision_encoder(self) -> nnx.Module | None:
+        """The tower, by Tunix's name; None of a text-only model."""
+        return getattr(self, "vision_tower", None)
 
     def get_attention_mask(
         self, tokens: jax.Array, inputs_mask: jax.Array | None = None
@@ -202,8 +213,10 @@ class Gemma4ForConditionalGeneration(Gemma4Model, BackendNames):
             tokens: int [B, T], images expanded to one placeholder per soft token.
             positions: int [B, T]; None counts from 0 within each segment, or on from the cache.
             cache: from `init_cache`; the new tokens are stored behind those in it.
-            attention_mask: bool or int [B, T, S], S = T or the cache's length: causal and not
-                padding. None means causal. Windows, segments and image blocks are added here.
+            attention_mask: bool or int [B, T, S], S = T or the cache's length, true where a key
+                may be seen: causal and not padding. Any axis may be 1, for all alike: [1, T, T],
+                [B, 1, S]. None means causal. Causality, windows, segments and image blocks are
+                added here.
             segment_ids: int [B, T]; tokens see their own segment alone. Not with a cache.
             images: float32 [B, I, M, 3 * patch_size**2 + 2], patches and their (x, y), (-1, -1)
                 for padding. The k-th placeholder of a row takes the row's k-th soft token. A row

@@ -46,6 +46,28 @@ def causal_mask(q_slots: jax.Array, kv_slots: jax.Array) -> jax.Array:
     return q_slots[:, None] >= kv_slots[None, :]
 
 
+def full_mask(mask: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
+    """A caller's mask as bool `shape` [B, T, S]; axes of size 1 hold for all alike.
+
+    Raises:
+        ValueError: for another shape, and for floats, where 0 means visible and not hidden.
+    """
+    if not (jnp.issubdtype(mask.dtype, jnp.bool_) or jnp.issubdtype(mask.dtype, jnp.integer)):
+        raise ValueError(
+            "attention_mask: expected bool or int, true where a key may be seen, found "
+            f"{mask.dtype}"
+        )
+    fits = mask.ndim == 3 and all(
+        found in (1, size) for found, size in zip(mask.shape, shape, strict=True)
+    )
+    if not fits:
+        raise ValueError(
+            f"attention_mask: expected shape {shape}, any axis of which may be 1, found "
+            f"{mask.shape}; get_attention_mask makes one from tokens"
+        )
+    return jnp.broadcast_to(mask.astype(bool), shape)
+
+
 def window_mask(q_slots: jax.Array, kv_slots: jax.Array, window: int) -> jax.Array:
     """True where fewer than `window` slots lie between, on either side: [T, S].
 
@@ -104,7 +126,10 @@ class Visibility(NamedTuple):
         attention_mask: jax.Array | None,
         segment_ids: jax.Array | None,
     ) -> Visibility:
-        """That of `tokens` [B, T], which are all there is: there is no cache."""
+        """That of `tokens` [B, T], which are all there is: there is no cache.
+
+        The mask is bool or int [B, T, T].
+        """
         both_ways = config.image_blocks_attend_both_ways
         return cls(
             None if attention_mask is None else attention_mask.astype(bool),
@@ -170,25 +195,23 @@ def attention_masks(
 ) -> dict[str, jax.Array]:
     """With a cache, the mask of each kind of layer, bool [B, T, S of that kind].
 
-        full    = caller's
-        sliding = (caller's, or the same image block where the config asks for it) and in window
+        full    = caller's and causal
+        sliding = (that, or the same image block where the config asks for it) and in window
 
     Args:
         config: decides windows and image blocks.
         tokens: int [B, T], the queries.
         first_slot: slot of the first query.
         keys: per kind, where the keys come from.
-        attention_mask: bool or int [B, T, slots], or None for causal.
+        attention_mask: bool [B, T, slots], or None for causal.
     """
     q_slots = first_slot + jnp.arange(tokens.shape[1])
     result = {}
     for kind, (slots, in_order) in keys.items():
-        if attention_mask is None:
-            visible = causal_mask(q_slots, slots)[None]
-        elif in_order:
-            visible = attention_mask.astype(bool)
-        else:
-            visible = jnp.take(attention_mask.astype(bool), slots, axis=2, mode="clip")
+        visible = causal_mask(q_slots, slots)[None]
+        if attention_mask is not None:
+            in_slots = jnp.take(attention_mask, slots, axis=2, mode="clip")
+            visible = visible & (attention_mask if in_order else in_slots)
         if kind == "sliding":
             if config.image_blocks_attend_both_ways and tokens.shape[1] > 1:
                 visible = visible | _same_block(config, tokens, first_slot, slots)
