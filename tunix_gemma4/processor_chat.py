@@ -51,6 +51,7 @@ class ChatFormat:
         self._special_in_answer = _any_of([t for t in special_tokens if t not in _GRAMMAR])
         self._prefixes: dict[str, list[Segment]] = {}
         self._has_tool_turns: bool | None = None
+        self._has_tools: bool | None = None
         self._learn_turns()
 
     def _learn_turns(self) -> None:
@@ -142,7 +143,9 @@ class ChatFormat:
             piece if piece.special else piece._replace(text=restore(piece.text))
             for piece in self._split(rendered)
         ]
-        _check_tools(conversation, "".join(piece.text for piece in pieces))
+        if tools is not None and not self._writes_tools():
+            raise ValueError("the chat template writes no definitions of tools; remove 'tools'")
+        _check_results(conversation, "".join(piece.text for piece in pieces))
         if add_generation_prompt and not any(turn.thoughts for turn in turns):
             return pieces
         prefix = self._prefix(conversation.arguments)
@@ -171,6 +174,15 @@ class ChatFormat:
                 raise ValueError(
                     f"'chat_template_kwargs': the chat template has no argument {name!r}; remove it"
                 )
+
+    def _writes_tools(self) -> bool:
+        """Whether the template writes definitions of tools."""
+        if self._has_tools is None:
+            name = "tool_of_a_probe"
+            tool = {"type": "function", "function": {"name": name, "description": ""}}
+            tool["function"]["parameters"] = {"type": "object", "properties": {}}
+            self._has_tools = name in self.render(_QUESTION, tools=[tool])
+        return self._has_tools
 
     def _knows_tool_turns(self) -> bool:
         """Whether the template takes what a tool answered as a message, or inside the call's."""
@@ -258,14 +270,9 @@ class ChatFormat:
             result.append(Segment(self.header, False))
             content = pieces[start + 1].text[len(self.header) :]
             body = [Segment(content, False)] * bool(content) + pieces[start + 2 : end]
-            missing = turn.missing_from("".join(p.text for p in body)) if turn.trained else None
             result += self._answer(body, turn, prefix)
-            if missing is not None:
-                raise ValueError(
-                    f"turn {number} of the model: the chat template does not write "
-                    f"{missing!r:.80} there, so that it would not be learnt; remove it, or put it "
-                    "where the template has it"
-                )
+            if turn.trained:
+                _check_written(turn, number, body)
             done = end
         return result + pieces[done:]
 
@@ -295,6 +302,24 @@ class ChatFormat:
         if turn.thoughts.get(0):
             prefix = []
         return [*prefix, *_learnt(_with_thoughts(body, turn))]
+
+
+def _check_written(turn: Turn, number: int, body: list[Segment]) -> None:
+    """Compares what went into a learnt turn with what came out of the template."""
+    written = "".join(piece.text for piece in body)
+    own = "".join(piece.text for piece in _learnt(body) if piece.supervised)
+    missing = turn.missing_from(written, own)
+    if missing is not None:
+        raise ValueError(
+            f"turn {number} of the model: the chat template does not write {missing!r:.80} there, "
+            "so that it would not be learnt; remove it, or put it where the template has it"
+        )
+    missing = turn.misplaced_in(written)
+    if missing is not None:
+        raise ValueError(
+            f"turn {number} of the model: the chat template writes {missing!r:.80}, which stands "
+            "beside a call, behind the tool's answer; remove it or make it a thought"
+        )
 
 
 def _learnt(body: list[Segment]) -> list[Segment]:
@@ -346,11 +371,8 @@ def _with_results_inside(messages: list[dict[str, Any]]) -> list[dict[str, Any]]
     return result
 
 
-def _check_tools(conversation: Conversation, rendered: str) -> None:
-    """Refuses a template that leaves out definitions of tools or what they answered."""
-    for tool in conversation.tools or []:
-        if tool["function"]["name"] not in rendered:
-            raise ValueError("the chat template writes no definitions of tools; remove 'tools'")
+def _check_results(conversation: Conversation, rendered: str) -> None:
+    """Refuses a template that leaves out what tools answered."""
     for index, message in enumerate(conversation.messages):
         if message["role"] == "tool":
             missing = [s for s in _strings(message["content"]) if s.strip() not in rendered]

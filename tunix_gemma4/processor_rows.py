@@ -18,7 +18,7 @@ _FORMS = (
     "with 'prompt' and 'completion'"
 )
 # A string that a chat template has written already, ours or another's.
-_TEMPLATED = re.compile(r"\s*(<bos>\s*)?<\|turn>\w+\n")
+_TEMPLATED = re.compile(r"\s*(<bos>\s*)*<\|turn>\w+\n")
 _FOREIGN = re.compile(
     r"\s*(<bos>|<s>)?\s*(<start_of_turn>|<\|im_start\|>|<\|begin_of_text\|>|\[INST\])"
 )

@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from .processor_conversation import Conversation
 
-_CALL, _RESULT_END = "<|tool_call>", "<tool_response|>"
+_CALL, _RESULT, _RESULT_END = "<|tool_call>", "<|tool_response>", "<tool_response|>"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,13 +34,31 @@ class Turn:
             for i, message in enumerate(self.messages)
         ]
 
-    def missing_from(self, written: str) -> str | None:
-        """A text of the messages that is not in what the template has written; None: all are."""
-        texts = [text.strip() for message in self.messages for text in _texts(message)]
-        for text in sorted(texts, key=len, reverse=True):
-            if text not in written:
-                return text
-            written = written.replace(text, "\0", 1)
+    def missing_from(self, written: str, own: str) -> str | None:
+        """A text of the messages that is not in what the template has written; None: all are.
+
+        Args:
+            written: the turn.
+            own: the turn without what tools answered.
+        """
+        said = [text for message in self.messages for text in _said(message)]
+        called = [text for message in self.messages for text in _called(message)]
+        return _not_in(written, said) or _not_in(own, called)
+
+    def misplaced_in(self, written: str) -> str | None:
+        """A text that stands behind the answer of the tool that its message calls; None: none."""
+        chunks = [chunk.split(_RESULT)[0] for chunk in written.split(_RESULT_END)]
+        called = 0
+        for message in self.messages:
+            first, called = called, called + len(message.get("tool_calls", ()))
+            texts = [text.strip() for text in _said(message)]
+            if first == called or not any(texts) or _RESULT_END not in written:
+                continue
+            counts = itertools.accumulate(chunk.count(_CALL) for chunk in chunks)
+            place = next((i for i, count in enumerate(counts) if count > first), 0)
+            missing = [text for text in texts if text not in chunks[place]]
+            if missing:
+                return missing[0]
         return None
 
     def place_of(self, index: int, body: Sequence[Any]) -> int:
@@ -147,16 +166,26 @@ def each_turn(conversation: Conversation) -> list[Conversation]:
     return result
 
 
-def _texts(message: Mapping[str, Any]) -> Iterator[str]:
-    """What the template has to write of an assistant message."""
+def _not_in(written: str, texts: Sequence[str]) -> str | None:
+    for text in sorted((text.strip() for text in texts), key=len, reverse=True):
+        if text not in written:
+            return text
+        written = written.replace(text, "\0", 1)
+    return None
+
+
+def _called(message: Mapping[str, Any]) -> Iterator[str]:
+    for call in message.get("tool_calls", ()):
+        yield call["function"]["name"]
+        yield from _leaves(call["function"]["arguments"])
+
+
+def _said(message: Mapping[str, Any]) -> Iterator[str]:
     content = message["content"]
     if isinstance(content, str):
         yield content
     else:
         yield from (part["text"] for part in content if part["type"] == "text")
-    for call in message.get("tool_calls", ()):
-        yield call["function"]["name"]
-        yield from _leaves(call["function"]["arguments"])
 
 
 def _leaves(value: Any) -> Iterator[str]:
