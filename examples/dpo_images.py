@@ -35,7 +35,9 @@ _STEPS = flags.DEFINE_integer("steps", 200, "Optimizer steps.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 4, "Preferences of one step.")
 _MAX_PROMPT_LENGTH = flags.DEFINE_integer("max_prompt_length", 512, "Most tokens of a prompt.")
 _MAX_RESPONSE_LENGTH = flags.DEFINE_integer("max_response_length", 256, "And of an answer.")
-_MAX_SOFT_TOKENS = flags.DEFINE_integer("max_soft_tokens", 280, "Most tokens of an image.")
+_MAX_SOFT_TOKENS = flags.DEFINE_integer(
+    "max_soft_tokens", None, "Most tokens of an image; None: the checkpoint's own."
+)
 _RANK = flags.DEFINE_integer("rank", 16, "Of the adapter.")
 _TARGETS = flags.DEFINE_string("targets", "language", "language, vision, all, or a regex.")
 _LEARNING_RATE = flags.DEFINE_float("learning_rate", 5e-5, "The highest.")

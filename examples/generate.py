@@ -19,7 +19,9 @@ _ADAPTER = flags.DEFINE_string("adapter", None, "PEFT directory of an adapter to
 _PROMPT = flags.DEFINE_multi_string("prompt", None, "A question.", required=True)
 _IMAGE = flags.DEFINE_multi_string("image", [], "An image file.")
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "Most tokens of an answer.")
-_MAX_SOFT_TOKENS = flags.DEFINE_integer("max_soft_tokens", 280, "Most tokens of an image.")
+_MAX_SOFT_TOKENS = flags.DEFINE_integer(
+    "max_soft_tokens", None, "Most tokens of an image; None: the checkpoint's own."
+)
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 is greedy.", lower_bound=0.0)
 _TOP_K = flags.DEFINE_integer("top_k", None, "Draw among so many tokens.")
 _TOP_P = flags.DEFINE_float("top_p", None, "Draw among the tokens of this total probability.")

@@ -29,7 +29,9 @@ _STEPS = flags.DEFINE_integer("steps", 200, "Optimizer steps.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 2, "Rows of one forward pass.")
 _MICRO_BATCHES = flags.DEFINE_integer("micro_batches", 4, "Forward passes of one step.")
 _MAX_LENGTH = flags.DEFINE_integer("max_length", 2048, "Most tokens of a row.")
-_MAX_SOFT_TOKENS = flags.DEFINE_integer("max_soft_tokens", 280, "Most tokens of an image.")
+_MAX_SOFT_TOKENS = flags.DEFINE_integer(
+    "max_soft_tokens", None, "Most tokens of an image; None: the checkpoint's own."
+)
 _RANK = flags.DEFINE_integer("rank", 16, "Of the adapter.")
 _TARGETS = flags.DEFINE_string("targets", "language", "language, vision, all, or a regex.")
 _QUANTIZE = flags.DEFINE_enum("quantize", None, ["nf4", "int8"], "Of the adapted kernels.")

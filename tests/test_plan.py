@@ -263,6 +263,21 @@ def test_images_to_a_text_only_plan_and_an_unknown_model_are_refused(tmp_path, d
 # ---- What fits.
 
 
+def test_the_budget_of_an_image_is_the_checkpoints_own_unless_it_is_given(tmp_path, directory):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(SFT)
+    for model, given, budget in (
+        (str(directory), [], 70),
+        (str(directory), ["data.max_soft_tokens=560"], 560),
+        ("google/gemma-4-E2B-it", [], 280),
+    ):
+        config = load_settings(path, [f"model={model}", *given])
+        assert planner.with_budget(config).data.max_soft_tokens == budget
+    config = load_settings(path, [f"model={directory}", "data.max_soft_tokens=300"])
+    with pytest.raises(ValueError, match="max_soft_tokens: expected one of .*, found 300"):
+        planner.with_budget(config)
+
+
 @pytest.mark.parametrize("start", [256, 1024, 8192])
 def test_the_largest_that_fits_is_found_from_below_and_from_above(start):
     tries = []

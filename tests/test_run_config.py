@@ -32,7 +32,7 @@ def test_overrides_take_precedence_over_the_file_and_the_file_over_defaults(writ
     path = write(MINIMAL + "learning_rate: 1e-3\nbatch_size: 4\n")
     config = load_run_config(path, ["batch_size=8", "data.max_length=1024", "lora.rank=8"])
     assert (config.learning_rate, config.batch_size) == (1e-3, 8)
-    assert (config.data.max_length, config.data.max_soft_tokens) == (1024, 280)
+    assert (config.data.max_length, config.data.max_soft_tokens) == (1024, None)
     assert (config.lora.rank, config.lora.alpha) == (8, 32.0)
 
 

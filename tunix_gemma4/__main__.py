@@ -102,7 +102,7 @@ def _add_tools(commands: Any) -> None:
     generate.add_argument("--image", action="append", default=[], help="a file; may be repeated")
     generate.add_argument("--adapter", help="a directory that save_adapter or PEFT wrote")
     generate.add_argument("--max-new-tokens", type=int, default=256)
-    generate.add_argument("--max-soft-tokens", type=int, default=280, help="most tokens per image")
+    generate.add_argument("--max-soft-tokens", type=int, help="most tokens per image")
     generate.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token")
     generate.add_argument("--top-k", type=int)
     generate.add_argument("--top-p", type=float)

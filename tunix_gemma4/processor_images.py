@@ -34,9 +34,13 @@ def soft_tokens_of(directory: str | Path, given: int | None = None) -> int:
     """The budget of an image: the one given, or a checkpoint directory's own, or 280.
 
     Raises:
-        ValueError: if the directory's is none that the models were trained with.
+        ValueError: if it is none that the models were trained with.
     """
     if given is not None:
+        if given not in SOFT_TOKEN_BUDGETS:
+            raise ValueError(
+                f"max_soft_tokens: expected one of {SOFT_TOKEN_BUDGETS}, found {given!r:.80}"
+            )
         return given
     for name in ("processor_config.json", "preprocessor_config.json"):
         path = Path(directory) / name

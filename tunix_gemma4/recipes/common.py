@@ -22,6 +22,7 @@ from ..host.settings import CHECKPOINTS
 from ..lora import LoraConfig, apply_lora, merge_lora, save_adapter
 from ..model.gemma4 import num_parameters
 from ..model.stacking import stack_layers, unstack_layers
+from ..processor import Processor
 from .load_config import load_config, to_yaml
 from .settings import MeshConfig, TrainSettings
 
@@ -169,6 +170,17 @@ def total_steps(config: TrainSettings, num_rows: int, rows_per_step: int) -> int
     if config.num_train_epochs is not None:
         limits.append(math.ceil(num_rows / rows_per_step) * config.num_train_epochs)
     return min(limits)
+
+
+def make_processor(config: TrainSettings) -> Processor:
+    """The checkpoint's, as the section `data` of a recipe says."""
+    data = config.data
+    return Processor.from_pretrained(
+        config.model,
+        data.max_soft_tokens,
+        thoughts=getattr(data, "thoughts", "last"),  # Prompts have none to learn.
+        transformers_alpha=data.transformers_alpha,
+    )
 
 
 def stacked(config: TrainSettings, model: nnx.Module) -> nnx.Module:

@@ -83,7 +83,7 @@ def run(config: GrpoRunConfig, *, after_step: Callable[[Any], None] | None = Non
     register()
     output = common.prepare_output(config, _FIXED)
     mesh, rollout_mesh = make_meshes(config)
-    processor = Processor.from_pretrained(config.model, config.data.max_soft_tokens)
+    processor = common.make_processor(config)
     rows = prompt_rows(config.data.path, processor, config)
     eval_ds = eval_batches(config, processor)
     say(f"{len(rows)} prompts in {config.data.path}. The first:")

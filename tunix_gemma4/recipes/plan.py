@@ -21,6 +21,7 @@ from ..host.register import register
 from ..planning.hardware import Hardware, hardware
 from ..planning.measure import Usage, measure
 from ..processor import image_slots
+from ..processor_images import soft_tokens_of
 from . import common
 from .plan_programs import Program, Shapes, grpo_programs, sft_programs
 from .rl_config import GrpoRunConfig
@@ -169,6 +170,7 @@ def plan(
     chips = hardware(topology)
     devices = chips.devices()
     model_config = common.model_config(config, model_source(config.model))
+    config = with_budget(config)
     count = images_of(config, model_config) if images is None else images
     if count and not model_config.has_vision:
         raise ValueError(f"images: expected 0 with text_only, found {count}")
@@ -219,6 +221,13 @@ def model_source(model: str) -> Any:
             f"{released}, found {model!r}"
         )
     return factory().source
+
+
+def with_budget(config: RunConfig | GrpoRunConfig) -> RunConfig | GrpoRunConfig:
+    """The settings with the budget of an image that the recipe would take."""
+    budget = soft_tokens_of(config.model, config.data.max_soft_tokens)
+    data = dataclasses.replace(config.data, max_soft_tokens=budget)
+    return dataclasses.replace(config, data=data)
 
 
 def images_of(config: RunConfig | GrpoRunConfig, model_config: ModelConfig) -> int:

@@ -31,7 +31,10 @@ class PromptConfig:
         system_prompt: put before each conversation that has none of its own.
         max_prompt_length: tokens; longer prompts are dropped and counted, never cut. Every prompt
             is padded to this, so it should not be much longer than the longest.
-        max_soft_tokens: most tokens an image becomes: 70, 140, 280, 560 or 1120.
+        max_soft_tokens: most tokens an image becomes: 70, 140, 280, 560 or 1120; null: what the
+            checkpoint's processor_config.json says, or 280.
+        transformers_alpha: drop the transparency of images, as transformers does, instead of
+            laying them on white.
         shuffle: a new order each epoch.
     """
 
@@ -40,7 +43,8 @@ class PromptConfig:
     prompt_column: str | None = None
     system_prompt: str | None = None
     max_prompt_length: int = 512
-    max_soft_tokens: int = 280
+    max_soft_tokens: int | None = None
+    transformers_alpha: bool = False
     shuffle: bool = True
 
 

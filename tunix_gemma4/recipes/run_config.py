@@ -12,8 +12,9 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
+from ..processor import THOUGHTS
 from .load_config import load_config, to_yaml
-from .settings import LoraSettings, MeshConfig, TrainSettings
+from .settings import LoraSettings, MeshConfig, TrainSettings, one_of
 
 __all__ = ["DataConfig", "LoraSettings", "MeshConfig", "RunConfig", "load_run_config", "to_yaml"]
 
@@ -26,8 +27,12 @@ class DataConfig:
         path: a .jsonl, .json or .parquet file of rows with `messages`.
         eval_path: the like, held out; null evaluates nothing.
         max_length: tokens; longer rows are dropped and counted, never cut.
-        max_soft_tokens: most tokens an image becomes: 70, 140, 280, 560 or 1120. 280 is what the
-            released checkpoints use by default.
+        max_soft_tokens: most tokens an image becomes: 70, 140, 280, 560 or 1120; null: what the
+            checkpoint's processor_config.json says, or 280.
+        thoughts: which of a row's thoughts are learnt: "last", those of its last turn; "none"; or
+            "each_turn", which makes a row of each turn.
+        transformers_alpha: drop the transparency of images, as transformers does, instead of
+            laying them on white.
         image_buckets: allowed numbers of images per row of a batch; each compiles once.
         bucket_lengths: allowed numbers of tokens per row; each compiles once. null: powers of two
             from 64, and `max_length`.
@@ -37,7 +42,9 @@ class DataConfig:
     path: str = MISSING
     eval_path: str | None = None
     max_length: int = 2048
-    max_soft_tokens: int = 280
+    max_soft_tokens: int | None = None
+    thoughts: str = "last"
+    transformers_alpha: bool = False
     image_buckets: list[int] = dataclasses.field(default_factory=lambda: [0, 1, 2, 4, 8])
     bucket_lengths: list[int] | None = None
     shuffle: bool = True
@@ -62,6 +69,7 @@ class RunConfig(TrainSettings):
     def validate(self) -> None:
         """Raises ValueError for settings that cannot be meant."""
         super().validate()
+        one_of("data.thoughts", self.data.thoughts, THOUGHTS)
         if self.batch_size % self.mesh.fsdp:
             raise ValueError(
                 f"batch_size: expected a multiple of mesh.fsdp={self.mesh.fsdp}, found "

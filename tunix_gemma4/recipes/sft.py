@@ -58,7 +58,7 @@ def run(config: RunConfig, *, after_eval: Callable[[Gemma4Trainer], None] | None
     config.validate()
     output = common.prepare_output(config, _FIXED)
     mesh = make_mesh(config)
-    processor = Processor.from_pretrained(config.model, config.data.max_soft_tokens)
+    processor = common.make_processor(config)
     train_ds, eval_ds = make_datasets(config, processor)
     say(f"{train_ds.num_rows} rows in {config.data.path}. The first:")
     say(first_row(config, processor))
