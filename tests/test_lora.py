@@ -3,6 +3,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -128,6 +129,39 @@ def test_a_pattern_that_matches_nothing_lists_what_could_match():
         apply_lora(base(), LoraConfig(targets="q_porj"))
     assert "language_model.layers.*.self_attn.q_proj (6)" in str(error.value)
     assert "vision_tower.encoder.layers.*.mlp.down_proj.linear (2)" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "pattern, idle",
+    [
+        ("q_proj|v_porj", "'v_porj'"),
+        (r".*\.(?:q|k|w)_proj", "'w'"),
+        (r"language_model\.layers\.(?:0|1|99)\.self_attn\.q_proj", "'99'"),
+        (".*q_einsum|.*qkv_einsum", "'.*qkv_einsum'"),
+        (".*q_einsum|.*k_einsum", "'.*k_einsum'"),  # Of models whose keys are values.
+        (".*q_einsum|.*o_proj", "'.*o_proj'"),  # Two languages in one pattern.
+        ("q_proj|(v|nope)_proj|", "'', 'nope'"),
+    ],
+)
+def test_an_alternative_that_reaches_nothing_is_refused(pattern, idle):
+    with pytest.raises(ValueError, match=f"{re.escape(idle)} matches no projection") as error:
+        resolve(base(), pattern)
+    assert "language_model.layers.*.self_attn.q_proj (6)" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "pattern, same_as",
+    [
+        (r"(?i)Q_PROJ|V_PROJ", "q_proj|v_proj"),
+        (r"language_model(?:\.|\d|layers)+\.mlp\.up_proj", r"language_model.*up_proj"),
+        (r".*_proj|.*q_proj", r".*_proj"),  # The first is enough, and the second reaches some.
+        (r"(?:|model\.)language_model.*q_proj", r"language_model.*q_proj"),
+        (r"(?!vision|audio).*\.q_proj", r"language_model.*q_proj"),
+        (r"language_model.*[q|k]_proj", r"language_model.*(q|k)_proj"),
+    ],
+)
+def test_alternatives_that_reach_something_are_left_alone(pattern, same_as):
+    assert resolve(base(), pattern) == resolve(base(), same_as)
 
 
 def test_vision_targets_of_a_text_only_model_name_the_setting():

@@ -7,12 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import qwix
 from flax import nnx
 from small_models import assert_logits_agree, draw_tokens, forward, random_model
 from tunix.models.gemma4 import model as upstream
 
+import tunix_gemma4
 from tunix_gemma4 import model as model_lib
 from tunix_gemma4.config import ModelConfig
+from tunix_gemma4.lora_targets import resolve
 from tunix_gemma4.tiny import tiny_config
 
 # ---- Its forward tests (v0.1.7, and pull request 1608 but for SigLIP), with a small vocabulary.
@@ -311,3 +314,74 @@ def test_a_sharding_that_would_not_be_followed_is_refused():
     other = dataclasses.replace(upstream.ShardingConfig.get_default_sharding(), emb_vd=(None, "tp"))
     with pytest.raises(ValueError, match="follows from the axes of the mesh"):
         ModelConfig.gemma4_e2b(sharding_config=other)
+
+
+# ---- Its notebooks' adapters.
+
+PATTERN = ".*q_einsum|.*kv_einsum|.*gate_proj|.*down_proj|.*up_proj|.*attn_vec_einsum"
+
+
+def adapters(pattern, *, model=None, provider=None):
+    """Names of the projections that Qwix adapted."""
+    model = model or random_model("demo", text_only=True)
+    provider = provider or qwix.LoraProvider(module_path=pattern, rank=2, alpha=4.0)
+    lora = qwix.apply_lora_to_model(model, provider, **model.get_model_input(), rngs=nnx.Rngs(0))
+    return {
+        ".".join(map(str, path[:-1]))
+        for path, _ in nnx.to_flat_state(nnx.state(lora, nnx.LoRAParam))
+    }
+
+
+@pytest.fixture
+def registered():
+    tunix_gemma4.register()
+    yield
+    tunix_gemma4.unregister()
+
+
+def test_qwix_reaches_our_projections_by_tunix_names(registered):
+    model = random_model("demo", text_only=False)
+    assert adapters(PATTERN, model=model) == set(resolve(model, "language"))
+    rules = [
+        qwix.LoraRule(module_path=".*attn_vec_einsum", rank=2, alpha=4.0, weight_qtype="nf4"),
+        qwix.LoraRule(module_path=".*up_proj", rank=4, alpha=4.0),
+    ]
+    found = adapters(None, model=model, provider=qwix.LoraProvider(rules))
+    assert found == set(resolve(model, r"language_model.*(o|up)_proj"))
+    tunix_gemma4.unregister()
+    assert adapters(PATTERN, model=model) == set(resolve(model, "language_model.*mlp.*"))
+
+
+@pytest.mark.parametrize(
+    "pattern, message",
+    [
+        (".*qkv_einsum", r"targets='\.\*qkv_einsum' matches no projection"),
+        (".*q_einsum|.*router_einsum", r"'\.\*router_einsum' matches no projection"),
+        (".*q_porj", r"module_path='\.\*q_porj' matches no projection"),
+        (".*q_proj|.*v_porj", r"'\.\*v_porj' matches no projection"),
+    ],
+)
+def test_qwix_is_given_no_pattern_that_reaches_nothing(registered, pattern, message):
+    with pytest.raises(ValueError, match=message) as error:
+        adapters(pattern)
+    assert "language_model.layers.*.self_attn.q_proj (2)" in str(error.value)
+
+
+class OtherModel(nnx.Module):
+    def __init__(self):
+        self.q_einsum = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        return self.q_einsum(x)
+
+    def get_model_input(self):
+        return {"x": jnp.ones((1, 4))}
+
+
+def test_qwix_treats_all_else_as_ever(registered):
+    assert adapters(".*q_einsum", model=OtherModel()) == {"q_einsum"}
+    assert adapters(".*none", model=OtherModel()) == set()
+    model = random_model("demo", text_only=True)
+    assert adapters(".*q_proj", model=model) == set(resolve(model, "q_proj"))
+    other = qwix.PtqProvider([qwix.QuantizationRule(module_path=".*none", weight_qtype="int8")])
+    assert adapters(None, model=model, provider=other) == set()

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import collections
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 from flax import nnx
 
@@ -58,7 +59,8 @@ def resolve(model: nnx.Module, targets: str) -> list[str]:
     `einsum` is read as Tunix's and matches Tunix's names of the text decoder.
 
     Raises:
-        ValueError: for a pattern that is invalid, matches nothing, or reaches experts.
+        ValueError: for a pattern that is invalid or reaches experts, and for one of which any
+            alternative reaches nothing.
     """
     require_single_layers(model)
     names = list(linears(model))
@@ -75,13 +77,117 @@ def resolve(model: nnx.Module, targets: str) -> list[str]:
     except re.error as error:
         raise ValueError(f"targets={targets!r}: not a regular expression ({error})") from error
     _refuse_experts(model, targets, pattern)
-    spellings = _tunix_names if "einsum" in targets else _own_names
-    found = [name for name in names if any(map(pattern.fullmatch, spellings(name, names)))]
-    if not found:
+    spell = _tunix_names if is_tunix_pattern(targets) else _own_names
+    spellings = {name: spell(name, names) for name in names}
+    require_reached(f"targets={targets!r}", targets, spellings)
+    return [name for name in names if any(map(pattern.fullmatch, spellings[name]))]
+
+
+def is_tunix_pattern(pattern: str) -> bool:
+    """Whether a pattern names projections as Tunix does."""
+    return "einsum" in pattern
+
+
+def require_reached(what: str, pattern: str, spellings: dict[str, list[str]]) -> None:
+    """Raises ValueError where `pattern`, or an alternative in it, reaches none of the projections.
+
+    Args:
+        what: the pattern's name in the message.
+        pattern: a regular expression, which has to match all of a spelling.
+        spellings: of each projection, by its name.
+    """
+    words = [word for several in spellings.values() for word in several]
+
+    def reaches(expression: str) -> bool:
+        try:
+            return any(map(re.compile(expression).fullmatch, words))
+        except re.error:  # A part may refer to a group that stands in another.
+            return True
+
+    hint = "\nOne with 'einsum' is read in Tunix's names of the text decoder alone."
+    hint = _what_could_match(list(spellings)) + (hint if is_tunix_pattern(pattern) else "")
+    if not reaches(pattern):
+        raise ValueError(f"{what} matches no projection of this model.\n{hint}")
+    idle = [part for part, alone in alternatives(pattern) if not reaches(alone)]
+    if idle:
+        parts = ", ".join(map(repr, dict.fromkeys(idle)))
         raise ValueError(
-            f"targets={targets!r} matches no projection of this model.\n{_what_could_match(names)}"
+            f"{what}: {parts} matches no projection of this model; leave it out or correct it.\n"
+            f"{hint}"
         )
-    return found
+
+
+class _Group(NamedTuple):
+    """What stands between parentheses, or the whole of a regular expression.
+
+    Attributes:
+        start, end: its bounds, without the parentheses and what opens them.
+        bars: where alternatives part.
+        parent: the group around it.
+        whole: its alternatives only mean something together: it is repeated, or looks around.
+    """
+
+    start: int
+    end: int
+    bars: list[int]
+    parent: _Group | None
+    whole: bool
+
+    def ranges(self) -> list[tuple[int, int]]:
+        starts = [self.start, *(bar + 1 for bar in self.bars)]
+        return list(zip(starts, [*self.bars, self.end], strict=True))
+
+
+def alternatives(pattern: str) -> Iterator[tuple[str, str]]:
+    """Each alternative of a regular expression, and the expression with no other in its place."""
+    flags = re.match(r"(?:\(\?[aiLmsux]+\))*", pattern).group()
+    if "x" in flags:  # Comments might hold anything.
+        return
+    for group in _groups(pattern, len(flags)):
+        if not group.bars or group.whole:
+            continue
+        for start, end in group.ranges():
+            text, child = pattern[start:end], group
+            while child.parent is not None:
+                around = child.parent.ranges()
+                left, right = next(bounds for bounds in around if bounds[1] >= child.end)
+                text = pattern[left : child.start] + text + pattern[child.end : right]
+                child = child.parent
+            yield pattern[start:end], flags + text
+
+
+def _groups(pattern: str, start: int) -> list[_Group]:
+    """The groups of a valid regular expression, the outermost first."""
+    skipped = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\(\?#[^)]*\)|\(\?P=\w+\)", re.DOTALL)
+    opening = re.compile(r"\((\?(?:P<\w+>|[aiLmsux-]*:|>|<?[=!]|\(\w+\)))?")
+    open_, closed = [(start, [], False)], []
+    position = start
+    while position < len(pattern):
+        if found := skipped.match(pattern, position):
+            position = found.end()
+            continue
+        letter = pattern[position]
+        if letter == "(":
+            found = opening.match(pattern, position)
+            kind = found.group(1) or ""
+            open_.append((found.end(), [], kind.endswith(("=", "!")) or kind.startswith("?(")))
+            position = found.end()
+            continue
+        if letter == "|":
+            open_[-1][1].append(position)
+        elif letter == ")":
+            looks = open_.pop()
+            repeated = pattern[position + 1 : position + 2] in ("*", "+", "{")
+            closed.append((len(open_), *looks[:2], position, looks[2] or repeated))
+        position += 1
+    closed.append((0, *open_[0][:2], len(pattern), False))
+    result: list[_Group] = []
+    for depth, begin, bars, end, whole in sorted(closed):
+        around = [group for group in result if group.start <= begin and end <= group.end]
+        parent = around[-1] if around and depth else None
+        whole = whole or (parent is not None and parent.whole)
+        result.append(_Group(begin, end, bars, parent, whole))
+    return result
 
 
 def with_head(model: nnx.Module, names: list[str]) -> list[str]:

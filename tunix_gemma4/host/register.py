@@ -19,6 +19,7 @@ from . import (
     meshes,
     orpo,
     ppo,
+    qwix_lora,
     rewards,
     rollout,
     train_step,
@@ -80,6 +81,12 @@ HOOKS: tuple[Hook, ...] = (
         cli.wrap_apply_lora_to_model,
         ("base_model", "mesh", "lora_config"),
         "the lora_config section reaches our projections, or is refused",
+    ),
+    Hook(
+        "qwix:apply_lora_to_model",
+        qwix_lora.wrap_apply_lora_to_model,
+        ("model", "provider"),
+        "Tunix's names of projections reach ours; a pattern that reaches nothing is refused",
     ),
     Hook(
         "tunix.generate.mappings:MappingConfig.from_model",
