@@ -12,7 +12,14 @@ from tunix.rl.reward_manager import SequenceRewardManager
 
 import tunix_gemma4
 from tunix_gemma4.host.binding import Bound, bind
-from tunix_gemma4.host.rewards import RewardError, checked, without_abstained
+from tunix_gemma4.host.metric_names import MetricNames
+from tunix_gemma4.host.rewards import (
+    RewardError,
+    checked,
+    require_sums,
+    without_abstained,
+    without_spread,
+)
 from tunix_gemma4.recipes.rewards import exact_answer, weighted
 
 PROMPTS, COMPLETIONS = ["p0", "p1", "p2"], ["c0", "c1", "c2"]
@@ -53,6 +60,11 @@ def test_prompts_are_those_of_the_data_set():
     [
         ([1.0, math.nan, 2.0], "finite number.*found nan\nsample 1: prompt 'p1', completion 'c1'"),
         ([1.0, 2.0, math.inf], "found inf\nsample 2"),
+        ([1.0, 1e300, 1.0], r"found 1e\+300\nsample 1"),  # Infinite in a step.
+        ([1.0, 10**400, 1.0], "found 1000+\nsample 1"),
+        (["1.0", 0.0, 0.0], "found '1.0'\nsample 0"),
+        ({0.0, 1.0, 2.0}, "expected a list of 3 numbers, found set"),
+        (b"abc", "expected a list of 3 numbers, found bytes"),
         ({"p0": 1.0, "p1": 1.0, "p2": 1.0}, "expected a list of 3 numbers, found dict"),
         (["a", 0.0, 0.0], "found 'a'\nsample 0"),
         ([[1.0, 2.0], 0.0, 0.0], "sample 0"),
@@ -216,3 +228,31 @@ def test_our_own_functions_read_both_forms_and_the_hosts_get_strings():
     with bind(Bound(prompts=CONVERSATIONS)):
         assert call(exact_answer, answer=["c0", "x", "c2"]) == [1.0, 0.0, 1.0]
         assert call(shaped) == [2.0] * 3
+
+
+def test_no_two_metrics_share_a_name(caplog):
+    names = MetricNames()
+    functions = ["matches", "matches_2", "matches", "sum", "mean", "matches"]
+    found = [names.of(f"rewards/{name}", number) for number, name in enumerate(functions)]
+    expected = ["matches", "matches_2", "matches_3", "sum_2", "mean_2", "matches_4"]
+    assert found == [f"rewards/{name}" for name in expected]
+    assert "'rewards/matches_3'" in caplog.text
+    # A second step finds the names of the first; the trainers' own are never given.
+    assert names.of("rewards/matches", 2) == "rewards/matches_3"
+    assert names.of("rewards/matches", "metric") == "rewards/matches_5"
+    assert names.of("actor/loss", "metric") == "actor/loss_2"
+
+
+def test_spread_is_found_in_floating_point():
+    same = np.array([0.1] * 6)
+    assert same.std() > 0 and without_spread(same)
+    assert without_spread(np.array([0.1 + 0.2, 0.3])) and without_spread(np.zeros(3))
+    assert not without_spread(np.array([0.0, 1e-6])) and not without_spread(
+        np.array([1e6, 1e6 + 1])
+    )
+
+
+def test_a_sum_beyond_float32_is_named():
+    require_sums(np.array([1.0, np.nan]))
+    with pytest.raises(RewardError, match=r"sample 1: .*6e\+38"):
+        require_sums(np.array([1.0, 6e38]))

@@ -21,8 +21,9 @@ from tunix.rl.rl_cluster import Mode
 from ..model.gemma4 import Gemma4ForConditionalGeneration
 from ..processor import Processor
 from .binding import Bound, bind, bound
+from .metric_names import MetricNames
 from .prompts import IMAGE_COLUMNS, Prompt, PromptReader, unwrap
-from .rewards import checked, without_abstained
+from .rewards import REWARDS, checked, require_sums, without_abstained, without_spread
 from .rollout import Rollout
 
 # Rollouts of evaluation draw from streams that no training step has.
@@ -81,16 +82,25 @@ def wrap_init(original: Callable) -> Callable:
             return
         manager = self.reward_manager
         # PPO with a reward model has None for its one reward function.
+        names = MetricNames()
         manager.reward_fns = [checked(fn) for fn in manager.reward_fns if fn is not None]
-        self.metric_fns = [_given_columns(metric_fn) for metric_fn in self.metric_fns]
+        for number, fn in enumerate(manager.reward_fns):
+            # The host's name of its metric.
+            name = names.of(f"{REWARDS}{fn.__name__}", ("reward", number))
+            fn.__name__ = name.removeprefix(REWARDS)
+        self.metric_fns = [_metric(names, number, fn) for number, fn in enumerate(self.metric_fns)]
+        self.metric_names = names
 
     return init
 
 
-def _given_columns(metric_fn: Callable) -> Callable:
+def _metric(names: MetricNames, number: int, metric_fn: Callable) -> Callable:
+    """`metric_fn` with the data set's own columns, and with names of its own."""
+
     @functools.wraps(metric_fn)
-    def metric(**columns: Any) -> Any:
-        return metric_fn(**{name: _plain(value) for name, value in columns.items()})
+    def metric(**columns: Any) -> dict[str, Any]:
+        found = metric_fn(**{name: _plain(value) for name, value in columns.items()})
+        return {names.of(name, ("metric", number)): value for name, value in found.items()}
 
     return metric
 
@@ -178,16 +188,17 @@ def wrap_compute_rewards(original: Callable) -> Callable:
         work = bound()
         if work is not None:
             work.prompts = unwrap(list(prompts))
-            work.for_rewards = _for_rewards(self.rl_cluster, work, mode)
+            work.for_rewards = _for_rewards(self.rl_cluster, work, mode, self.metric_names)
         # The host logs prompts, so it gets their texts.
         texts = [prompt.text for prompt in prompts]
         columns = {name: _plain(value) for name, value in columns.items()}
         found = original(self, texts, completions, mode, step, **columns)
+        require_sums(found)
         rewards = without_abstained(found, groups=self._num_generations() > 1)
         groups = [group[~np.isnan(group)] for group in found.reshape(-1, self._num_generations())]
         spread = {"rewards/score/std": (np.std(np.concatenate(groups)), np.mean)}
         if self._num_generations() > 1:
-            flat = np.mean([len(group) < 2 or group.std() == 0 for group in groups])
+            flat = np.mean([without_spread(group) for group in groups])
             spread["rewards/groups_without_spread"] = (flat, np.mean)
         self.rl_cluster.buffer_metrics(spread, mode=mode)
         return rewards
@@ -208,12 +219,13 @@ class TrainerState:
     max_steps: int | None
 
 
-def _for_rewards(rl_cluster: Any, work: Bound, mode: Mode) -> dict[str, Any]:
+def _for_rewards(rl_cluster: Any, work: Bound, mode: Mode, names: MetricNames) -> dict[str, Any]:
     """What reward functions may ask for besides columns of the data."""
     trainer = rl_cluster.actor_trainer
 
     def log_metric(name: str, value: float) -> None:
-        rl_cluster.buffer_metrics({name: (float(value), np.nanmean)}, mode=mode)
+        own = names.of(name, "log_metric")
+        rl_cluster.buffer_metrics({own: (float(value), np.nanmean)}, mode=mode)
 
     def log_extra(column: str, values: list[Any]) -> None:
         if len(values) != len(work.prompts):

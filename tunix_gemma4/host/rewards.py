@@ -13,7 +13,7 @@ import functools
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from .prompts import IMAGE_COLUMNS
 
 RewardFn = Callable[..., list[float | None]]
 # What a function may ask for besides columns of the data.
+REWARDS = "rewards/"  # before the name of a function's metric
 CONTEXT = ("completion_ids", "trainer_state", "log_extra", "log_metric")
 _SHOWN = 400  # characters of a prompt or completion in a message
 
@@ -125,7 +126,7 @@ def _hint(error: Exception, completions: list[Any]) -> str:
 
 
 def _numbers(called: str, found: Any, prompts: list[Any], completions: list[Any]) -> list[float]:
-    if isinstance(found, str | Mapping) or not hasattr(found, "__len__"):
+    if isinstance(found, str | bytes | Mapping | Set) or not hasattr(found, "__len__"):
         raise RewardError(
             f"reward function {called}: expected a list of {len(completions)} numbers, found "
             f"{type(found).__name__}"
@@ -141,17 +142,30 @@ def _numbers(called: str, found: Any, prompts: list[Any], completions: list[Any]
         if value is None:
             rewards.append(math.nan)
             continue
-        try:
-            number = float(np.asarray(value, dtype=float))
-        except (TypeError, ValueError):
-            number = math.nan
-        if not math.isfinite(number):
+        number = _number(value)
+        if not _is_finite(number):
             raise RewardError(
                 f"reward function {called}: expected a finite number, or None to abstain, found "
                 f"{value!r}\n{_sample(index, prompts, completions)}"
             )
         rewards.append(number)
     return rewards
+
+
+def _number(value: Any) -> float:
+    """The number that `value` is, NaN where it is none."""
+    if isinstance(value, str | bytes) or np.ndim(value):
+        return math.nan
+    try:
+        return float(np.asarray(value, dtype=float))
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
+
+
+def _is_finite(rewards: Any) -> Any:
+    """Whether a step, which reckons in float32, has finite numbers for them."""
+    with np.errstate(over="ignore"):
+        return np.isfinite(np.asarray(rewards, np.float32))
 
 
 def _culprit(
@@ -198,7 +212,7 @@ def wrap_reward_manager(original: Callable) -> Callable:
             warnings.simplefilter("ignore", RuntimeWarning)  # rows without any number
             info = original(self, prompts, completions, **columns)
         log = info["log_metrics"]
-        names = [f"rewards/{fn.__name__}" for fn in self.reward_fns]
+        names = [f"{REWARDS}{fn.__name__}" for fn in self.reward_fns]
         matrix = np.stack([np.asarray(log[name][0], float) for name in names], axis=1)
         if not np.isnan(matrix).any():
             return info
@@ -216,6 +230,24 @@ def wrap_reward_manager(original: Callable) -> Callable:
         return info | {"rewards": total, "log_metrics": log}
 
     return compute_rewards
+
+
+def require_sums(rewards: np.ndarray) -> None:
+    """Raises RewardError for a sum of rewards that is not finite as float32; NaN is no reward."""
+    bad = ~(_is_finite(rewards) | np.isnan(rewards))
+    if bad.any():
+        index = int(np.argmax(bad))
+        raise RewardError(
+            f"sample {index}: the reward functions add up to {rewards[index]:g}, which is not "
+            "finite as float32; scale them down"
+        )
+
+
+def without_spread(group: np.ndarray) -> bool:
+    """Whether the rewards of a group are the same, as float32 tells numbers apart."""
+    if len(group) < 2:
+        return True
+    return bool(np.ptp(group) <= np.finfo(np.float32).eps * np.abs(group).max())
 
 
 def _nan_mean(values: np.ndarray) -> float:
