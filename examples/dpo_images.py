@@ -63,6 +63,7 @@ def main(argv: list[str]) -> None:
         max_prompt_length=_MAX_PROMPT_LENGTH.value,
         max_response_length=_MAX_RESPONSE_LENGTH.value,
         epochs=None,
+        log=print,
     )
 
     # The reference is the model that the adapter is added to; both hold the same arrays.

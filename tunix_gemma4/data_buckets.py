@@ -1,31 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measured rows, and the buckets of (length, images) that turn them into micro-batches."""
+"""The buckets of (length, images) that turn measured rows into micro-batches."""
 
 import bisect
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-import numpy as np
-
-from .data_sources import Rows
-from .processor import Example
+from .data_rows import Measure, Row
 
 _SHORTEST_BUCKET = 64  # tokens
 
 Shape = tuple[int, int]  # tokens per row, images per row
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One row of the stream, measured."""
-
-    position: int  # in the stream, which runs through all epochs
-    index: int  # in the source
-    length: int  # tokens
-    images: int
-    supervised: int  # tokens
-    example: Example | None  # None: measured in an earlier epoch, encoded again only when needed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,38 +21,6 @@ class MicroBatch:
     rows: Sequence[Row]
 
 
-class Encoder:
-    """Reads, encodes and measures rows; remembers the measures, not the tokens and images."""
-
-    def __init__(self, rows: Rows, processor, *, keep_examples: bool):
-        self._rows = rows
-        self._processor = processor
-        # With several processes most examples belong to another one: once a row's measures are
-        # known, it is encoded only by the process that trains on it.
-        self._keep_examples = keep_examples
-        self._measures: dict[int, tuple[int, int, int]] = {}
-
-    def example(self, index: int) -> Example:
-        conversation = self._rows[index]
-        try:
-            return self._processor.encode(conversation)
-        except ValueError as error:
-            raise ValueError(f"{self._rows.place(index)}: {error}") from error
-
-    def row(self, position: int, index: int) -> Row:
-        if not self._keep_examples and index in self._measures:
-            return Row(position, index, *self._measures[index], example=None)
-        example = self.example(index)
-        images = 0 if example.images is None else len(example.images)
-        # The first token of a row is predicted from nothing, so it is never a target.
-        supervised = int(np.sum(np.asarray(example.loss_mask)[1:] != 0))
-        self._measures[index] = (len(example.tokens), images, supervised)
-        return Row(position, index, *self._measures[index], example=example)
-
-    def shortest(self) -> int:
-        return min(length for length, _, _ in self._measures.values())
-
-
 class Buckets:
     """Sorts rows into buckets; whole micro-batches come out when a bucket fills or on flush."""
 
@@ -75,15 +28,11 @@ class Buckets:
         self._lengths, self._images, self._batch_size = lengths, images, batch_size
         self.waiting: dict[Shape, list[Row]] = {}
 
-    def shape(self, row: Row, place: str) -> Shape:
-        if row.images > self._images[-1]:
-            raise ValueError(
-                f"{place} has {row.images} images, and image_buckets ends at {self._images[-1]}: "
-                f"add {row.images} to image_buckets, or remove the row."
-            )
+    def shape(self, measure: Measure) -> Shape:
+        """Of the smallest bucket that holds an example; its images are at most the last bucket's"""
         return (
-            self._lengths[bisect.bisect_left(self._lengths, row.length)],
-            self._images[bisect.bisect_left(self._images, row.images)],
+            self._lengths[bisect.bisect_left(self._lengths, measure.lengths[0])],
+            self._images[bisect.bisect_left(self._images, measure.images)],
         )
 
     def add(self, shape: Shape, row: Row) -> MicroBatch | None:
@@ -109,6 +58,14 @@ class Buckets:
             if rows:
                 result.append(MicroBatch(shape, rows))
         return result
+
+
+def count_batches(shapes: Mapping[Shape, int], batch_size: int) -> int:
+    """Micro-batches of an epoch that has so many examples of each shape, in whatever order."""
+    buckets = Buckets((), (), batch_size)
+    whole = sum(count // batch_size for count in shapes.values())
+    buckets.waiting = {shape: [None] * (count % batch_size) for shape, count in shapes.items()}
+    return whole + len(buckets.flush())
 
 
 def bucket_lengths_up_to(max_length: int, given: Sequence[int] | None) -> tuple[int, ...]:

@@ -1,9 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows of conversations from JSONL, JSON, parquet or a Python sequence, by random access."""
 
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+
+import numpy as np
 
 from .processor_images import is_path
 from .processor_keys import ANSWERS, CHOSEN, CONVERSATIONS, IMAGE_PARTS, IMAGES, PROMPTS, REJECTED
@@ -16,6 +24,10 @@ _NESTED = (
     *(*CONVERSATIONS, *PROMPTS, *ANSWERS, *CHOSEN, *REJECTED),
     *("input", "content", "value"),
 )
+_DEEPEST = 64  # levels of lists and objects in a row
+_GONE = 0  # the fingerprint of a row that an earlier run knew
+_MOST_FINGERPRINTS = 100_000  # rows
+_HELD_BYTES = 32 << 20  # of a JSONL file whose rows are kept in memory
 
 
 class Rows:
@@ -25,8 +37,11 @@ class Rows:
     """
 
     def __init__(self, source: str | Path | Sequence):
-        if isinstance(source, str | Path):
-            path = Path(source)
+        self._before: np.ndarray | None = None
+        self._sums_before: np.ndarray | None = None
+        self.path = Path(source) if isinstance(source, str | Path) else None
+        if self.path is not None:
+            path = self.path
             self.name, self._folder, self._records = path.name, path.parent, _open(path)
         else:
             self.name, self._folder, self._records = "the given sequence", None, source
@@ -34,10 +49,11 @@ class Rows:
             raise ValueError(f"{self.name}: expected at least one row, found none.")
 
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self._records) if self._before is None else len(self._before)
 
     def __getitem__(self, index: int):
-        row = self._records[index]
+        row = self._records[self._now(index)]
+        check_text(row)
         if self._folder is None:
             return row
         if not isinstance(row, Mapping):
@@ -47,33 +63,167 @@ class Rows:
 
     def place(self, index: int) -> str:
         """How messages to the user call row `index`."""
-        return f"row {index} of {self.name}"
+        return f"row {self._now(index)} of {self.name}"
+
+    def _now(self, index: int) -> int:
+        return index if self._before is None else int(self._before[index])
+
+    # ---- The rows of an earlier run, of which some have gone since.
+
+    def is_gone(self, index: int) -> bool:
+        """Whether an earlier run knew this row and the source has it no more."""
+        return self._before is not None and self._before[index] < 0
+
+    def as_before(self, places: np.ndarray) -> Rows:
+        """These rows, numbered as an earlier run did.
+
+        Args:
+            places: for each row of that run, where it is now, or -1; see `find_rows`.
+        """
+        now, result = self.fingerprints, copy.copy(self)
+        result._before = places
+        result._sums_before = np.where(places < 0, _GONE, now[places]).astype(np.uint32)
+        return result
+
+    @property
+    def fingerprints(self) -> np.ndarray | None:
+        """A number for what each row holds, images left out; None where that takes too long."""
+        return self._sums if self._sums_before is None else self._sums_before
+
+    @functools.cached_property
+    def _sums(self) -> np.ndarray | None:
+        if len(self._records) > _MOST_FINGERPRINTS:
+            return None
+        if isinstance(self._records, _JsonLines):
+            return self._records.sums
+        if not isinstance(self._records, list | tuple | _ParquetTable):
+            return None
+        return np.array([_sum_of(row) for row in self._records], np.uint32)
+
+    def sha256(self) -> str | None:
+        """Of the file's bytes; None for a sequence."""
+        if self.path is None:
+            return None
+        with self.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def find_rows(before: np.ndarray, now: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """Where the rows of an earlier run are now, and which of them are gone or others.
+
+    Args:
+        before, now: fingerprints.
+
+    Returns:
+        For each row of before its index now, or -1 if it was taken out; and the indices of before
+        of rows that were taken out or changed. None where it cannot be told.
+    """
+    gone = before == _GONE
+    if len(before) == len(now) and not gone.any():
+        return np.arange(len(before)), np.flatnonzero(before != now)
+    places, place = np.full(len(before), -1), 0
+    for index, value in enumerate(before):
+        if place < len(now) and now[place] == value:
+            places[index], place = place, place + 1
+    return None if place < len(now) else (places, np.flatnonzero((places < 0) & ~gone))
+
+
+def walk(row) -> Iterator[tuple[tuple, object]]:
+    """Every value in a row's lists and objects, with its path."""
+    parts = [((), row)]
+    while parts:
+        path, value = parts.pop()
+        yield path, value
+        if isinstance(value, Mapping):
+            parts += [((*path, key), part) for key, part in value.items()]
+        elif isinstance(value, list | tuple):
+            parts += [((*path, number), part) for number, part in enumerate(value)]
+
+
+def field_name(path: tuple) -> str:
+    """A path as messages write it: messages[0].content."""
+    parts = (f"[{key}]" if isinstance(key, int) else f".{key}" for key in path)
+    return "".join(parts).lstrip(".") or "the row"
+
+
+def check_text(row) -> None:
+    """Raises ValueError naming the field of what no tokenizer can take or no reader can follow."""
+    for path, value in walk(row):
+        if len(path) > _DEEPEST:
+            raise ValueError(
+                f"{field_name(path[:1])}: expected at most {_DEEPEST} levels of lists and objects "
+                "in each other, found more"
+            )
+        if isinstance(value, str) and not value.isascii():
+            _check_characters(path, value)
+
+
+def _check_characters(path: tuple, value: str) -> None:
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{field_name(path)}: character {error.start} is half of a surrogate pair "
+            f"({value[error.start]!r}), which is no text; remove or correct it"
+        ) from None
+
+
+def _sum_of(row) -> int:
+    """A number for the JSON of `row`; of arrays their bytes, of what is no JSON its type."""
+    try:
+        text = json.dumps(row, default=_described, skipkeys=True)
+    except (ValueError, RecursionError):
+        text = type(row).__name__
+    return _sum(text.encode())
+
+
+def _sum(text: bytes) -> int:
+    return zlib.crc32(text) or 1
+
+
+def _described(value) -> list:
+    if isinstance(value, np.ndarray):
+        content = zlib.crc32(np.ascontiguousarray(value)) if value.dtype != object else 0
+        return [str(value.dtype), list(value.shape), content]
+    if isinstance(value, bytes):
+        return ["bytes", zlib.crc32(value)]
+    return [type(value).__name__, str(value) if isinstance(value, Path) else ""]
 
 
 class _JsonLines:
-    """A JSONL file: checked line by line when opened, then only the lines' offsets are kept."""
+    """A JSONL file, parsed when it is opened; the rows of a large one are read again by offset."""
 
     def __init__(self, path: Path):
         self._path = path
-        self._offsets = []
+        self._rows = [] if path.stat().st_size <= _HELD_BYTES else None
+        self._offsets, sums = [], []
         offset = 0
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    try:
-                        json.loads(line)
-                    except ValueError as error:
-                        raise ValueError(
-                            f"{path}, line {number}: expected one JSON object, found something "
-                            f"that is not JSON ({error}). Correct or remove the line."
-                        ) from error
+                    row = self._parse(line, number)
+                    if self._rows is not None:
+                        self._rows.append(row)
                     self._offsets.append(offset)
+                    sums.append(_sum(line.strip()))
                 offset += len(line)
+        self.sums = np.array(sums, np.uint32)
+
+    def _parse(self, line: bytes, number: int):
+        try:
+            return json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(
+                f"{self._path}, line {number}: expected one JSON object, found something "
+                f"that is not JSON ({error}). Correct or remove the line."
+            ) from error
 
     def __len__(self) -> int:
         return len(self._offsets)
 
     def __getitem__(self, index: int):
+        if self._rows is not None:
+            return self._rows[index]
         # A file handle of its own for each read, because several threads read at once.
         with self._path.open("rb") as file:
             file.seek(self._offsets[index])
@@ -103,6 +253,9 @@ class _ParquetTable:
     def __getitem__(self, index: int) -> dict:
         return self._table.slice(index, 1).to_pylist()[0]
 
+    def __iter__(self) -> Iterator[dict]:
+        return (self[index] for index in range(len(self)))
+
 
 def _json_list(path: Path) -> list:
     try:
@@ -114,6 +267,8 @@ def _json_list(path: Path) -> list:
         ) from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: expected UTF-8 text ({error}).") from error
+    except RecursionError as error:
+        raise ValueError(f"{path}: its lists and objects stand too deep in each other.") from error
     if not isinstance(rows, list):
         raise ValueError(f"{path}: expected a list of rows, found {type(rows).__name__}.")
     return rows

@@ -453,6 +453,19 @@ def image_slots(count: int) -> int:
     return 0 if count == 0 else 1 << (count - 1).bit_length()
 
 
+class ImageSlots:
+    """How many images per row the batches of a run make room for: never fewer than before."""
+
+    def __init__(self) -> None:
+        self._slots = 0
+
+    def of(self, examples: Sequence[Any]) -> int:
+        """For one more batch, of what has `images`."""
+        most = max(0 if e.images is None else len(e.images) for e in examples)
+        self._slots = max(self._slots, image_slots(most))
+        return self._slots
+
+
 def _is_one_conversation(conversations: Sequence[Any]) -> bool:
     first = conversations[0] if len(conversations) else None
     return isinstance(first, Mapping) and ("role" in first or "from" in first)

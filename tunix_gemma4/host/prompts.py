@@ -101,23 +101,26 @@ class PromptReader:
         for given, beside in zip(columns[PROMPTS], images, strict=True):
             try:
                 prompts.append(self._prompt(given, beside))
-            except ValueError as error:
-                raise ValueError(f"prompt {self._count}: {error}") from error
+            except MemoryError:
+                raise
+            except Exception as error:
+                kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+                raise ValueError(f"prompt {self._count}: {kind}{error}") from error
             self._count += 1
         read = {name: column([Cell(cell) for cell in cells]) for name, cells in columns.items()}
         return read | {PROMPTS: column(prompts)}
 
     def _prompt(self, given: Any, images: list[Any]) -> Prompt:
-        if isinstance(given, str):
+        if isinstance(given, Prompt):
+            prompt = given  # Read by a data set of this package, its images too.
+        elif isinstance(given, str):
             prompt = self._templated(str(given), images)
         else:
             row = {"messages": given, "images": images} if images else given
             processor = self._processor()
             example = processor.encode(row, add_generation_prompt=True)
-            batch = processor.collate([example])
-            prompt = Prompt(
-                given, processor.decode(batch.tokens[0], skip_special_tokens=False), example
-            )
+            text = processor.decode(example.tokens, skip_special_tokens=False)
+            prompt = Prompt(given, text, example)
         length = len(prompt.example.tokens)
         if length > self._max_length:
             raise ValueError(

@@ -17,7 +17,7 @@ import numpy as np
 from tunix.rl.rollout import base_rollout, vanilla_rollout
 
 from ..model.gemma4 import Gemma4ForConditionalGeneration
-from ..processor import Batch, Example, Processor, image_slots
+from ..processor import Batch, Example, ImageSlots, Processor
 from ..sampling import generate, media_ids
 from .binding import bound
 from .prompts import Prompt
@@ -31,7 +31,7 @@ class Rollout(vanilla_rollout.VanillaRollout):
         self.is_gemma4 = isinstance(model, Gemma4ForConditionalGeneration)
         self._config = model.config if self.is_gemma4 else None
         self._processor: Processor | None = None
-        self._step, self._draws, self._image_slots = 0, 0, 0
+        self._step, self._draws, self._image_slots = 0, 0, ImageSlots()
         self.seconds = 0.0  # spent generating, in all
 
     @property
@@ -75,11 +75,8 @@ class Rollout(vanilla_rollout.VanillaRollout):
 
     def images(self, examples: Sequence[Example]) -> np.ndarray | None:
         """Their images [B, I, M, C]; I never falls, so that few programs are compiled."""
-        most = max(0 if e.images is None else len(e.images) for e in examples)
-        self._image_slots = max(self._image_slots, image_slots(most))
-        if not self._image_slots:
-            return None
-        return self.processor.collate(examples, images=self._image_slots).images
+        slots = self._image_slots.of(examples)
+        return self.processor.collate(examples, images=slots).images if slots else None
 
     def generate(
         self,

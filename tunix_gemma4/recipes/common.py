@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -164,11 +163,11 @@ def optimizer_of(config: TrainSettings, total_steps: int) -> optax.GradientTrans
     )
 
 
-def total_steps(config: TrainSettings, num_rows: int, rows_per_step: int) -> int:
+def total_steps(config: TrainSettings, steps_per_epoch: int) -> int:
     """Optimizer steps until `max_steps` or the end of the epochs, whichever comes first."""
     limits = [] if config.max_steps is None else [config.max_steps]
     if config.num_train_epochs is not None:
-        limits.append(math.ceil(num_rows / rows_per_step) * config.num_train_epochs)
+        limits.append(steps_per_epoch * config.num_train_epochs)
     return min(limits)
 
 
@@ -181,6 +180,16 @@ def make_processor(config: TrainSettings) -> Processor:
         thoughts=getattr(data, "thoughts", "last"),  # Prompts have none to learn.
         transformers_alpha=data.transformers_alpha,
     )
+
+
+def check_file(output: Path, name: str) -> Path:
+    """Keeps what the check of a run's data has found: of "train" or of "eval"."""
+    return output / CHECKPOINTS / f"data_check_{name}.json"
+
+
+def check_key(config: TrainSettings, path: str) -> str:
+    """All that the check of the rows in `path` depends on."""
+    return repr((path, config.model, config.data))
 
 
 def stacked(config: TrainSettings, model: nnx.Module) -> nnx.Module:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +85,9 @@ def run(config: GrpoRunConfig, *, after_step: Callable[[Any], None] | None = Non
     output = common.prepare_output(config, _FIXED)
     mesh, rollout_mesh = make_meshes(config)
     processor = common.make_processor(config)
-    rows = prompt_rows(config.data.path, processor, config)
-    eval_ds = eval_batches(config, processor)
+    is_older = not common.check_file(output, "train").is_file()
+    rows = prompt_rows(config.data.path, processor, config, output)
+    eval_ds = eval_batches(config, processor, output)
     say(f"{len(rows)} prompts in {config.data.path}. The first:")
     say(first_prompt(rows, processor))
 
@@ -119,11 +121,15 @@ def run(config: GrpoRunConfig, *, after_step: Callable[[Any], None] | None = Non
     )
     if trainer.train_steps:
         directory = checkpoint_directory(output)
+        if is_older:
+            refuse_older(config, rows, directory)
         say(f"Resuming after step {trainer.train_steps} from {directory}.")
     if trainer.train_steps < steps:
         train(config, cluster, rows, eval_ds)
 
     saved = common.save(config, trainer.model, output)
+    if rows.left_out:
+        say(f"{config.data.path}: {rows.left_out}")
     say(f"{trainer.train_steps} steps done. Saved: {', '.join(map(str, saved))}")
     return Result(trainer.model, processor, trainer.train_steps, saved, trainer.metrics_logger)
 
@@ -172,12 +178,34 @@ def make_meshes(config: GrpoRunConfig) -> tuple[Mesh, Mesh | None]:
 # ---- Data.
 
 
-def prompt_rows(path: str, processor: Processor, config: GrpoRunConfig) -> PromptRows:
-    """The prompts of a file; says how many are too long."""
-    rows = PromptRows(path, processor, config.data)
+def prompt_rows(
+    path: str,
+    processor: Processor,
+    config: GrpoRunConfig,
+    output: Path | None = None,
+    name: str = "train",
+) -> PromptRows:
+    """The prompts of a file, checked as `data.check` says; says how many are too long.
+
+    Args:
+        path: of the file.
+        processor: of the checkpoint.
+        config: the settings.
+        output: of the run, where the result of the check is kept; None keeps none.
+        name: "train" or "eval".
+    """
+    data = config.data
+    if name == "eval":
+        data = dataclasses.replace(data, check="all")  # It ends with its last whole batch.
+    cache = None if output is None else common.check_file(output, name)
+    key = common.check_key(config, path)
+    names = {
+        name for spec in config.reward_functions for name in signature(load_reward(spec)).parameters
+    }
+    rows = PromptRows(path, processor, data, log=say, cache=cache, key=key, names=names)
     if rows.dropped:
         say(
-            f"{path}: {rows.dropped} of {len(rows) + rows.dropped} prompts are left out, longer "
+            f"{path}: {rows.dropped} of {rows.looked_at} prompts are left out, longer "
             f"than data.max_prompt_length={config.data.max_prompt_length}"
         )
     return rows
@@ -185,9 +213,20 @@ def prompt_rows(path: str, processor: Processor, config: GrpoRunConfig) -> Promp
 
 def first_prompt(rows: PromptRows, processor: Processor) -> str:
     """The first prompt as the model sees it."""
-    row = rows[0]
-    given = {"messages": row["prompts"], "images": row.get("images") or []}
-    return processor.explain(processor([given], add_generation_prompt=True))
+    return processor.explain(processor.collate([rows.first().example], side="left"))
+
+
+def refuse_older(config: GrpoRunConfig, rows: PromptRows, directory: Path) -> None:
+    """Raises ValueError where an earlier version had taken the prompts in another order.
+
+    It shuffled those that are short enough; now all are shuffled, and the others passed over.
+    """
+    if config.data.shuffle and len(rows.kept) < rows.num_rows:
+        raise ValueError(
+            f"{directory}: these checkpoints were written by an earlier version of this package, "
+            "which shuffled prompts in another order where some are too long. Choose another "
+            "output_dir, or finish the run with that version"
+        )
 
 
 def train_batches(config: GrpoRunConfig, rows: PromptRows, steps_done: int) -> Batches:
@@ -202,11 +241,13 @@ def train_batches(config: GrpoRunConfig, rows: PromptRows, steps_done: int) -> B
     )
 
 
-def eval_batches(config: GrpoRunConfig, processor: Processor) -> Batches | None:
+def eval_batches(
+    config: GrpoRunConfig, processor: Processor, output: Path | None = None
+) -> Batches | None:
     """Held-out prompts in batches of the size that one forward pass of training has."""
     if config.data.eval_path is None:
         return None
-    rows = prompt_rows(config.data.eval_path, processor, config)
+    rows = prompt_rows(config.data.eval_path, processor, config, output, "eval")
     whole = len(rows) // config.micro * config.micro
     if not whole:
         raise ValueError(

@@ -7,17 +7,18 @@ row -> Preference (tokens of prompt and answers, patches of the prompt's images)
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from absl import logging
 from jaxtyping import Float, Int
 
+from ..data_check import How, rows_to_check
+from ..data_pipeline import BatchDataset, BatchIterator, Plan
+from ..data_rows import Measure, Road
 from ..data_sources import Rows
-from ..processor import Example, Processor, image_slots
+from ..processor import Example, ImageSlots, Processor
 from ..processor_conversation import read_preference_pair
 
 SIDES = ("chosen", "rejected")
@@ -31,11 +32,6 @@ class Preference:
     chosen: Int[np.ndarray, " R"]
     rejected: Int[np.ndarray, " R"]
     images: Float[np.ndarray, "I M C"] | None  # None: no images
-
-    def fits(self, max_prompt_length: int, max_response_length: int) -> bool:
-        """Whether nothing would have to be cut: that could take away part of an image."""
-        answer = max(len(self.chosen), len(self.rejected))
-        return len(self.prompt) <= max_prompt_length and answer <= max_response_length
 
 
 def read_preference(row: Mapping[str, Any], processor: Processor) -> Preference:
@@ -115,13 +111,51 @@ def collate(
     return result
 
 
+class PreferenceRoad(Road):
+    """Preferences, as the host's trainer takes them."""
+
+    def __init__(self, processor: Processor, max_prompt_length: int, max_response_length: int):
+        self._processor, self._slots = processor, ImageSlots()
+        self.limits = {
+            "max_prompt_length": max_prompt_length,
+            "max_response_length": max_response_length,
+        }
+
+    def read(self, row: Any) -> list[Preference]:
+        return [read_preference(row, self._processor)]
+
+    def images(self, row: Any) -> Sequence[Any]:
+        return [image for side in read_preference_pair(row).values() for image in side.images]
+
+    def measure(self, example: Preference) -> Measure:
+        images = 0 if example.images is None else len(example.images)
+        answers = [len(example.chosen), len(example.rejected)]
+        return Measure((len(example.prompt), max(answers)), images, sum(answers))
+
+    def collate(
+        self, examples: list[Preference], shape: tuple[int, int], size: int, denominator: float
+    ) -> dict[str, np.ndarray]:
+        slots = self._slots.of(examples)
+        return collate(examples, self._processor, images=slots, **self.limits)
+
+
 class PreferenceBatches:
     """Whole batches from a file or a sequence of rows, each row once per epoch in a seeded order.
 
-    Without end if `epochs` is None.
+    An iterator of it has a position that can be saved and restored, as one of `make_dataset` has.
 
-    Attributes:
-        dropped: rows that were too long, counted in the first epoch.
+    Args:
+        source: a .jsonl, .json or .parquet file, or a sequence of rows as `read_preference` takes.
+        processor: of the checkpoint.
+        batch_size: rows of a batch.
+        max_prompt_length, max_response_length: tokens; longer rows are left out and counted.
+        epochs: None: without end.
+        seed: of the order.
+        check: which rows are read when batches are first asked for, so that what is wrong is said
+            before the first step: "all", a number of rows, or False; None: all of fewer than
+            20,000, and otherwise 2,000.
+        skip_bad_rows: leave out rows that cannot be read, and count them, in place of an error.
+        log: takes a summary of the check.
     """
 
     def __init__(
@@ -134,57 +168,34 @@ class PreferenceBatches:
         max_response_length: int,
         epochs: int | None = 1,
         seed: int = 0,
+        check: How = None,
+        skip_bad_rows: bool = False,
+        log: Callable[[str], None] | None = None,
     ):
-        self._rows, self._processor = Rows(source), processor
-        self._batch_size, self._epochs, self._seed = batch_size, epochs, seed
-        self._lengths = {
-            "max_prompt_length": max_prompt_length,
-            "max_response_length": max_response_length,
-        }
-        self._slots, self.dropped = 0, 0
+        self._plan = Plan(
+            rows=Rows(source),
+            road=PreferenceRoad(processor, max_prompt_length, max_response_length),
+            batch_size=batch_size,
+            seed=seed,
+            num_epochs=epochs,
+            skip_bad_rows=skip_bad_rows,
+        )
+        rows_to_check(check, len(self._plan.rows), "check")
+        self._check, self._log, self._is_checked = check, log, False
 
-    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
-        waiting: list[Preference] = []
-        self.dropped = 0
-        for epoch in itertools.count() if self._epochs is None else range(self._epochs):
-            kept = 0
-            for preference in self._epoch(epoch):
-                kept += 1
-                waiting.append(preference)
-                if len(waiting) == self._batch_size:
-                    yield self._batch(waiting)
-                    waiting = []
-            if epoch == 0:
-                self._report(kept)
+    @property
+    def dropped(self) -> int:
+        """Rows that are too long, as far as they were read."""
+        return len(self._plan.encoder.long)
 
-    def _epoch(self, epoch: int) -> Iterator[Preference]:
-        order = np.random.default_rng([self._seed, epoch]).permutation(len(self._rows))
-        for index in order.tolist():
-            try:
-                preference = read_preference(self._rows[index], self._processor)
-            except ValueError as error:
-                raise ValueError(f"{self._rows.place(index)}: {error}") from error
-            if preference.fits(**self._lengths):
-                yield preference
-            elif epoch == 0:
-                self.dropped += 1
+    @property
+    def left_out(self) -> str:
+        """What of the rows read so far could not be read; empty if all could."""
+        return self._plan.encoder.bad_text()
 
-    def _batch(self, preferences: list[Preference]) -> dict[str, np.ndarray]:
-        most = max(0 if p.images is None else len(p.images) for p in preferences)
-        # Never fewer than before, so that few programs are compiled.
-        self._slots = max(self._slots, image_slots(most))
-        return collate(preferences, self._processor, images=self._slots, **self._lengths)
-
-    def _report(self, kept: int) -> None:
-        lengths = ", ".join(f"{name}={value}" for name, value in self._lengths.items())
-        rows = kept * (self._batch_size if self._epochs is None else self._epochs)
-        if rows < self._batch_size:
-            raise ValueError(
-                f"{self._rows.name}: {kept} of its {len(self._rows)} rows are short enough "
-                f"({lengths}), which is less than one batch of {self._batch_size}"
-            )
-        if self.dropped:
-            logging.warning(
-                "%s: %d of %d rows are left out, because they are longer than %s",
-                *(self._rows.name, self.dropped, len(self._rows), lengths),
-            )
+    def __iter__(self) -> BatchIterator:
+        data = BatchDataset(self._plan)
+        if not self._is_checked:
+            data.check(self._check, log=self._log)
+            self._is_checked = True
+        return iter(data)

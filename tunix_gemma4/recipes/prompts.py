@@ -4,15 +4,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator
+import functools
+import itertools
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from .. import processor_conversation
+from ..data_pipeline import BatchDataset, Plan
+from ..data_rows import Measure, Road
 from ..data_sources import Rows
-from ..processor import Processor
+from ..host.prompts import Prompt
+from ..processor import Example, Processor
 from ..processor_conversation import Conversation
 from .rl_config import PromptConfig
 
@@ -20,46 +23,155 @@ from .rl_config import PromptConfig
 _RESERVED = ("prompts", "completions", "rewards", "advantages", "mode", "trajectory_ids")
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Asked:
+    """A row that was read: what is asked, in tokens too, and the columns beside it."""
+
+    conversation: Conversation
+    columns: dict[str, Any]
+    example: Example
+
+
+class PromptRoad(Road):
+    """Prompts, as a learner of reinforcement learning takes them.
+
+    Attributes:
+        notes: the columns of the rows that were read.
+    """
+
+    def __init__(self, processor: Processor, config: PromptConfig, names: Collection[str] = ()):
+        self._processor, self._config, self._names = processor, config, tuple(names)
+        self.limits = {"data.max_prompt_length": config.max_prompt_length}
+        self.notes: dict[str, None] = {}
+
+    def read(self, row: Any) -> list[Asked]:
+        conversation, columns = self._read(row)
+        example = self._processor.encode(conversation, add_generation_prompt=True)
+        return [Asked(conversation, columns, example)]
+
+    def images(self, row: Any) -> Sequence[Any]:
+        return self._read(row)[0].images
+
+    def _read(self, row: Any) -> tuple[Conversation, dict[str, Any]]:
+        conversation, columns = read_prompt(row, self._config, self._names)
+        self.notes |= dict.fromkeys([*columns, *(["images"] if conversation.images else [])])
+        return conversation, columns
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What a batch has besides `prompts`, once every row was looked at."""
+        return tuple(sorted(self.notes))
+
+    def measure(self, example: Asked) -> Measure:
+        images = example.example.images
+        return Measure((len(example.example.tokens),), 0 if images is None else len(images), 0)
+
+    def collate(
+        self, examples: list[Asked], shape: tuple[int, int], size: int, denominator: float
+    ) -> dict[str, list[Any]]:
+        rows = [self.row(asked) | {"prompts": self._prompt(asked)} for asked in examples]
+        return {name: [row[name] for row in rows] for name in rows[0]}
+
+    def row(self, asked: Asked) -> dict[str, Any]:
+        """`prompts` and every column, None where the row has no such value."""
+        columns = asked.columns | {"images": asked.conversation.images}
+        messages = {"prompts": asked.conversation.given}
+        return messages | {name: columns.get(name) for name in self.columns}
+
+    def _prompt(self, asked: Asked) -> Prompt:
+        text = self._processor.decode(asked.example.tokens, skip_special_tokens=False)
+        return Prompt(asked.conversation.given, text, asked.example)
+
+    def dropped_text(self, name: str, dropped: int, rows: int) -> str:
+        return f"{name}: {dropped} of {rows} prompts are left out, longer than {self.limit_text()}"
+
+    def too_few_text(self, name: str, kept: int, rows: int, batch_size: int, shortest: int) -> str:
+        return (
+            f"{name}: each of its {rows} prompts is longer than {self.limit_text()}; the shortest "
+            f"has {shortest} tokens"
+        )
+
+
 class PromptRows:
     """The prompts of a file that are short enough, by random access.
 
+    Args:
+        path: of the file.
+        processor: of the checkpoint.
+        config: of the data, how the rows are checked included.
+        log: takes a summary of the check.
+        cache, key: see `data_pipeline.BatchDataset.check`.
+        names: parameters of reward functions; see `read_prompt`.
+
     Attributes:
-        dropped: prompts that are too long.
-        columns: what a batch has besides `prompts`.
+        plan: of the pipeline that reads them.
+        checked: what is known of the rows.
     """
 
-    def __init__(self, path: str | Path, processor: Processor, config: PromptConfig):
-        self._rows, self._config = Rows(path), config
-        self.kept, shortest = [], None
-        has_images, columns = False, {}
-        for index in range(len(self._rows)):
-            try:
-                prompt, others = read_prompt(self._rows[index], self._config)
-                length = _length(processor, prompt, config.max_prompt_length)
-            except ValueError as error:
-                raise ValueError(f"{self._rows.place(index)}: {error}") from error
-            shortest = length if shortest is None else min(shortest, length)
-            if length <= config.max_prompt_length:
-                self.kept.append(index)
-                has_images = has_images or bool(prompt.images)
-                columns |= dict.fromkeys(others)
-        if not self.kept:
-            raise ValueError(
-                f"{path}: each of its {len(self._rows)} prompts is longer than "
-                f"data.max_prompt_length={config.max_prompt_length}; the shortest has {shortest} "
-                "tokens"
-            )
-        self.dropped = len(self._rows) - len(self.kept)
-        self.columns = (*(["images"] if has_images else []), *columns)
+    def __init__(
+        self,
+        path: str | Path,
+        processor: Processor,
+        config: PromptConfig,
+        *,
+        log: Callable[[str], None] | None = None,
+        cache: Path | None = None,
+        key: str = "",
+        names: Collection[str] = (),
+    ):
+        self._road = PromptRoad(processor, config, names)
+        self.plan = Plan(Rows(path), self._road, 1, skip_bad_rows=config.skip_bad_rows)
+        data = BatchDataset(self.plan)
+        self.checked = data.check(config.check, log=log, cache=cache, key=key)
+        if not self.checked.examined:
+            # A batch has the columns of all rows. What is wrong with one is said in its turn.
+            for index in range(len(self.plan.rows)):
+                self.plan.encoder.look(index)
+        elif self.checked.is_whole and not self.checked.kept:
+            data.refuse_all()
 
     def __len__(self) -> int:
-        return len(self.kept)
+        """How many there are; where not all were checked, about how many."""
+        return self.checked.examples if self.checked.examined else len(self.plan.rows)
+
+    @property
+    def dropped(self) -> int:
+        """Prompts that are too long, as far as they were read."""
+        return len(self.plan.encoder.long)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the file, whatever they hold."""
+        return len(self.plan.rows)
+
+    @property
+    def looked_at(self) -> int:
+        """How many of them were checked."""
+        return self.checked.examined or self.num_rows
+
+    @property
+    def left_out(self) -> str:
+        """What of the rows read so far could not be read; empty if all could."""
+        return self.plan.encoder.bad_text()
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What a batch has besides `prompts`."""
+        return self._road.columns
+
+    @functools.cached_property
+    def kept(self) -> list[int]:
+        """Indices in the file; reads the rows that were not checked."""
+        return [n for n in range(len(self.plan.rows)) if self.plan.encoder.kept(n)]
+
+    def first(self) -> Asked:
+        """The first prompt that is not left out."""
+        return BatchDataset(self.plan).first()
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """One row: `prompts` and every column, None where the row has no such value."""
-        prompt, others = read_prompt(self._rows[self.kept[index]], self._config)
-        others["images"] = prompt.images
-        return {"prompts": prompt.given} | {name: others.get(name) for name in self.columns}
+        (asked,) = self.plan.encoder.hold(self.kept[index])
+        return self._road.row(asked)
 
 
 def read_prompt(
@@ -84,32 +196,12 @@ def read_prompt(
     return prompt, dict(prompt.columns)
 
 
-def _length(processor: Processor, prompt: Conversation, enough: int) -> int:
-    """Tokens of a prompt, or, where that suffices, more than it has and at most `enough`.
-
-    Images are opened only where their size decides.
-    """
-    words = [
-        message | {"content": [part for part in message["content"] if part["type"] == "text"]}
-        if isinstance(message["content"], list)
-        else message
-        for message in prompt.messages
-    ]
-    text = prompt.text if prompt.text is None else prompt.text.replace("<|image|>", "")
-    bare = dataclasses.replace(prompt, messages=words, images=[], text=text)
-    length = len(processor.encode(bare, add_generation_prompt=True).tokens)
-    most = length + len(prompt.images) * (processor.max_soft_tokens + 2)
-    if most <= enough or not prompt.images or length > enough:
-        return most
-    return len(processor.encode(prompt, add_generation_prompt=True).tokens)
-
-
 class Batches:
     """Whole batches of prompts, by default without end, as the host's learners take them.
 
     Every row comes once per epoch; the order depends on `seed` alone. A learner that resumes skips
     what it has trained on by taking it again; those batches are empty prompts here, which cost
-    nothing.
+    nothing. Each other prompt carries its tokens and images, so that the learner reads nothing.
 
     Args:
         rows: the prompts.
@@ -134,23 +226,27 @@ class Batches:
         self._skipped, self._start, self._limit = skipped, start, limit
 
     def __iter__(self) -> Iterator[dict[str, list[Any]]]:
-        empty = {"prompts": ""} | dict.fromkeys(self._rows.columns)
-        batch = []
-        for row in self._stream():
-            batch.append(empty if row is None else self._rows[row])
-            if len(batch) == self._batch_size:
-                yield {name: [row[name] for row in batch] for name in batch[0]}
-                batch = []
-
-    def _stream(self) -> Iterator[int | None]:
-        """Indices of rows; None for those that are thrown away."""
-        for _ in range(self._skipped):
-            yield None
-        position, count = self._start, len(self._rows)
-        epoch, order = None, np.arange(count)
-        while self._limit is None or position < self._limit:
-            if self._seed is not None and epoch != position // count:
-                epoch = position // count
-                order = np.random.default_rng([self._seed, epoch]).permutation(count)
-            yield int(order[position % count])
-            position += 1
+        size = self._batch_size
+        if self._skipped % size:
+            raise ValueError(f"skipped: expected a multiple of {size}, found {self._skipped}")
+        nothing = {name: [None] * size for name in self._rows.columns}
+        for _ in range(self._skipped // size):
+            yield {"prompts": [""] * size} | nothing
+        epochs = None  # A stream that ends reads nothing ahead in vain.
+        if self._limit is not None and self._rows.checked.is_whole:
+            epochs = -(-self._limit // len(self._rows))
+        plan = self._rows.plan.sharing(
+            batch_size=size,
+            seed=self._seed or 0,
+            shuffle=self._seed is not None,
+            num_epochs=epochs,
+        )
+        iterator = iter(BatchDataset(plan))
+        try:
+            if self._start:
+                seen = plan.position_after(self._start)
+                iterator.set_state(iterator.get_state() | {"seen": seen, "kept": self._start})
+            end = None if self._limit is None else max(self._limit - self._start, 0) // size
+            yield from itertools.islice(iterator, end)
+        finally:
+            iterator.close()

@@ -9,9 +9,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from omegaconf import MISSING
 
+from ..data_check import rows_to_check
 from ..host.grpo import KL_ESTIMATORS, LOSS_TYPES
 from .load_config import load_config
 from .rewards import load_reward
@@ -36,6 +38,7 @@ class PromptConfig:
         transformers_alpha: drop the transparency of images, as transformers does, instead of
             laying them on white.
         shuffle: a new order each epoch.
+        check, skip_bad_rows: as in supervised data. Held-out prompts are all checked.
     """
 
     path: str = MISSING
@@ -46,6 +49,9 @@ class PromptConfig:
     max_soft_tokens: int | None = None
     transformers_alpha: bool = False
     shuffle: bool = True
+    # Not compared: a run that is resumed may change them.
+    check: Any = dataclasses.field(default=None, compare=False)
+    skip_bad_rows: bool = dataclasses.field(default=False, compare=False)
 
 
 @dataclasses.dataclass
@@ -128,6 +134,7 @@ class GrpoRunConfig(TrainSettings):
     def validate(self) -> None:
         """Raises ValueError for settings that cannot be meant."""
         super().validate()
+        rows_to_check(self.data.check, 1)
         one_of("loss_type", self.loss_type, LOSS_TYPES)
         one_of("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
         self._validate_numbers()

@@ -9,9 +9,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from omegaconf import MISSING
 
+from ..data_check import rows_to_check
 from ..processor import THOUGHTS
 from .load_config import load_config, to_yaml
 from .settings import LoraSettings, MeshConfig, TrainSettings, one_of
@@ -37,6 +39,11 @@ class DataConfig:
         bucket_lengths: allowed numbers of tokens per row; each compiles once. null: powers of two
             from 64, and `max_length`.
         shuffle: a new order each epoch.
+        check: which rows are read before the first step, so that what is wrong is said then: "all",
+            a number of rows spread over the file (and of every other row its form and the files of
+            its images), or false; null: all of fewer than 20,000, otherwise 2,000. The result is
+            kept with the checkpoints. Steps, and so the learning rate, are planned from it.
+        skip_bad_rows: leave out rows that cannot be read, and count them, in place of an error.
     """
 
     path: str = MISSING
@@ -48,6 +55,9 @@ class DataConfig:
     image_buckets: list[int] = dataclasses.field(default_factory=lambda: [0, 1, 2, 4, 8])
     bucket_lengths: list[int] | None = None
     shuffle: bool = True
+    # Not compared: a run that is resumed may change them.
+    check: Any = dataclasses.field(default=None, compare=False)
+    skip_bad_rows: bool = dataclasses.field(default=False, compare=False)
 
 
 @dataclasses.dataclass
@@ -70,6 +80,7 @@ class RunConfig(TrainSettings):
         """Raises ValueError for settings that cannot be meant."""
         super().validate()
         one_of("data.thoughts", self.data.thoughts, THOUGHTS)
+        rows_to_check(self.data.check, 1)
         if self.batch_size % self.mesh.fsdp:
             raise ValueError(
                 f"batch_size: expected a multiple of mesh.fsdp={self.mesh.fsdp}, found "

@@ -7,6 +7,7 @@ tunix-gemma4 sft configs/sft/e2b_lora_image.yaml model=gemma-4-E2B-it data.path=
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,6 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from ..data import BatchDataset, make_dataset
-from ..data_sources import Rows
 from ..host.settings import CHECKPOINTS, make_training_config
 from ..host.trainer import Gemma4Trainer
 from ..processor import Processor
@@ -60,16 +60,21 @@ def run(config: RunConfig, *, after_eval: Callable[[Gemma4Trainer], None] | None
     mesh = make_mesh(config)
     processor = common.make_processor(config)
     train_ds, eval_ds = make_datasets(config, processor)
+    check_datasets(config, output, train_ds, eval_ds)
     say(f"{train_ds.num_rows} rows in {config.data.path}. The first:")
-    say(first_row(config, processor))
+    say(first_row(config, processor, train_ds))
 
     model = prepare_model(config, common.load_base(config, mesh))
-    trainer = make_trainer(config, model, train_ds.num_rows, after_eval)
+    trainer = make_trainer(
+        config, model, train_ds.num_rows, after_eval, steps_per_epoch=train_ds.steps_per_epoch()
+    )
     if trainer.train_steps:
         say(f"Resuming after step {trainer.train_steps} from {output / CHECKPOINTS}.")
     trainer.train(train_ds, eval_ds)
 
     saved = common.save(config, model, output)
+    if train_ds.left_out():
+        say(f"{config.data.path}: {train_ds.left_out()}")
     say(f"{trainer.train_steps} steps done. Saved: {', '.join(map(str, saved))}")
     return Result(model, processor, trainer, saved)
 
@@ -91,6 +96,7 @@ def make_datasets(
         "max_length": data.max_length,
         "bucket_lengths": data.bucket_lengths,
         "image_buckets": data.image_buckets,
+        "skip_bad_rows": data.skip_bad_rows,
     }
     train_ds = make_dataset(
         data.path,
@@ -106,10 +112,26 @@ def make_datasets(
     return train_ds, make_dataset(data.eval_path, processor, num_epochs=1, shuffle=False, **shared)
 
 
-def first_row(config: RunConfig, processor: Processor) -> str:
-    """The first row of the data, and which of its tokens are learnt."""
-    example = processor.encode(Rows(config.data.path)[0])
-    return processor.explain(processor.collate([example]))
+def check_datasets(
+    config: RunConfig, output: Path, train_ds: BatchDataset, eval_ds: BatchDataset | None
+) -> None:
+    """Reads rows before the model is loaded, as `data.check` says.
+
+    Raises:
+        ValueError: naming rows that cannot be read.
+    """
+    named = (("train", train_ds, config.data.path), ("eval", eval_ds, config.data.eval_path))
+    for name, dataset, path in named:
+        if dataset is not None:
+            file, key = common.check_file(output, name), common.check_key(config, path)
+            dataset.check(config.data.check, log=say, cache=file, key=key)
+
+
+def first_row(config: RunConfig, processor: Processor, train_ds: BatchDataset | None = None) -> str:
+    """The first row to train on, and which of its tokens are learnt. Raises ValueError."""
+    if train_ds is None:
+        train_ds, _ = make_datasets(config, processor)
+    return processor.explain(processor.collate([train_ds.first()]))
 
 
 def prepare_model(config: RunConfig, model: nnx.Module) -> nnx.Module:
@@ -124,6 +146,8 @@ def make_trainer(
     model: nnx.Module,
     num_rows: int,
     after_eval: Callable[[Gemma4Trainer], None] | None,
+    *,
+    steps_per_epoch: int | None = None,
 ) -> Gemma4Trainer:
     """The trainer with its optimizer; it restores the latest checkpoint, if there is one."""
     training_config = make_training_config(
@@ -137,7 +161,7 @@ def make_trainer(
     )
     return Gemma4Trainer(
         model,
-        common.optimizer_of(config, total_steps(config, num_rows)),
+        common.optimizer_of(config, total_steps(config, num_rows, steps_per_epoch)),
         training_config,
         logging_steps=config.logging_steps,
         log=say,
@@ -145,11 +169,17 @@ def make_trainer(
     )
 
 
-def total_steps(config: RunConfig, num_rows: int) -> int:
+def total_steps(config: RunConfig, num_rows: int, steps_per_epoch: int | None = None) -> int:
     """Steps for the learning rate to reach zero in.
 
-    Where epochs decide, this is an estimate: rows that are too long make for fewer steps, and the
-    rest of each bucket at an epoch's end for more.
+    Args:
+        config: the settings.
+        num_rows: of the file.
+        steps_per_epoch: what `BatchDataset.steps_per_epoch` found. Where no row was checked this
+            is reckoned from `num_rows`: rows that are left out make for fewer steps, and the rest
+            of each bucket at an epoch's end for more.
     """
-    rows_per_step = config.batch_size * config.gradient_accumulation_steps
-    return common.total_steps(config, num_rows, rows_per_step)
+    if steps_per_epoch is None:
+        rows_per_step = config.batch_size * config.gradient_accumulation_steps
+        steps_per_epoch = math.ceil(num_rows / rows_per_step)
+    return common.total_steps(config, steps_per_epoch)
