@@ -48,7 +48,9 @@ def make_cluster(
     """A cluster of the tiny checkpoint; the reference shares the arrays of an adapted actor."""
     mesh = one_device() if mesh is None else mesh
     base = load_checkpoint(directory, mesh, text_only)
-    actor = apply_lora(base, LoraConfig(rank=4, alpha=8, targets="all")) if lora else base
+    quantize = lora if isinstance(lora, str) else None
+    adapters = LoraConfig(rank=4, alpha=8, targets="all", quantize=quantize)
+    actor = apply_lora(base, adapters) if lora else base
     if reference and not lora:
         base = load_checkpoint(directory, mesh, text_only)
     roles = {Role.ACTOR: mesh, Role.REFERENCE: mesh, Role.ROLLOUT: rollout_mesh or mesh}

@@ -2,12 +2,13 @@
 """Meshes of learners: where the host puts models and optimizers, and under which context."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 from rl_setup import low_ids, make_cluster, mesh_of, text_batch
-from tunix.rl import rl_cluster
+from tunix.rl import common, rl_cluster
 from tunix.rl.grpo import grpo_learner
 
 import tunix_gemma4
@@ -90,3 +91,23 @@ def test_another_mesh_of_jax_set_mesh_is_refused_by_name(tiny_checkpoint):
     )
     with jax.set_mesh(around), pytest.raises(ValueError, match="jax.set_mesh.*role 'actor' is on"):
         rl_cluster.RLCluster(actor=model, tokenizer=None, cluster_config=config)
+
+
+def test_a_plain_reference_of_a_quantised_policy_is_a_model_of_its_own(tiny_checkpoint, caplog):
+    directory = tiny_checkpoint("demo")
+    with caplog.at_level("WARNING", logger="absl"):
+        cluster = make_cluster(directory, lora="nf4", reference=True, text_only=True)
+    assert "lora.reference_model(policy)" in caplog.text
+    prompts, completions = jnp.arange(20, 36).reshape(2, 8), jnp.arange(40, 48).reshape(2, 4)
+    found = cluster.get_ref_per_token_logps(prompts, completions, pad_id=0, eos_id=1)
+    base = load_checkpoint(directory, None)
+    expected = common.compute_per_token_logps(
+        *nnx.split(base), prompts, completions, pad_id=0, eos_id=1, temperature=0.8
+    )
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    # The policy's own base says something else.
+    policy = cluster.actor_trainer.model
+    quantised = common.compute_per_token_logps(
+        *nnx.split(policy), prompts, completions, pad_id=0, eos_id=1, temperature=0.8
+    )
+    assert np.abs(found - quantised).max() > 1e-4

@@ -13,8 +13,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 from flax import nnx
 from tunix.rl import utils
+from tunix.rl.rl_cluster import Role
 
 from ..model.gemma4 import Gemma4Model
 from ..sharding import param_shardings, shard_model
@@ -42,6 +44,33 @@ def _check_context(role_to_mesh: dict[Any, jax.sharding.Mesh]) -> None:
                 f"jax.set_mesh: {around} is set, and role {role.value!r} is on {mesh}; JAX would "
                 "refuse its arrays. Leave jax.set_mesh out: Tunix enters each role's mesh itself"
             )
+
+
+def wrap_init_backbone_sharing_map(original: Callable) -> Callable:
+    """A reference of other arrays than a quantised actor's shares none of them.
+
+    The host takes every reference of an adapted actor for its backbone, compares the two array by
+    array and moves them as one.
+    """
+
+    @functools.wraps(original)
+    def init_backbone_sharing_map(self, actor: Any, reference: Any = None) -> None:
+        original(self, actor, reference)
+        if not (isinstance(actor, Gemma4Model) and isinstance(reference, Gemma4Model)):
+            return
+        backbones = [nnx.state(model, nnx.Not(nnx.LoRAParam)) for model in (actor, reference)]
+        if jax.tree.structure(backbones[0]) == jax.tree.structure(backbones[1]):
+            return
+        sharing = self._backbone_sharing_map
+        for role, others in sharing.items():
+            sharing[role] = [other for other in others if Role.REFERENCE not in (role, other)]
+        logging.warning(
+            "reference: its kernels are not those of the quantised policy, so it takes memory of "
+            "its own and the two differ from the start. tunix_gemma4.lora.reference_model(policy) "
+            "is the base that the policy starts from, and shares its arrays"
+        )
+
+    return init_backbone_sharing_map
 
 
 def wrap_load_model(original: Callable) -> Callable:

@@ -150,6 +150,12 @@ HOOKS: tuple[Hook, ...] = (
         "jax.set_mesh with another mesh than a role's is refused by name",
     ),
     Hook(
+        "tunix.rl.rl_cluster:RLCluster._init_backbone_sharing_map",
+        meshes.wrap_init_backbone_sharing_map,
+        ("actor", "reference"),
+        "a plain reference beside a quantised policy is a model of its own",
+    ),
+    Hook(
         "tunix.rl.rl_cluster:RLCluster._load_model",
         meshes.wrap_load_model,
         ("model_or_path", "mesh", "data_type"),
