@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """register() and unregister(): in place at once, checked, and gone without a trace."""
 
-import importlib.metadata
 import inspect
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from tunix.rl import algo_core, common, rl_learner
 
 import tunix_gemma4
+from tunix_gemma4.host import register, version
 from tunix_gemma4.host.hooks import Hook, Installed
-from tunix_gemma4.host.register import HOOKS, TESTED, status
+from tunix_gemma4.host.register import EXTENDED, HOOKS, TESTED, status
 
 MISSING = object()
 
@@ -119,9 +123,83 @@ def test_a_host_that_lacks_a_module_is_refused_naming_it():
 
 
 def test_an_untested_version_is_named_in_a_warning(monkeypatch):
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.1.99")
+    monkeypatch.setattr(register, "found", lambda: version.Found("0.1.99"))
     with pytest.warns(UserWarning, match=f"google-tunix 0.1.99 is untested.*{TESTED[0]}"):
         tunix_gemma4.register()
+
+
+def overridden(kind):
+    """Methods of ours that the host has too, but for what every class has."""
+    base = kind.__mro__[1]
+    return [
+        (kind, name)
+        for name, value in vars(kind).items()
+        if callable(value) and not name.startswith("__") and hasattr(base, name)
+    ]
+
+
+OVERRIDDEN = [pair for kind in EXTENDED for pair in overridden(kind)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), OVERRIDDEN, ids=lambda part: getattr(part, "__name__", part)
+)
+def test_an_overridden_method_that_moved_is_named_and_nothing_is_wrapped(monkeypatch, kind, name):
+    base = kind.__mro__[1]
+    holders = [one for one in base.__mro__ if name in vars(one)]
+    before = found()
+    with monkeypatch.context() as changed:
+        for holder in holders:
+            changed.setattr(holder, f"{name}_renamed", vars(holder)[name], raising=False)
+            changed.delattr(holder, name)
+        with pytest.raises(RuntimeError) as error:
+            tunix_gemma4.register()
+    target = f"{base.__module__}:{base.__qualname__}.{name}"
+    assert f"{target}: gone; {kind.__name__} overrides it" in str(error.value)
+
+    monkeypatch.setattr(holders[0], name, lambda self, entirely, different: None)
+    with pytest.raises(RuntimeError) as error:
+        tunix_gemma4.register()
+    assert f"{target}: its parameters are (entirely, different)" in str(error.value)
+    monkeypatch.undo()
+    assert not differing(before, found())
+
+
+def test_what_ours_call_is_checked_and_a_trainer_checks_without_registering(monkeypatch):
+    base = EXTENDED[0].__mro__[1]
+    monkeypatch.setattr(base, "_train_step", lambda self, model, optimizer, sums, inputs: None)
+    with pytest.raises(RuntimeError) as error:
+        EXTENDED[0](None, None, None)
+    message = str(error.value)
+    assert message.count("\n") == 2
+    assert "PeftTrainer._train_step: its parameters are (model, optimizer, sums, inputs)" in message
+    assert message.endswith("pip install --force-reinstall --no-deps google-tunix==0.1.7")
+
+
+def test_versions_that_do_not_do_are_refused_by_name(tmp_path):
+    assert version.refusal(version.found()) is None
+    assert version.refusal(version.Found("0.2.0")) is None  # Unknown: the hooks tell.
+    older = version.refusal(version.Found("0.1.6"))
+    assert "google-tunix 0.1.6 does not go" in older
+    assert "older than 0.1.7" in older
+    assert older.endswith("pip install google-tunix==0.1.7")
+
+    # A checkout on the path is not what pip says is installed.
+    (tmp_path / "tunix").mkdir()
+    (tmp_path / "tunix" / "__init__.py").write_text("")
+    (tmp_path / "pyproject.toml").write_text('[project]\nversion = "0.1.8"\n')
+    program = "import tunix_gemma4; tunix_gemma4.register()"
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])])
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    last = run.stderr.splitlines()[-1]
+    assert f"RuntimeError: google-tunix 0.1.8 (from {tmp_path}) does not go" in last
+    assert last.endswith(f"Take {tmp_path} off the path and pip install google-tunix==0.1.7")
 
 
 def test_the_gate_of_a_newer_host_is_replaced_and_put_back(monkeypatch):

@@ -10,8 +10,17 @@ from flax import nnx
 from tunix.sft import checkpoint_manager
 
 from .health import wrap_save
+from .hooks import extends, overrides
 
 
+@extends(
+    __init__=(
+        "root_directory",
+        "options",
+    ),
+    latest_step=(),
+    close=(),
+)
 class CheckpointManager(checkpoint_manager.CheckpointManager):
     """Restores every array to where its counterpart lies.
 
@@ -20,8 +29,11 @@ class CheckpointManager(checkpoint_manager.CheckpointManager):
     """
 
     # In a run that has not registered, too.
-    save = wrap_save(checkpoint_manager.CheckpointManager.save)
+    save = overrides(
+        *("step", "model", "optimizer", "save_only_lora_params", "force", "custom_metadata")
+    )(wrap_save(checkpoint_manager.CheckpointManager.save))
 
+    @overrides("model", "optimizer", "step", "restore_only_lora_params")
     def maybe_restore(
         self,
         model: nnx.Module,

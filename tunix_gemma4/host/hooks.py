@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Wrappers on the host's functions: put in place, checked, and taken away again."""
+"""Wrappers on the host's functions: put in place, checked, and taken away again.
+
+What our subclasses of the host's classes override is checked with them.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,11 @@ import dataclasses
 import importlib
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
+
+from . import version
+
+Class = TypeVar("Class", bound=type)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +46,81 @@ class Hook:
         return holder, name
 
 
+@dataclasses.dataclass(frozen=True)
+class Extension:
+    """A class of ours and what it takes the host's to be.
+
+    Attributes:
+        kind: ours; its first base is the host's.
+        calls: methods of the host that ours call, and all of their parameters.
+    """
+
+    kind: type
+    calls: dict[str, tuple[str, ...]]
+
+    def problems(self) -> list[str]:
+        """What is not there, or has other parameters; under another name it is never called."""
+        base = self.kind.__mro__[1]
+        overridden = {
+            name: value.__overrides__
+            for name, value in vars(self.kind).items()
+            if hasattr(value, "__overrides__")
+        }
+        problems = []
+        for verb, methods in (("overrides", overridden), ("calls", self.calls)):
+            for name, expected in methods.items():
+                target = f"{base.__module__}:{base.__qualname__}.{name}"
+                found = _parameters(base, name)
+                if found is None:
+                    problems.append(f"{target}: gone; {self.kind.__name__} {verb} it")
+                elif found != expected:
+                    problems.append(
+                        f"{target}: its parameters are {_listed(found)}; {self.kind.__name__} "
+                        f"{verb} it with {_listed(expected)}"
+                    )
+        return problems
+
+
+_EXTENSIONS: list[Extension] = []
+
+
+def overrides(*parameters: str) -> Callable[[Any], Any]:
+    """Marks a method that the host calls in place of its own, which has these parameters."""
+
+    def mark(method: Any) -> Any:
+        method.__overrides__ = parameters
+        return method
+
+    return mark
+
+
+def extends(**calls: tuple[str, ...]) -> Callable[[Class], Class]:
+    """Marks a class of ours with methods that `overrides` marks; see `Extension.calls`."""
+
+    def mark(kind: Class) -> Class:
+        _EXTENSIONS.append(Extension(kind, calls))
+        return kind
+
+    return mark
+
+
+def check_host(hooks: Sequence[Hook] = ()) -> None:
+    """Looks whether the host is what `hooks` and our subclasses take it to be.
+
+    Raises:
+        RuntimeError: naming every target that is gone or has other parameters.
+    """
+    host = version.found()
+    moved = [problem for hook in hooks if (problem := _problem(hook))]
+    moved += [problem for extension in _EXTENSIONS for problem in extension.problems()]
+    if moved:
+        raise RuntimeError(
+            f"{host} is not the one that tunix_gemma4 hooks into:\n  "
+            + "\n  ".join(moved)
+            + f"\n{host.advice()}"
+        )
+
+
 class Installed:
     """Hooks that are in place, and what they replaced."""
 
@@ -52,15 +134,9 @@ class Installed:
         """Puts all of them in place, or none where the host has changed.
 
         Raises:
-            RuntimeError: naming every target that is gone or has lost a parameter.
+            RuntimeError: as `check_host`.
         """
-        moved = [problem for hook in hooks if (problem := _problem(hook))]
-        if moved:
-            raise RuntimeError(
-                "this google-tunix is not the one that tunix_gemma4 hooks into:\n  "
-                + "\n  ".join(moved)
-                + "\nInstall google-tunix>=0.1.7,<0.2, or a newer tunix_gemma4"
-            )
+        check_host(hooks)
         for hook in hooks:
             holder, name = hook.place()
             original = getattr(holder, name, None)
@@ -100,3 +176,13 @@ def _problem(hook: Hook) -> str | None:
     if lost:
         return f"{hook.target}: no parameter {', '.join(lost)}; it has {', '.join(found)}"
     return None
+
+
+def _parameters(kind: type, name: str) -> tuple[str, ...] | None:
+    """Of a method, `self` left out; None if there is none."""
+    method = getattr(kind, name, None)
+    return tuple(inspect.signature(method).parameters)[1:] if callable(method) else None
+
+
+def _listed(parameters: tuple[str, ...]) -> str:
+    return f"({', '.join(parameters)})"

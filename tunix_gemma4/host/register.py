@@ -6,11 +6,11 @@ Nothing of the host changes before `register()`; `unregister()` puts everything 
 
 from __future__ import annotations
 
-import importlib.metadata
 import warnings
 
 from . import (
     automodel,
+    checkpoints,
     cli,
     health,
     learner,
@@ -21,12 +21,13 @@ from . import (
     ppo,
     qwix_lora,
     rewards,
+    rl_report,
     rollout,
     train_step,
+    trainer,
 )
 from .hooks import Hook, Installed
-
-TESTED = ("0.1.7",)
+from .version import TESTED, found
 
 _LOGPS_ARGUMENTS = (
     *("graphdef", "state", "prompt_tokens", "completion_tokens", "pad_id", "eos_id", "images"),
@@ -247,6 +248,15 @@ HOOKS: tuple[Hook, ...] = (
     ),
 )
 
+# What these override is checked with the hooks.
+EXTENDED = (
+    trainer.Gemma4Trainer,
+    trainer.PositionedData,
+    checkpoints.CheckpointManager,
+    rollout.Rollout,
+    rl_report.Report,
+)
+
 _INSTALLED = Installed()
 
 
@@ -254,18 +264,18 @@ def register() -> None:
     """Makes Tunix find and train this Gemma 4. A second call changes nothing.
 
     Raises:
-        RuntimeError: on a Tunix whose functions are not those that are wrapped, naming them, or
-            that does not come by them when it looks for a model. Nothing is wrapped then.
+        RuntimeError: on a Tunix whose functions are not those that are wrapped or overridden,
+            naming them, or that does not come by them when it looks for a model. Nothing is
+            wrapped then.
     """
     if _INSTALLED:
         return
-    version = importlib.metadata.version("google-tunix")
-    if version not in TESTED:
-        warnings.warn(
-            f"google-tunix {version} is untested with tunix_gemma4; tested: {', '.join(TESTED)}",
-            stacklevel=2,
-        )
     _INSTALLED.install(HOOKS)
+    host = found()
+    if host.version not in TESTED:
+        warnings.warn(
+            f"{host} is untested with tunix_gemma4; tested: {', '.join(TESTED)}", stacklevel=2
+        )
     try:
         automodel.probe()
     except Exception:

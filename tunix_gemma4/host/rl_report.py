@@ -13,6 +13,7 @@ from tunix.rl.trainer import Trainer
 from tunix.sft import hooks
 
 from .grpo import ACTOR
+from .hooks import extends, overrides
 from .learner import EXTRA
 
 # Short name, and the metric's prefix and name. Means since the last line.
@@ -31,6 +32,7 @@ _SHOWN = (
 _SAMPLES, _SHOWN_LETTERS = 3, 300
 
 
+@extends()
 class Report(hooks.TrainingHooks):
     """Writes a line every `logging_steps`, one for each evaluation, and samples if wanted.
 
@@ -79,6 +81,7 @@ class Report(hooks.TrainingHooks):
         elif self._log_completions and "completions" in buffer.metrics:
             self._samples = _samples(buffer.metrics)
 
+    @overrides("train_ctx", "train_step", "train_loss")
     def on_train_step_end(self, train_ctx: Any, train_step: int, train_loss: float) -> None:
         """Called by the host when the metrics of an optimizer step are there."""
         if train_step % self._logging_steps == 0 or train_step == self._max_steps:
@@ -106,18 +109,23 @@ class Report(hooks.TrainingHooks):
         self._seen[prefix, name] = len(values)
         return values[start:]
 
+    @overrides("train_ctx")
     def on_train_start(self, train_ctx: Any) -> None:
         """Nothing: the host calls it once per micro-batch."""
 
+    @overrides("train_ctx")
     def on_train_end(self, train_ctx: Any) -> None:
         """Nothing, likewise."""
 
+    @overrides("train_ctx")
     def on_train_step_start(self, train_ctx: Any) -> None:
         """Nothing."""
 
+    @overrides("train_ctx")
     def on_eval_step_start(self, train_ctx: Any) -> None:
         """Nothing."""
 
+    @overrides("train_ctx", "eval_loss")
     def on_eval_step_end(self, train_ctx: Any, eval_loss: float) -> None:
         """Nothing: the loss of completions to held-out prompts says little."""
 

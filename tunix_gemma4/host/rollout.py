@@ -20,9 +20,24 @@ from ..model.gemma4 import Gemma4ForConditionalGeneration
 from ..processor import Batch, Example, ImageSlots, Processor
 from ..sampling import generate, media_ids
 from .binding import bound
+from .hooks import extends, overrides
 from .prompts import Prompt
 
 
+@extends(
+    __init__=(
+        "model",
+        "tokenizer",
+        "cache_config_or_size",
+    ),
+    model=(),
+    pad_id=(),
+    eos_id=(),
+    update_params=(
+        "params",
+        "filter_types",
+    ),
+)
 class Rollout(vanilla_rollout.VanillaRollout):
     """Generates with `tunix_gemma4.generate`; weights and their exchange are the host's."""
 
@@ -78,6 +93,7 @@ class Rollout(vanilla_rollout.VanillaRollout):
         slots = self._image_slots.of(examples)
         return self.processor.collate(examples, images=slots).images if slots else None
 
+    @overrides("prompts", "rollout_config", "kwargs")
     def generate(
         self,
         prompts: Sequence[str | Prompt],

@@ -28,6 +28,7 @@ from ..processor import Batch
 from ..sharding import param_shardings
 from .checkpoints import CheckpointManager
 from .health import NonFiniteError, settle, state_is_finite
+from .hooks import check_host, extends, overrides
 from .metrics import StepMetrics, supervised_tokens
 from .optimizer import SkipState, StepRecord, find
 from .train_step import wrap_jit_train_and_eval_step
@@ -54,6 +55,7 @@ def model_input(batch: Batch) -> dict[str, Any]:
     }
 
 
+@extends()
 class PositionedData(hooks.DataHooks):
     """Hands batches to the host, which then skips none by itself, and knows the position.
 
@@ -66,12 +68,14 @@ class PositionedData(hooks.DataHooks):
         if position is not None:
             self._iterator.set_state(position)
 
+    @overrides("train_ctx")
     def load_next_train_batch(self, train_ctx: peft_trainer.PeftTrainer) -> Batch | None:
         most = train_ctx.config.max_steps
         if most is not None and train_ctx.train_steps >= most:
             return None
         return next(self._iterator, None)
 
+    @overrides("train_ctx")
     def load_next_eval_batch(self, train_ctx: peft_trainer.PeftTrainer) -> None:
         """Not called: `Gemma4Trainer` reads evaluation data from the dataset it was given."""
 
@@ -82,6 +86,33 @@ class PositionedData(hooks.DataHooks):
         self._iterator.close()
 
 
+@extends(
+    __init__=(
+        "model",
+        "optimizer",
+        "training_config",
+        "metrics_logger",
+        "perf_tracer",
+        "perf_tracer_v2",
+    ),
+    _train_step=(
+        "model",
+        "optimizer",
+        "inputs",
+    ),
+    _switch_mode=("mode",),
+    with_loss_fn=(
+        "loss_fn",
+        "has_aux",
+    ),
+    with_gen_model_input_fn=("gen_model_input_fn",),
+    with_data_hooks=("data_hooks",),
+    _log_metrics=(
+        "loss",
+        "step",
+        "additional_metrics",
+    ),
+)
 class Gemma4Trainer(peft_trainer.PeftTrainer):
     """Trains the adapters of a model that has some, all parameters of one that has none.
 
@@ -106,6 +137,7 @@ class Gemma4Trainer(peft_trainer.PeftTrainer):
         log: Callable[[str], None] = print,
         after_eval: Callable[[Gemma4Trainer], None] | None = None,
     ):
+        check_host()
         require_fields(training_config)
         # The host would restore before the optimizer's state lies where it belongs.
         without = dataclasses.replace(training_config, checkpoint_root_directory=None)
@@ -143,6 +175,7 @@ class Gemma4Trainer(peft_trainer.PeftTrainer):
 
     # ---- Data.
 
+    @overrides("train_ds", "eval_ds", "skip_jit", "cache_nnx_graph")
     def train(
         self,
         train_ds: Iterable[Batch],
@@ -188,12 +221,14 @@ class Gemma4Trainer(peft_trainer.PeftTrainer):
             )
         return data
 
+    @overrides()
     def custom_checkpoint_metadata(self) -> dict[str, Any]:
         """Saved with each checkpoint: where the data pipeline stands."""
         if self.data_hooks is None:
             return {}
         return {_POSITION: self.data_hooks.position()}
 
+    @overrides()
     def _save_last_checkpoint(self) -> None:
         # As the host's, which leaves the metadata out.
         latest = self.checkpoint_manager.latest_step()
@@ -207,6 +242,7 @@ class Gemma4Trainer(peft_trainer.PeftTrainer):
                 force=True,
             )
 
+    @overrides("input_data")
     def _prepare_inputs(self, batch: Batch) -> Batch:
         """Counts tokens and puts the rows of `batch` on the data axes of the mesh."""
         if self._mode == Mode.TRAIN:
@@ -228,6 +264,7 @@ class Gemma4Trainer(peft_trainer.PeftTrainer):
 
     # ---- The step.
 
+    @overrides()
     def create_train_step_fn(self) -> Callable[..., Any]:
         """The host's step, which also returns the optimizer's record of it and of what it skips."""
 
@@ -239,11 +276,13 @@ class Gemma4Trainer(peft_trainer.PeftTrainer):
 
         return train_step
 
+    @overrides("skip_jit", "cache_nnx_graph")
     def jit_train_and_eval_step(self, *args: Any, **kwargs: Any) -> tuple[Callable, Callable]:
         """The host's, compiled so that frozen parameters lie in memory once."""
         compiled = wrap_jit_train_and_eval_step(peft_trainer.PeftTrainer.jit_train_and_eval_step)
         return compiled(self, *args, **kwargs)
 
+    @overrides("mesh")
     def _shard_optimizer(self, mesh: Mesh | None) -> None:
         """Places the optimizer's state like the parameters it belongs to.
 
@@ -255,13 +294,16 @@ class Gemma4Trainer(peft_trainer.PeftTrainer):
 
     # ---- Metrics and evaluation.
 
+    @overrides("aux")
     def _post_process_train_step(self, aux: Any) -> None:
         self._metrics.add_to(self._buffered_train_metrics, *aux)
 
+    @overrides()
     def _write_train_metrics(self) -> None:
         self._metrics.finish(self._prev_buffered_train_metrics)
         super()._write_train_metrics()
 
+    @overrides("metrics", "step", "loss")
     def _may_update_pbar(self, metrics, step=None, loss=None) -> None:
         super()._may_update_pbar(metrics, step, loss)
         if self._mode == Mode.TRAIN and self._visible_bar() is None:
@@ -273,6 +315,7 @@ class Gemma4Trainer(peft_trainer.PeftTrainer):
             return None
         return self._pbar.tqdm_bar
 
+    @overrides("eval_ds", "eval_step_fn")
     def _run_eval(self, eval_ds: Iterable[Batch], eval_step_fn: Callable[..., Any]) -> None:
         """Mean loss over all supervised tokens of `eval_ds`; the host's is a mean over batches."""
         self._jitted_eval = eval_step_fn
@@ -305,6 +348,7 @@ class Gemma4Trainer(peft_trainer.PeftTrainer):
         """Whether what a checkpoint of the latest step would hold is finite. Waits for the step."""
         return state_is_finite(self)
 
+    @overrides()
     def close(self) -> None:
         """Evaluates if there were steps since, then as the host's.
 
