@@ -258,6 +258,22 @@ def test_the_schedule_ends_with_the_steps_of_the_check():
     assert sft.total_steps(config, 20, 2) == 6 and sft.total_steps(config, 20) == 15
 
 
+def test_a_check_names_what_is_not_trained_on(processor, tmp_path):
+    thought = {"role": "assistant", "content": "x", "reasoning_content": "hm"}
+    messages = [*asking("a")["messages"][:1], thought, *asking("b")["messages"]]
+    rows = [{"messages": messages, "id": 1}, asking("c") | {"source": "web"}]
+    lines = []
+    cache = tmp_path / "check.json"
+    file = write(tmp_path / "rows.jsonl", rows)
+    for _ in range(2):
+        lines.clear()
+        data = make_dataset(file, processor, batch_size=1, max_length=64)
+        data.check(log=lines.append, cache=cache)
+        text = "\n".join(lines)
+        assert "left out, as when the model is asked: 1 earlier thoughts" in text
+        assert "columns that are not trained on: id, source" in text
+
+
 # ---- A row is taken out after a checkpoint was written.
 
 

@@ -26,16 +26,24 @@ class ConversationRoad(Road):
     bucketed = True
 
     def __init__(self, processor: Any, max_length: int, most_images: int):
+        super().__init__()
         self._processor, self._most_images = processor, most_images
         self.limits = {"max_length": max_length}
 
     def read(self, row: Any) -> list[Example]:
-        # A row may make several; a processor of one's own need not know.
         encode_all = getattr(self._processor, "encode_all", None)
-        return [self._processor.encode(row)] if encode_all is None else encode_all(row)
+        if (
+            encode_all is None
+        ):  # A processor of one's own need not know that a row may make several.
+            return [self._processor.encode(row)]
+        read = read_conversation(row)
+        self.note(read)
+        return encode_all(read)
 
     def images(self, row: Any) -> Sequence[Any]:
-        return read_conversation(row).images
+        read = read_conversation(row)
+        self.note(read)
+        return read.images
 
     def measure(self, example: Example) -> Measure:
         images = 0 if example.images is None else len(example.images)
@@ -46,7 +54,7 @@ class ConversationRoad(Road):
             )
         # The first token of a row is predicted from nothing, so it is never a target.
         supervised = int(np.sum(np.asarray(example.loss_mask)[1:] != 0))
-        return Measure((len(example.tokens),), images, supervised)
+        return Measure((len(example.tokens),), images, supervised, example.thoughts_left_out)
 
     def collate(
         self, examples: list[Example], shape: tuple[int, int], size: int, denominator: float

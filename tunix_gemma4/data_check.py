@@ -68,7 +68,7 @@ class Checked:
     parts: dict[int, int] = dataclasses.field(default_factory=dict)
     long: list[tuple[int, int]] = dataclasses.field(default_factory=list)
     bad: dict[int, str] = dataclasses.field(default_factory=dict)
-    notes: Any = None
+    notes: dict[str, dict[str, None]] = dataclasses.field(default_factory=dict)
 
     @property
     def is_whole(self) -> bool:
@@ -98,6 +98,9 @@ class Checked:
         if len(lengths):
             at = np.percentile(lengths, (50, 95, 100), method="higher").astype(int).tolist()
             lines.append("  lengths at 50/95/100 %: {:,}/{:,}/{:,} tokens".format(*at))
+        thoughts = sum(measure.thoughts * count for measure, count in self.kept.items())
+        if thoughts:
+            lines.append(f"  left out, as when the model is asked: {thoughts:,} earlier thoughts")
         if self.long:
             lines.append(f"  left out: {len(self.long):,} longer than {limits}")
         if self.bad:
@@ -131,7 +134,10 @@ class Checker:
         else:
             self._encoder.recall(found)
         if count:
-            self._log(found.summary(rows.name, self._encoder.road.limit_text()))
+            road = self._encoder.road
+            self._log(found.summary(rows.name, road.limit_text()))
+            if road.notes_text():
+                self._log(road.notes_text())
         return found
 
     def _check(self, count: int) -> Checked:
@@ -157,7 +163,7 @@ class Checker:
         if bad and not encoder.skip_bad_rows:
             encoder.bad.clear()
             raise RowError(_all_text(bad, encoder.rows.name))
-        measures = {index: encoder.measures[index] for index in chosen if index not in bad}
+        measures = {index: encoder.measures.get(index, ()) for index in chosen if index not in bad}
         every = collections.Counter(m for parts in measures.values() for m in parts)
         return Checked(
             rows=rows,
@@ -208,8 +214,7 @@ def _read(cache: Path | None, key: str) -> Checked | None:
         fields = kept["found"]
         for name in ("measures", "kept"):
             fields[name] = {
-                Measure(tuple(lengths), images, supervised): count
-                for lengths, images, supervised, count in fields[name]
+                Measure(tuple(lengths), *rest): count for lengths, *rest, count in fields[name]
             }
         for name in ("parts", "bad"):
             fields[name] = {int(index): value for index, value in fields[name].items()}

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .data_sources import Rows, field_name, walk
+from .processor_conversation import Conversation
 from .processor_images import is_path
 
 _LONGEST_TEXT = 400  # characters of an error that may hold a whole row
@@ -33,11 +34,13 @@ class Measure(NamedTuple):
         lengths: tokens, one number for each of `Road.limits`.
         images: how many.
         supervised: tokens that are learnt.
+        thoughts: how many of earlier turns are left out.
     """
 
     lengths: tuple[int, ...]
     images: int
     supervised: int
+    thoughts: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,13 +68,18 @@ class Road(abc.ABC):
 
     Attributes:
         limits: the most tokens, by the name of the setting, of each of a measure's lengths.
-        notes: what was found on the way and does not belong to one row; JSON.
+        notes: names that were met: of columns beside what is learnt or asked, and of keys in
+            messages that mean nothing here.
+        columns_are: what becomes of columns that no form knows.
         bucketed: whether batches are formed of examples of similar length and images.
     """
 
     limits: Mapping[str, int]
-    notes: Any = None
+    columns_are = "columns that are not trained on"
     bucketed = False
+
+    def __init__(self) -> None:
+        self.notes: dict[str, dict[str, None]] = {"columns": {}, "keys": {}}
 
     @abc.abstractmethod
     def read(self, row: Any) -> list[Any]:
@@ -97,6 +105,17 @@ class Road(abc.ABC):
             size: rows of the batch.
             denominator: supervised tokens of the step, divided by its micro-batches.
         """
+
+    def note(self, read: Conversation, *columns: str) -> None:
+        """Takes up the names in a row that was read, and further columns of it."""
+        self.notes["columns"] |= dict.fromkeys([*read.columns, *columns])
+        self.notes["keys"] |= dict.fromkeys(read.unread)
+
+    def notes_text(self) -> str:
+        """The names, for the user; empty if there are none."""
+        found = {kind: ", ".join(sorted(names)) for kind, names in self.notes.items() if names}
+        what = {"columns": self.columns_are, "keys": "keys of messages that are not read"}
+        return "\n".join(f"  {what[kind]}: {names}" for kind, names in found.items())
 
     def too_long(self, measure: Measure) -> bool:
         """Whether a limit would have to cut the example."""
@@ -220,7 +239,7 @@ class Encoder:
         """Takes over what an earlier check of the same rows has found; see `Checked`."""
         self.bad |= found.bad
         self.long |= set(found.long)
-        self.road.notes = found.notes
+        self.road.notes = {kind: dict(names) for kind, names in found.notes.items()}
         if found.is_whole:
             known = dict(found.parts)
             for index, _ in found.long:

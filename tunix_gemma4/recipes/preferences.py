@@ -19,7 +19,7 @@ from ..data_pipeline import BatchDataset, BatchIterator, Plan
 from ..data_rows import Measure, Road
 from ..data_sources import Rows
 from ..processor import Example, ImageSlots, Processor
-from ..processor_conversation import read_preference_pair
+from ..processor_conversation import Conversation, read_preference_pair
 
 SIDES = ("chosen", "rejected")
 
@@ -47,8 +47,12 @@ def read_preference(row: Mapping[str, Any], processor: Processor) -> Preference:
     Raises:
         ValueError: saying what is missing, or what cannot be compared.
     """
+    return _encoded(read_preference_pair(row), processor)
+
+
+def _encoded(pair: Mapping[str, Conversation], processor: Processor) -> Preference:
     sides = []
-    for name, side in read_preference_pair(row).items():
+    for name, side in pair.items():
         try:
             example = processor.encode(side)
             sides.append((example.images, *_split(example)))
@@ -115,6 +119,7 @@ class PreferenceRoad(Road):
     """Preferences, as the host's trainer takes them."""
 
     def __init__(self, processor: Processor, max_prompt_length: int, max_response_length: int):
+        super().__init__()
         self._processor, self._slots = processor, ImageSlots()
         self.limits = {
             "max_prompt_length": max_prompt_length,
@@ -122,10 +127,14 @@ class PreferenceRoad(Road):
         }
 
     def read(self, row: Any) -> list[Preference]:
-        return [read_preference(row, self._processor)]
+        pair = read_preference_pair(row)
+        self.note(pair["chosen"])
+        return [_encoded(pair, self._processor)]
 
     def images(self, row: Any) -> Sequence[Any]:
-        return [image for side in read_preference_pair(row).values() for image in side.images]
+        pair = read_preference_pair(row)
+        self.note(pair["chosen"])
+        return [image for side in pair.values() for image in side.images]
 
     def measure(self, example: Preference) -> Measure:
         images = 0 if example.images is None else len(example.images)

@@ -33,16 +33,14 @@ class Asked:
 
 
 class PromptRoad(Road):
-    """Prompts, as a learner of reinforcement learning takes them.
+    """Prompts, as a learner of reinforcement learning takes them."""
 
-    Attributes:
-        notes: the columns of the rows that were read.
-    """
+    columns_are = "columns for rewards"
 
     def __init__(self, processor: Processor, config: PromptConfig, names: Collection[str] = ()):
+        super().__init__()
         self._processor, self._config, self._names = processor, config, tuple(names)
         self.limits = {"data.max_prompt_length": config.max_prompt_length}
-        self.notes: dict[str, None] = {}
 
     def read(self, row: Any) -> list[Asked]:
         conversation, columns = self._read(row)
@@ -54,13 +52,13 @@ class PromptRoad(Road):
 
     def _read(self, row: Any) -> tuple[Conversation, dict[str, Any]]:
         conversation, columns = read_prompt(row, self._config, self._names)
-        self.notes |= dict.fromkeys([*columns, *(["images"] if conversation.images else [])])
+        self.note(conversation, *(["images"] if conversation.images else []))
         return conversation, columns
 
     @property
     def columns(self) -> tuple[str, ...]:
         """What a batch has besides `prompts`, once every row was looked at."""
-        return tuple(sorted(self.notes))
+        return tuple(sorted(self.notes["columns"]))
 
     def measure(self, example: Asked) -> Measure:
         images = example.example.images
