@@ -4,6 +4,7 @@
 import dataclasses
 import functools
 import json
+import math
 import os
 import re
 import shutil
@@ -19,10 +20,11 @@ from jax.experimental import pallas as pl
 from jax.sharding import AbstractMesh, AxisType
 
 from tunix_gemma4.__main__ import main
+from tunix_gemma4.lora_targets import linears, resolve
 from tunix_gemma4.model.gemma4 import abstract_model
 from tunix_gemma4.planning.flops import count_flops
 from tunix_gemma4.planning.hardware import hardware
-from tunix_gemma4.planning.measure import _asked
+from tunix_gemma4.planning.measure import _asked, bits
 from tunix_gemma4.recipes import common, sft
 from tunix_gemma4.recipes import plan as planner
 from tunix_gemma4.recipes.plan_command import load_settings
@@ -178,6 +180,42 @@ def test_a_plan_of_supervised_fine_tuning_has_the_compiled_steps_own_bytes(
     assert found["flops_per_step"] == 2 * step["flops"]
     assert found["fits"] is None
     assert found["images_per_row"] == 0
+
+
+@pytest.mark.parametrize(
+    "settings, unread",
+    # A tower that no image reaches is no argument of the program, and lies in memory all the same.
+    [(["lora.quantize=nf4"], False), (["text_only=false", "images=0"], True)],
+)
+def test_the_parts_of_a_plan_are_never_negative_and_add_up(
+    tmp_path, shallow, capsys, settings, unread
+):
+    path = write(tmp_path, SFT, shallow)
+    assert main(["plan", path, "topology=cpu:1", *settings, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    parts = {name: size for name, size in found["bytes_per_chip"].items() if name in _PARTS}
+    assert min(parts.values()) >= 0
+    step, total = found["programs"]["step"], found["bytes_per_chip"]["total"]
+    assert sum(parts.values()) == total == step["total"]
+    compiled = step["arguments"] + step["outputs"] - step["aliased"] + step["temporaries"]
+    assert (total > compiled + step["code"]) is unread
+    resident = sum(parts[name] for name in ("weights", "adapters", "optimizer"))
+    assert (resident > step["arguments"]) is unread
+
+
+def test_quantised_weights_are_counted_in_bits(tmp_path, directory, capsys):
+    path, weights = write(tmp_path, SFT, directory), {}
+    for qtype in ("int8", "nf4"):
+        arguments = ["plan", path, "--weights", "--json", f"lora.quantize={qtype}"]
+        assert main([*arguments, "lora.targets=language"]) == 0
+        weights[qtype] = json.loads(capsys.readouterr().out)["bytes_per_chip"]["weights"]
+    model = abstract_model(planner.common.model_config(load_settings(path, []), str(directory)))
+    kernels = sum(
+        math.prod(linears(model)[name].kernel.shape) for name in resolve(model, "language")
+    )
+    assert weights["int8"] - weights["nf4"] == kernels / 2
+    for dtype, count in ((jnp.int4, 4), (jnp.float8_e4m3fn, 8), (jnp.bfloat16, 16), (jnp.bool_, 8)):
+        assert bits(jnp.dtype(dtype)) == count
 
 
 _PARTS = (

@@ -10,6 +10,7 @@ import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from .flops import count_flops
 from .hardware import GIB, Hardware
@@ -91,9 +92,17 @@ def _asked(message: str, resident: int) -> int | None:
     return None
 
 
+def bits(dtype: Any) -> int:
+    """Of one number in an array; those of less than a byte are packed."""
+    for kind, info in ((jnp.floating, jnp.finfo), (jnp.integer, jnp.iinfo)):
+        if jnp.issubdtype(dtype, kind):
+            return info(dtype).bits
+    return 8 * dtype.itemsize
+
+
 def bytes_per_chip(tree: Any) -> int:
     """Bytes of one chip's share of arrays or shapes that have a sharding."""
     return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        math.ceil(math.prod(leaf.sharding.shard_shape(leaf.shape)) * bits(leaf.dtype) / 8)
         for leaf in jax.tree.leaves(tree)
     )

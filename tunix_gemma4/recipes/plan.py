@@ -53,8 +53,11 @@ class Plan:
     hardware: Hardware
 
     def total_of(self, name: str) -> int:
-        """Bytes in all while a program runs."""
-        return self.usage[name].total + self.programs[name].beside
+        """Bytes in all while a program runs, what lies idle meanwhile included."""
+        usage, program = self.usage[name], self.programs[name]
+        # An argument that a program does not read, such as a tower without images, is not passed.
+        unread = max(0, program.arguments - (usage.asked or usage.arguments))
+        return usage.total + program.beside + unread
 
     @property
     def peak(self) -> str:
@@ -203,9 +206,13 @@ def _sampler(config: GrpoRunConfig, shapes: Shapes, devices: Sequence[jax.Device
 
 
 def _measured(program: Program, chips: Hardware) -> Usage:
-    arguments = sum(vars(program.resident).values()) - program.beside
     with program.mesh:
-        return measure(program.trace(), chips, resident=arguments, while_trips=program.while_trips)
+        return measure(
+            program.trace(),
+            chips,
+            resident=program.arguments,
+            while_trips=program.while_trips,
+        )
 
 
 def model_source(model: str) -> Any:

@@ -29,7 +29,7 @@ from ..host.trainer import Gemma4Trainer
 from ..losses import CHUNK_TOKENS
 from ..model.cache import init_cache
 from ..model.gemma4 import Gemma4ForConditionalGeneration
-from ..planning.measure import bytes_per_chip
+from ..planning.measure import bits, bytes_per_chip
 from ..processor import Batch
 from ..sharding import eval_shape, shapes_on
 from . import common, grpo, sft
@@ -79,6 +79,11 @@ class Program:
     caches: int = 0
     beside: int = 0
     while_trips: int = 1
+
+    @property
+    def arguments(self) -> int:
+        """Bytes of what is resident and handed to it."""
+        return sum(vars(self.resident).values()) - self.beside
 
 
 # Its value does not matter to a program's size.
@@ -145,7 +150,7 @@ class Shapes:
         total, tp = 0, self.mesh.shape["tp"]
         for leaf in jax.tree.leaves(tree):
             split = tp if leaf.ndim == 4 and leaf.shape[2] % tp == 0 else 1
-            total += leaf.size * leaf.dtype.itemsize // (self.mesh.shape["fsdp"] * split)
+            total += leaf.size * bits(leaf.dtype) // 8 // (self.mesh.shape["fsdp"] * split)
         return total
 
 
