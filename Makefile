@@ -3,6 +3,7 @@
 # PARALLEL= tests in one process.
 PYTHON ?= python3
 VENV ?= .venv
+LATEST ?= .venv-latest
 PYTEST_ARGS ?=
 # Two processes, a file each at a time: half the time on two cores, and compiled programs are kept
 # no longer than their file.
@@ -17,7 +18,7 @@ PIP := $(BIN)/python -m pip
 PYTEST := $(BIN)/python -m pytest $(PYTEST_ARGS)
 PACKAGING := setup.cfg pyproject.toml
 
-.PHONY: demo demo-rl test parity slow aot bench bench-quick wheel lint format clean
+.PHONY: demo demo-rl test parity parity-latest slow aot bench bench-quick wheel lint format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/tunix-gemma4 demo $(DEMO_ARGS)
@@ -30,6 +31,11 @@ test: $(VENV)/.test
 
 parity: $(VENV)/.parity
 	$(PYTEST) $(PARALLEL) -m "parity and not slow and not aot and not accelerator"
+
+# The same against versions that google-tunix does not allow, in an environment without it.
+parity-latest: $(LATEST)/.made
+	$(LATEST)/bin/python -m pytest $(PYTEST_ARGS) $(PARALLEL) \
+		-m "parity and not slow and not aot and not accelerator" tests/parity
 
 slow: $(VENV)/.parity
 	$(PYTEST) $(PARALLEL) -m "slow and not aot and not accelerator"
@@ -59,7 +65,7 @@ format: $(VENV)/.test
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(LATEST)
 
 $(VENV)/.made:
 	$(PYTHON) -m venv $(VENV)
@@ -86,6 +92,12 @@ $(VENV)/.aot: $(VENV)/.test
 
 $(VENV)/.build: $(VENV)/.made
 	$(PIP) install build
+	touch $@
+
+$(LATEST)/.made: tests/parity/latest.txt $(PACKAGING)
+	$(PYTHON) -m venv --clear $(LATEST)
+	$(LATEST)/bin/python -m pip install -r tests/parity/latest.txt
+	$(LATEST)/bin/python -m pip install --no-deps .
 	touch $@
 
 # The plug-in's version must be that of jax.

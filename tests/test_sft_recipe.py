@@ -183,6 +183,16 @@ def test_mistake_is_answered_with_a_clear_error(settings, changes, message):
         sft.run(settings(**changes))
 
 
+def test_images_longer_than_the_window_are_mentioned(settings, tiny_checkpoint, capsys):
+    config = settings(model=str(tiny_checkpoint("31b")))
+    common.say_of_long_images(config, 8)
+    assert capsys.readouterr().out == ""
+    common.say_of_long_images(config, 70)
+    assert "may become 70 tokens, more than the sliding window of 8" in capsys.readouterr().out
+    common.say_of_long_images(settings(model=str(tiny_checkpoint("e2b"))), 70)
+    assert capsys.readouterr().out == ""  # There an image is causal as text is.
+
+
 def test_mesh_has_the_named_axes(settings):
     mesh = sft.make_mesh(settings(mesh=MeshConfig(fsdp=4, tp=2)))
     assert dict(mesh.shape) == {"fsdp": 4, "tp": 2}

@@ -56,7 +56,7 @@ def random_tensor(name: str, shape: tuple[int, ...], *, seed: int, plain: bool) 
         value = 0.3 * rng.standard_normal(shape)
     else:
         value = rng.standard_normal(shape) / np.sqrt(_fan_in(shape))
-    return value.astype(np.float32)
+    return np.asarray(value, np.float32)  # Of a scalar too, which safetensors from 0.8 on asks for.
 
 
 def _fan_in(shape: tuple[int, ...]) -> int:

@@ -5,9 +5,10 @@ Everything that a checkpoint stores is random here: norms, scalars, clip bounds 
 tight enough to bite), standardisation, expert scales. What stays at its default in the oracle
 would hide a mistake.
 
-A trap of transformers 5.12.1 is stepped round. It makes the full-attention layers of 26B-A4B and
-31B look both ways within an image and does not clip image blocks by the window, so it is handed
-prepared masks (`prepared_masks`).
+Two versions of transformers serve: 5.12.1 and, in an environment of its own (`make
+parity-latest`), 5.24. Both are handed prepared masks (`prepared_masks`) for the image blocks of
+26B-A4B and 31B: 5.12.1 lets the tokens of an image see each other in full layers too and beyond the
+window; 5.24 in sliding layers alone, but there the window limits the past only.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 import torch
+import transformers
 from flax import nnx
 from transformers import (
     Gemma4Config,
@@ -38,6 +40,7 @@ RELATIVE = 1e-4  # Of the largest value, for a whole model.
 PAD, BOS, BOI, IMAGE, EOI, VIDEO, AUDIO = 0, 2, 3, 4, 5, 6, 7
 FIRST_WORD, VOCABULARY = 8, 97
 WINDOW = 5
+LATEST = int(transformers.__version__.split(".")[1]) > 12
 PATCHES = 81  # Nine soft tokens of 3 x 3 patches.
 
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -205,9 +208,19 @@ def _choose_clip_bounds(model, config: ModelConfig, generator: torch.Generator) 
     assert len(clipped) == 7 * config.vision_config.num_hidden_layers
     hooks = [module.register_forward_pre_hook(choose) for module in clipped]
     image = torch.from_numpy(random_image(6, 6, seed=99))[None]
-    model.model.get_image_features(image[..., :-2], image[..., -2:].long())
+    image_features(model, image[..., :-2], image[..., -2:].long())
     for hook in hooks:
         hook.remove()
+
+
+def image_features(hf, pixels: torch.Tensor, places: torch.Tensor):
+    """Soft tokens of the images in a row: before and after the projection to the text's width."""
+    features = hf.model.get_image_features(pixels, places)
+    projected = features.pooler_output
+    # From 5.15 on one tensor to an image.
+    return features.last_hidden_state, (
+        torch.cat(projected) if isinstance(projected, tuple) else projected
+    )
 
 
 # ---- Weights across.
@@ -281,9 +294,20 @@ def image_inputs(*, seed: int = 2) -> Inputs:
     Row 1: seven slots of left padding, then images of 4, 9 and 2.
     Row 2: no images.
     """
-    random = np.random.default_rng(seed)
     grids = [[(6, 9), (12, 6)], [(6, 6), (9, 9), (3, 6)], []]
     layouts = ["iiiiiitt(iiiiiiii)tttt", "t(iiii)tt(iiiiiiiii)(ii)tttt", "t" * 34]
+    return _rows(grids, layouts, seed)
+
+
+def short_image_inputs(*, seed: int = 2) -> Inputs:
+    """The same with images of 4 and 2, which fit in the window."""
+    grids = [[(6, 6), (3, 6)], [(6, 6), (6, 6), (3, 6)], []]
+    layouts = ["iiiitt(ii)tttt", "t(iiii)tt(iiii)(ii)tttt", "t" * 34]
+    return _rows(grids, layouts, seed)
+
+
+def _rows(grids: list, layouts: list[str], seed: int) -> Inputs:
+    random = np.random.default_rng(seed)
     ids = {"i": IMAGE, "(": BOI, ")": EOI}
     tokens = np.zeros((3, 34), np.int32)
     images = np.stack([np.stack([random_image(0, 0, seed=0)] * 4)] * 3)
@@ -300,7 +324,7 @@ def image_inputs(*, seed: int = 2) -> Inputs:
 
 
 def prepared_masks(config: ModelConfig, inputs: Inputs, dtype=torch.float32) -> dict:
-    """Additive masks with this project's meaning, which is that of transformers from 5.13 on.
+    """Additive masks with this project's meaning, which is that of the authors' own code.
 
     full = causal; sliding = (causal or same image) and fewer than `window` apart.
     """

@@ -119,6 +119,19 @@ def model_config(config: TrainSettings, source: Any) -> ModelConfig:
     )
 
 
+def say_of_long_images(config: TrainSettings, max_soft_tokens: int) -> None:
+    """Says so where an image may be longer than the window in which its tokens see each other."""
+    model = model_config(config, config.model)
+    both_ways = model.has_vision and model.image_blocks_attend_both_ways
+    if both_ways and max_soft_tokens > model.sliding_window:
+        say(
+            f"An image may become {max_soft_tokens} tokens, more than the sliding window of "
+            f"{model.sliding_window}: in sliding layers its tokens see each other fewer than "
+            f"{model.sliding_window} apart, on both sides. transformers 5.24 limits the past "
+            "alone, so its results for such images are others."
+        )
+
+
 def load_base(config: TrainSettings, mesh: Mesh | None) -> nnx.Module:
     """The checkpoint as it is."""
     settled = model_config(config, config.model)

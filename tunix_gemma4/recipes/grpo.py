@@ -85,6 +85,7 @@ def run(config: GrpoRunConfig, *, after_step: Callable[[Any], None] | None = Non
     output = common.prepare_output(config, _FIXED)
     mesh, rollout_mesh = make_meshes(config)
     processor = common.make_processor(config)
+    common.say_of_long_images(config, processor.max_soft_tokens)
     is_older = not common.check_file(output, "train").is_file()
     rows = prompt_rows(config.data.path, processor, config, output)
     eval_ds = eval_batches(config, processor, output)

@@ -59,6 +59,7 @@ def run(config: RunConfig, *, after_eval: Callable[[Gemma4Trainer], None] | None
     output = common.prepare_output(config, _FIXED)
     mesh = make_mesh(config)
     processor = common.make_processor(config)
+    common.say_of_long_images(config, processor.max_soft_tokens)
     train_ds, eval_ds = make_datasets(config, processor)
     check_datasets(config, output, train_ds, eval_ds)
     say(f"{train_ds.num_rows} rows in {config.data.path}. The first:")
