@@ -11,6 +11,7 @@ from test_data import SHORT_ENOUGH, FakeProcessor, dataset, mixed_rows, numbers,
 
 from tunix_gemma4 import data_sources, processor_conversation
 from tunix_gemma4.data import make_dataset
+from tunix_gemma4.data_check import checked_rows
 from tunix_gemma4.host.prompts import PromptReader
 from tunix_gemma4.processor import Processor
 from tunix_gemma4.recipes import grpo, sft
@@ -350,6 +351,29 @@ def test_a_position_of_preferences_is_restored(processor):
     restored = iter(PreferenceBatches(rows, processor, **options))
     restored.set_state(state)
     np.testing.assert_array_equal([batch["prompt_ids"] for batch in restored], rest)
+
+
+def test_prompts_that_were_not_reached_may_be_taken_out(processor, tmp_path):
+    rows = [{"prompt": f"number {i}", "n": i} for i in range(8)]
+    file, cache = write(tmp_path / "rows.jsonl", rows), tmp_path / "check.json"
+    found = PromptRows(file, processor, PromptConfig(), cache=cache)
+    order = np.ravel([b["n"] for b in Batches(found, 2, seed=1, limit=8)]).tolist()
+
+    def goes_on_without(number):
+        left = [one for one in rows if one["n"] != number]
+        before = checked_rows(cache)
+        found = PromptRows(write(file, left), processor, PromptConfig(), before=before)
+        batches = Batches(found, 2, seed=1, start=4, limit=8)
+        found.refuse_changed(batches, "checkpoints")
+        return np.ravel([batch["n"] for batch in batches]).tolist()
+
+    rest = goes_on_without(order[5])
+    assert rest[:3] == [order[4], *order[6:]] and len(rest) == 4
+    with pytest.raises(ValueError, match=rf"checkpoints: 1 of .* row {order[2]}\. Put them back"):
+        goes_on_without(order[2])
+    write(file, [*rows, rows[0]])
+    with pytest.raises(ValueError, match="it has rows that the run of the checkpoints did not"):
+        PromptRows(file, processor, PromptConfig(), before=checked_rows(cache))
 
 
 def test_checkpoints_of_an_earlier_order_are_refused(processor, tmp_path):

@@ -6,6 +6,7 @@ A result is kept in a file beside the hash of the data, so that a run that goes 
 
 from __future__ import annotations
 
+import base64
 import collections
 import dataclasses
 import json
@@ -130,7 +131,7 @@ class Checker:
         found = _read(cache, key)
         if found is None:
             found = self._check(count) if count else Checked(len(rows), 0)
-            _write(cache, key, found)
+            _write(cache, key, found, rows.fingerprints)
         else:
             self._encoder.recall(found)
         if count:
@@ -203,6 +204,19 @@ def _all_text(bad: dict[int, str], name: str) -> str:
     )
 
 
+def fingerprints_text(rows: np.ndarray | None) -> str | None:
+    """`Rows.fingerprints` as text; `data_pipeline.follow_rows` reads it."""
+    return None if rows is None else base64.b64encode(rows.tobytes()).decode()
+
+
+def checked_rows(cache: Path) -> str | None:
+    """The fingerprints of the rows whose check is kept in a file; None if that has none."""
+    try:
+        return json.loads(cache.read_text("utf-8"))["rows"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def _read(cache: Path | None, key: str) -> Checked | None:
     """A result that was kept for the same data and settings."""
     if cache is None or not cache.is_file():
@@ -224,7 +238,7 @@ def _read(cache: Path | None, key: str) -> Checked | None:
         return None  # Broken, or of another version: the check is made again.
 
 
-def _write(cache: Path | None, key: str, found: Checked) -> None:
+def _write(cache: Path | None, key: str, found: Checked, rows: np.ndarray | None) -> None:
     if cache is None:
         return
     fields = dict(vars(found))
@@ -232,5 +246,7 @@ def _write(cache: Path | None, key: str, found: Checked) -> None:
         fields[name] = [[*measure, count] for measure, count in fields[name].items()]
     cache.parent.mkdir(parents=True, exist_ok=True)
     beside = cache.with_name(f".{cache.name}.{os.getpid()}")
-    beside.write_text(json.dumps({"key": key, "found": fields}), "utf-8")
+    beside.write_text(
+        json.dumps({"key": key, "found": fields, "rows": fingerprints_text(rows)}), "utf-8"
+    )
     beside.replace(cache)

@@ -29,7 +29,7 @@ import numpy as np
 from absl import logging
 
 from .data_buckets import Buckets, MicroBatch, count_batches
-from .data_check import Checked, Checker, How
+from .data_check import Checked, Checker, How, fingerprints_text
 from .data_rows import Encoder, Parts, Road, Row
 from .data_sources import Rows, find_rows
 
@@ -114,6 +114,29 @@ class Plan:
                 raise ValueError(self.too_few_text(0))
         return position
 
+    def refuse_changed(self, changed: list[int], seen: int, what: str) -> None:
+        """Raises ValueError if a row that changed is among the first `seen` of the stream.
+
+        Args:
+            changed: indices of source rows that are gone or others since.
+            seen: position in the stream.
+            what: begins the message.
+        """
+        read = {int(self.order[place]) for place in range(min(seen, len(self.rows)))}
+        trained_on = [index for index in changed if index in read]
+        if trained_on:
+            raise ValueError(
+                f"{what}: {len(trained_on)} of the rows before it are gone from {self.rows.name} "
+                f"or others now, the first was row {trained_on[0]}. Put them back and leave out "
+                "what cannot be read with data.skip_bad_rows: true, or start anew."
+            )
+        if changed:
+            logging.warning(
+                "%s: %d rows are gone or others since the checkpoint was written; none of them "
+                "had been trained on.",
+                *(self.rows.name, len(changed)),
+            )
+
     def too_few_text(self, kept: int) -> str:
         """Says that the rows, of which so many are short enough, do not make a batch."""
         if self.encoder.bad and not self.encoder.long:
@@ -154,8 +177,7 @@ class Plan:
     @functools.cached_property
     def fingerprints(self) -> str | None:
         """Those of the rows, for a saved position."""
-        found = self.rows.fingerprints
-        return None if found is None else base64.b64encode(found.tobytes()).decode()
+        return fingerprints_text(self.rows.fingerprints)
 
 
 class _Permutations:
@@ -468,24 +490,36 @@ def _release(held: list[grain.DatasetIterator]):
 
 def _continued(state: dict, plan: Plan) -> Plan:
     """`plan` with its rows numbered as those of a saved position, of which some may be gone."""
-    before, now = state.get("fingerprints"), plan.rows.fingerprints
-    if before is None or now is None or before == plan.fingerprints:
-        return plan
-    before = np.frombuffer(base64.b64decode(before), np.uint32)
-    found = find_rows(before, now)
+    found = follow_rows(plan.rows, state.get("fingerprints"))
     if found is None:
         return plan
-    places, changed = found
-    continued = dataclasses.replace(plan, rows=plan.rows.as_before(places))
-    read = {int(continued.order[p]) for p in range(min(state["seen"], len(before)))}
-    changed = [int(index) for index in changed if int(index) in read]
-    if changed:
-        raise ValueError(
-            f"saved position: {len(changed)} of the rows before it are gone from {plan.rows.name} "
-            f"or others now, the first was row {changed[0]}. Put them back and leave out what "
-            "cannot be read with data.skip_bad_rows: true, or start anew."
-        )
+    rows, changed = found
+    continued = dataclasses.replace(plan, rows=rows)
+    continued.refuse_changed(changed, state["seen"], "saved position")
     return continued
+
+
+def follow_rows(rows: Rows, before: str | None) -> tuple[Rows, list[int]] | None:
+    """The rows of an earlier run, numbered as it did, and those that are gone or others now.
+
+    Args:
+        rows: of the source as it is.
+        before: `Plan.fingerprints` of the earlier run.
+
+    Returns:
+        None where nothing changed, or where what changed cannot be told.
+    """
+    now = rows.fingerprints
+    if before is None or now is None:
+        return None
+    sums = np.frombuffer(base64.b64decode(before), np.uint32)
+    if np.array_equal(sums, now):
+        return None
+    found = find_rows(sums, now)
+    if found is None:
+        return None
+    places, changed = found
+    return rows.as_before(places), changed.tolist()
 
 
 def _check_state(state: dict, plan: Plan):

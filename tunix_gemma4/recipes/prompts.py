@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import processor_conversation
-from ..data_pipeline import BatchDataset, Plan
+from ..data_check import fingerprints_text
+from ..data_pipeline import BatchDataset, Plan, follow_rows
 from ..data_rows import Measure, Road
 from ..data_sources import Rows
 from ..host.prompts import Prompt
@@ -100,6 +101,7 @@ class PromptRows:
         log: takes a summary of the check.
         cache, key: see `data_pipeline.BatchDataset.check`.
         names: parameters of reward functions; see `read_prompt`.
+        before: the fingerprints of the rows as a run that goes on has known them.
 
     Attributes:
         plan: of the pipeline that reads them.
@@ -116,9 +118,11 @@ class PromptRows:
         cache: Path | None = None,
         key: str = "",
         names: Collection[str] = (),
+        before: str | None = None,
     ):
         self._road = PromptRoad(processor, config, names)
-        self.plan = Plan(Rows(path), self._road, 1, skip_bad_rows=config.skip_bad_rows)
+        rows, self._changed = _followed(Rows(path), before)
+        self.plan = Plan(rows, self._road, 1, skip_bad_rows=config.skip_bad_rows)
         data = BatchDataset(self.plan)
         self.checked = data.check(config.check, log=log, cache=cache, key=key)
         if not self.checked.examined:
@@ -162,6 +166,17 @@ class PromptRows:
         """Indices in the file; reads the rows that were not checked."""
         return [n for n in range(len(self.plan.rows)) if self.plan.encoder.kept(n)]
 
+    def refuse_changed(self, batches: Batches, what: str) -> None:
+        """Raises ValueError if rows that a run has trained on are gone or others since.
+
+        Args:
+            batches: the run's, from where it stands.
+            what: begins the message.
+        """
+        if self._changed:
+            plan = batches.plan()
+            plan.refuse_changed(self._changed, plan.position_after(batches.start), what)
+
     def first(self) -> Asked:
         """The first prompt that is not left out."""
         return BatchDataset(self.plan).first()
@@ -170,6 +185,21 @@ class PromptRows:
         """One row: `prompts` and every column, None where the row has no such value."""
         (asked,) = self.plan.encoder.hold(self.kept[index])
         return self._road.row(asked)
+
+
+def _followed(rows: Rows, before: str | None) -> tuple[Rows, list[int]]:
+    """Rows numbered as the run has known them, and those that are gone or others since."""
+    found = follow_rows(rows, before)
+    if found is not None:
+        return found
+    now = fingerprints_text(rows.fingerprints)
+    if before is not None and now is not None and now != before:
+        raise ValueError(
+            f"{rows.name}: it has rows that the run of the checkpoints did not know. Put back the "
+            "file as it was (rows that it had not trained on may be taken out or corrected), or "
+            "choose another output_dir"
+        )
+    return rows, []
 
 
 def read_prompt(
@@ -221,7 +251,7 @@ class Batches:
         limit: int | None = None,
     ):
         self._rows, self._batch_size, self._seed = rows, batch_size, seed
-        self._skipped, self._start, self._limit = skipped, start, limit
+        self._skipped, self.start, self._limit = skipped, start, limit
 
     def __iter__(self) -> Iterator[dict[str, list[Any]]]:
         size = self._batch_size
@@ -230,21 +260,25 @@ class Batches:
         nothing = {name: [None] * size for name in self._rows.columns}
         for _ in range(self._skipped // size):
             yield {"prompts": [""] * size} | nothing
+        plan = self.plan()
+        iterator = iter(BatchDataset(plan))
+        try:
+            if self.start:
+                seen = plan.position_after(self.start)
+                iterator.set_state(iterator.get_state() | {"seen": seen, "kept": self.start})
+            end = None if self._limit is None else max(self._limit - self.start, 0) // size
+            yield from itertools.islice(iterator, end)
+        finally:
+            iterator.close()
+
+    def plan(self) -> Plan:
+        """Of the pipeline."""
         epochs = None  # A stream that ends reads nothing ahead in vain.
         if self._limit is not None and self._rows.checked.is_whole:
             epochs = -(-self._limit // len(self._rows))
-        plan = self._rows.plan.sharing(
-            batch_size=size,
+        return self._rows.plan.sharing(
+            batch_size=self._batch_size,
             seed=self._seed or 0,
             shuffle=self._seed is not None,
             num_epochs=epochs,
         )
-        iterator = iter(BatchDataset(plan))
-        try:
-            if self._start:
-                seen = plan.position_after(self._start)
-                iterator.set_state(iterator.get_state() | {"seen": seen, "kept": self._start})
-            end = None if self._limit is None else max(self._limit - self._start, 0) // size
-            yield from itertools.islice(iterator, end)
-        finally:
-            iterator.close()
