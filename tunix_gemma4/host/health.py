@@ -26,7 +26,7 @@ from tunix.sft import peft_trainer
 from ..model.gemma4 import Gemma4Model
 from ..weights_finite import (
     NonFiniteError,
-    count_nonfinite,
+    finite_sum,
     nonfinite,
     nonfinite_variables,
     shown,
@@ -66,12 +66,11 @@ def flags_of(parameters: Any, optimizer: Any, loss: jax.Array, gradient_norm: An
         # A sum that a skipped step leaves behind; it is empty where a checkpoint is written.
         if _ACCUMULATED not in jax.tree_util.keystr(path)
     ]
-    state = count_nonfinite([*jax.tree.leaves(parameters), *kept])
-    counts = [count_nonfinite([jnp.asarray(loss)]), count_nonfinite([jnp.asarray(gradient_norm)])]
-    bad = [jnp.asarray(count > 0, jnp.int32) for count in (*counts, state)]
+    state = finite_sum([*jax.tree.leaves(parameters), *kept])
+    bad = [~jnp.isfinite(value).all() for value in (loss, gradient_norm, state)]
     skips = find(optimizer.opt_state, SkipState)
     others = (0, 0) if skips is None else (skips.skipped[...], skips.exceeded[...])
-    return jnp.stack([*bad, *(jnp.asarray(value, jnp.int32) for value in others)])
+    return jnp.stack([jnp.asarray(value, jnp.int32) for value in (*bad, *others)])
 
 
 def forget_skipped(optimizer: nnx.Optimizer) -> None:
