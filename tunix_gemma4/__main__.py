@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,9 +26,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _run(options)  # A program's errors keep their tracebacks.
     try:
         return options.run(options)
-    except ValueError as error:
-        print(f"tunix-gemma4 {options.command}: {error}", file=sys.stderr)
-        return 2
+    except BaseException as error:
+        code = _exit_code(error)
+        if code is None:
+            raise
+        if not _answers(error):
+            traceback.print_exc()
+        print(f"tunix-gemma4 {options.command}: {_message(error)}", file=sys.stderr)
+        return code
+
+
+# What says by itself what is wrong. Of anything else the traceback comes first.
+_ANSWERED = (ValueError, OSError, KeyboardInterrupt, SystemExit)
+
+
+def _answers(error: BaseException) -> bool:
+    """Whether its message suffices: of the kinds above, and of this package's own."""
+    return isinstance(error, _ANSWERED) or type(error).__module__.startswith(f"{__package__}.")
+
+
+def _exit_code(error: BaseException) -> int | None:
+    """2 for what the user can mend, 130 and 143 for signals, 1 for the rest; None: not ours."""
+    if isinstance(error, SystemExit | KeyboardInterrupt):
+        interrupted = 130 if isinstance(error, KeyboardInterrupt) else None
+        return getattr(error, "exit_code", interrupted)
+    if isinstance(error, GeneratorExit):
+        return None
+    return 2 if isinstance(error, ValueError) else 1
+
+
+def _message(error: BaseException) -> str:
+    """What went wrong, and the notes that the run has added to it."""
+    said = str(error)
+    if not _answers(error):
+        said = f"{type(error).__name__}: {said.strip().partition(chr(10))[0]}"
+    elif isinstance(error, OSError) and error.filename is None:
+        said = f"{type(error).__name__}: {said}"
+    return "\n".join([said or "stopped", *getattr(error, "__notes__", ())])
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -143,6 +143,8 @@ def _restore(cluster: RLCluster, directory: str, updates_per_batch: int) -> None
     trainer.checkpoint_manager = CheckpointManager(
         root_directory=directory, options=trainer.config.checkpointing_options
     )
+    # In between, some of a rollout step's updates are still to come.
+    trainer.checkpoint_manager.whole = updates_per_batch
     adapted = sft_utils.is_lora_enabled(trainer.model)
     steps, metadata = trainer.checkpoint_manager.maybe_restore(
         trainer.model, trainer.optimizer, restore_only_lora_params=adapted

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from tunix.sft.metrics_logger import MetricsLoggerOptions, TensorboardBackend, W
 from tunix.sft.peft_trainer import TrainingConfig
 
 from ..config_domains import require
+from .checkpoints import Kept
 
 CHECKPOINTS = "checkpoints"
 TENSORBOARD = "tensorboard"
@@ -25,6 +27,7 @@ def make_training_config(
     eval_steps: int = 100,
     save_steps: int = 100,
     save_total_limit: int = 3,
+    keep_steps: Sequence[int] = (),
     report_to: str = "tensorboard",
 ) -> TrainingConfig:
     """A configuration that saves and logs below `output_dir`.
@@ -33,7 +36,8 @@ def make_training_config(
         output_dir: gets `checkpoints/` and `tensorboard/`.
         max_steps, gradient_accumulation_steps, eval_steps, save_steps: in optimizer steps, and
             micro-batches of one.
-        save_total_limit: checkpoints that are kept.
+        save_total_limit: checkpoints that are kept, the newest.
+        keep_steps: steps whose checkpoints are kept besides.
         report_to: "tensorboard", "wandb" or "none".
     """
     fields = training_fields(
@@ -42,6 +46,7 @@ def make_training_config(
         eval_steps=eval_steps,
         save_steps=save_steps,
         save_total_limit=save_total_limit,
+        keep_steps=keep_steps,
         report_to=report_to,
     )
     # With one micro-batch the host would still keep a sum of gradients, as large as these.
@@ -56,6 +61,7 @@ def training_fields(
     eval_steps: int = 100,
     save_steps: int = 100,
     save_total_limit: int = 3,
+    keep_steps: Sequence[int] = (),
     report_to: str = "tensorboard",
 ) -> dict[str, Any]:
     """What the configurations of all of Tunix's trainers share; see `make_training_config`."""
@@ -67,7 +73,8 @@ def training_fields(
         "eval_every_n_steps": eval_steps,
         "checkpoint_root_directory": str(output_dir / CHECKPOINTS),
         "checkpointing_options": ocp.CheckpointManagerOptions(
-            save_interval_steps=save_steps, max_to_keep=save_total_limit
+            save_interval_steps=save_steps,
+            preservation_policy=Kept(save_total_limit, tuple(keep_steps)),
         ),
         "metrics_logging_options": _metrics_options(output_dir, report_to),
     }

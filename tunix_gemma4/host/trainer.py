@@ -164,6 +164,7 @@ class Gemma4Trainer(peft_trainer.PeftTrainer):
             root_directory=self.config.checkpoint_root_directory,
             options=self.config.checkpointing_options,
         )
+        self.checkpoint_manager.position = _POSITION
         self._train_steps, self._restored_custom_metadata = self.checkpoint_manager.maybe_restore(
             self.model, self.optimizer, restore_only_lora_params=self._lora_enabled
         )
@@ -210,7 +211,8 @@ class Gemma4Trainer(peft_trainer.PeftTrainer):
             raise ValueError(
                 f"the checkpoint of step {self._train_steps} in "
                 f"{self.config.checkpoint_root_directory} has no data position, so it was not "
-                "written from a dataset of data.make_dataset. Remove the directory to start anew."
+                "written from a dataset of data.make_dataset. Choose another directory to start "
+                "anew."
             )
         data = PositionedData(dataset, position)
         found = data.position()["settings"]["gradient_accumulation_steps"]

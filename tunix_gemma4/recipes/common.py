@@ -15,6 +15,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh
 
 from ..checkpoint import load_checkpoint, save_checkpoint
+from ..checkpoint_disk import write_text
 from ..config import ModelConfig
 from ..host.optimizer import make_optimizer, make_schedule
 from ..host.settings import CHECKPOINTS
@@ -22,7 +23,8 @@ from ..lora import LoraConfig, apply_lora, merge_lora, save_adapter
 from ..model.gemma4 import num_parameters
 from ..model.stacking import stack_layers, unstack_layers
 from ..processor import Processor
-from .load_config import load_config, to_yaml
+from .load_config import to_yaml
+from .record import differences, earlier_settings
 from .settings import MeshConfig, TrainSettings
 
 ADAPTER, MODEL, SETTINGS = "adapter", "model", "run_config.yaml"
@@ -37,33 +39,52 @@ def prepare_output(config: TrainSettings, fixed: Sequence[str]) -> Path:
     """
     _require_directory(config.model)
     output = Path(config.output_dir)
-    finished = [name for name in (ADAPTER, MODEL) if (output / name).exists()]
-    if finished:
-        raise ValueError(
-            f"{output}: it holds a finished run ({', '.join(finished)}/). Choose another "
-            "output_dir, or remove these to train on from the last checkpoint"
-        )
-    checkpoints, settings = output / CHECKPOINTS, output / SETTINGS
+    settings = output / SETTINGS
     # Supervised runs keep theirs in this directory, others in one of each model.
+    checkpoints = output / CHECKPOINTS
     steps = (*checkpoints.glob("*"), *checkpoints.glob("*/*"))
-    if any(path.name.isdigit() for path in steps):
+    resumable = any(path.name.isdigit() for path in steps)
+    earlier = earlier_settings(settings) if resumable else None
+    _refuse_finished(config, output, earlier if resumable else {})
+    if resumable:
         if not config.resume_from_checkpoint:
             raise ValueError(
                 f"{checkpoints}: there are checkpoints, and resume_from_checkpoint is false. "
-                "Choose another output_dir, remove them, or resume"
+                "Choose another output_dir, or resume"
             )
-        if settings.is_file():
-            earlier = load_config(type(config), settings)
-            changed = [key for key in fixed if vars(earlier)[key] != vars(config)[key]]
-            if changed:
-                raise ValueError(
-                    f"{checkpoints}: they belong to a run with another {', '.join(changed)} (see "
-                    f"{settings}). Choose another output_dir, remove them, or set these back"
-                )
+        changed = differences(earlier or {}, config, fixed)
+        if changed:
+            raise ValueError(
+                f"{checkpoints}: they belong to a run with another {', '.join(changed)} (see "
+                f"{settings}): {'; '.join(changed.values())}. Choose another output_dir, or set "
+                "these back"
+            )
     if jax.process_index() == 0:
-        output.mkdir(parents=True, exist_ok=True)
-        settings.write_text(to_yaml(config), "utf-8")
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            write_text(settings, to_yaml(config))
+        except OSError as error:
+            raise ValueError(f"output_dir: {output} cannot be written to ({error})") from error
     return output
+
+
+def _refuse_finished(config: TrainSettings, output: Path, earlier: dict[str, Any] | None) -> None:
+    """Refuses a directory with results, unless the run broke off between adapter/ and model/.
+
+    Args:
+        earlier: settings of the run that left checkpoints there; None if they are unknown.
+    """
+    finished = [name for name in (ADAPTER, MODEL) if (output / name).exists()]
+    if not finished:
+        return
+    was_to_merge = earlier is None or earlier.get("merge", False)
+    if finished == [ADAPTER] and config.merge and was_to_merge and config.resume_from_checkpoint:
+        say(f"{output}: an earlier run wrote {ADAPTER}/ and not {MODEL}/; this one finishes it.")
+        return
+    raise ValueError(
+        f"{output}: it holds a finished run ({', '.join(finished)}/). Choose another "
+        "output_dir, or remove these to train on from the last checkpoint"
+    )
 
 
 def _require_directory(model: str) -> None:

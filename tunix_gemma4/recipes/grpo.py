@@ -34,14 +34,17 @@ from . import common
 from .common import say
 from .compile_cache import fast_start
 from .prompts import Batches, PromptRows
-from .rewards import RewardFn, load_reward, weighted
+from .record import Record
+from .rewards import RewardFn, load_reward, source_files, weighted
 from .rl_config import GrpoRunConfig
+from .way_out import one_way_out, training
 
 # What a checkpoint depends on: a run that is resumed must have the same.
 _FIXED = (
     *("model", "data", "lora", "text_only", "dtype", "scan_layers", "batch_size"),
-    "mini_batch_size",
-    *("train_micro_batch_size", "num_iterations", "seed"),
+    *("mini_batch_size", "train_micro_batch_size", "num_iterations", "seed"),
+    *("reward_functions", "reward_weights", "loss_type", "num_generations", "beta"),
+    *("epsilon", "epsilon_high", "temperature", "top_p", "top_k", "max_completion_length"),
 )
 
 
@@ -72,6 +75,7 @@ class Result:
 
 
 @fast_start
+@one_way_out
 def run(config: GrpoRunConfig, *, after_step: Callable[[Any], None] | None = None) -> Result:
     """Trains as `config` says, resuming a run that was broken off.
 
@@ -80,9 +84,9 @@ def run(config: GrpoRunConfig, *, after_step: Callable[[Any], None] | None = Non
         after_step: called with the policy's trainer once for each optimizer step; its
             `train_steps` tells how many it has taken by then.
     """
-    config.validate()
     register()
     output = common.prepare_output(config, _FIXED)
+    record = Record(output, config, source_files(config.reward_functions))
     mesh, rollout_mesh = make_meshes(config)
     processor = common.make_processor(config)
     common.say_of_long_images(config, processor.max_soft_tokens)
@@ -93,6 +97,7 @@ def run(config: GrpoRunConfig, *, after_step: Callable[[Any], None] | None = Non
     say(first_prompt(rows, processor))
 
     policy, reference = prepare_models(config, common.load_base(config, mesh))
+    record.settle()
     steps = total_steps(config, len(rows))
     cluster = make_cluster(
         policy,
@@ -108,6 +113,7 @@ def run(config: GrpoRunConfig, *, after_step: Callable[[Any], None] | None = Non
         eval_steps=config.eval_steps,
         save_steps=config.save_steps,
         save_total_limit=config.save_total_limit,
+        keep_steps=config.keep_steps,
         report_to=config.report_to,
     )
     trainer = cluster.actor_trainer
@@ -151,12 +157,8 @@ def train(
         epsilon_high=config.epsilon_high,
     )
     trainer = cluster.actor_trainer
-    try:
+    with training(trainer):
         learner.train(train_batches(config, rows, trainer.train_steps), eval_ds)
-    except BaseException:
-        # The latest checkpoint may still be on its way to the disk.
-        trainer.checkpoint_manager.close()
-        raise
 
 
 def make_meshes(config: GrpoRunConfig) -> tuple[Mesh, Mesh | None]:

@@ -213,6 +213,17 @@ def load_reward(spec: str) -> RewardFn:
     return function
 
 
+def source_files(specs: Sequence[str]) -> dict[str, Path]:
+    """The file that each function of your own stands in, by what names it."""
+    files = {}
+    for spec in specs:
+        place, separator, _ = spec.rpartition(":")
+        if separator and "(" not in place:
+            source = inspect.getsourcefile(inspect.unwrap(load_reward(spec)))
+            files[spec] = Path(place if place.endswith(".py") or source is None else source)
+    return files
+
+
 def _called(spec: str) -> RewardFn:
     """`name(key=value, ...)`, with literal values."""
     try:

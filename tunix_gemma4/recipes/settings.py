@@ -83,7 +83,8 @@ class TrainSettings:
         logging_steps: steps between lines of text.
         eval_steps: steps between evaluations; there is one before the first.
         save_steps: steps between checkpoints; there is one after the last.
-        save_total_limit: checkpoints that are kept.
+        save_total_limit: checkpoints that are kept, the newest.
+        keep_steps: steps whose checkpoints are kept besides; each a multiple of `save_steps`.
         resume_from_checkpoint: go on from the latest checkpoint in `output_dir`, if there is one.
         report_to: "tensorboard", "wandb" or "none".
         seed: of the data's order, of what is sampled and of the adapter's initial values.
@@ -118,6 +119,7 @@ class TrainSettings:
     eval_steps: int = 100
     save_steps: int = 100
     save_total_limit: int = 3
+    keep_steps: list[int] = dataclasses.field(default_factory=list)
     resume_from_checkpoint: bool = True
     report_to: str = "tensorboard"
     seed: int = 0
@@ -134,6 +136,12 @@ class TrainSettings:
         one_of("lr_scheduler_type", self.lr_scheduler_type, SCHEDULES)
         one_of("on_nonfinite", self.on_nonfinite, ON_NONFINITE)
         one_of("report_to", self.report_to, ("tensorboard", "wandb", "none"))
+        never = [step for step in self.keep_steps if step < 1 or step % self.save_steps]
+        if never:
+            raise ValueError(
+                f"keep_steps: expected multiples of save_steps={self.save_steps}, the steps that "
+                f"are saved, found {never[0]}"
+            )
         if self.merge and self.lora is None:
             raise ValueError("merge: true needs lora; without an adapter model/ is saved anyway")
 

@@ -21,7 +21,9 @@ from ..processor import Processor
 from . import common
 from .common import say
 from .compile_cache import fast_start
+from .record import Record
 from .run_config import RunConfig
+from .way_out import one_way_out, training
 
 # What a checkpoint depends on: a run that is resumed must have the same.
 _FIXED = (
@@ -48,6 +50,7 @@ class Result:
 
 
 @fast_start
+@one_way_out
 def run(config: RunConfig, *, after_eval: Callable[[Gemma4Trainer], None] | None = None) -> Result:
     """Trains as `config` says, resuming a run that was broken off.
 
@@ -55,8 +58,8 @@ def run(config: RunConfig, *, after_eval: Callable[[Gemma4Trainer], None] | None
         config: the settings.
         after_eval: called with the trainer after each evaluation.
     """
-    config.validate()
     output = common.prepare_output(config, _FIXED)
+    record = Record(output, config)
     mesh = make_mesh(config)
     processor = common.make_processor(config)
     common.say_of_long_images(config, processor.max_soft_tokens)
@@ -66,12 +69,14 @@ def run(config: RunConfig, *, after_eval: Callable[[Gemma4Trainer], None] | None
     say(first_row(config, processor, train_ds))
 
     model = prepare_model(config, common.load_base(config, mesh))
+    record.settle()
     trainer = make_trainer(
         config, model, train_ds.num_rows, after_eval, steps_per_epoch=train_ds.steps_per_epoch()
     )
     if trainer.train_steps:
         say(f"Resuming after step {trainer.train_steps} from {output / CHECKPOINTS}.")
-    trainer.train(train_ds, eval_ds)
+    with training(trainer):
+        trainer.train(train_ds, eval_ds)
 
     saved = common.save(config, model, output)
     if train_ds.left_out():
@@ -158,6 +163,7 @@ def make_trainer(
         eval_steps=config.eval_steps,
         save_steps=config.save_steps,
         save_total_limit=config.save_total_limit,
+        keep_steps=config.keep_steps,
         report_to=config.report_to,
     )
     return Gemma4Trainer(

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ctrl-C and SIGTERM: a run ends behind the step it is in, with that step's checkpoint written.
+
+Handlers set a mark, which `CheckpointManager.save` looks at after every step; outside training,
+and at the second signal, the run ends at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+_NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C ended a run; what was kept."""
+
+    exit_code = 128 + signal.SIGINT
+
+
+class Terminated(SystemExit):
+    """SIGTERM ended a run; what was kept."""
+
+    exit_code = 128 + signal.SIGTERM
+
+    def __init__(self, message: str):
+        super().__init__(self.exit_code)
+        self._message = message
+
+    def __str__(self) -> str:
+        return self._message
+
+
+class _Mark:
+    """Of this process.
+
+    Attributes:
+        signal: that came while a step was under way.
+        waits: whether a signal waits for the step's end.
+        at_once: whether a second one came.
+    """
+
+    signal: int | None = None
+    waits = False
+    at_once = False
+
+
+_mark = _Mark()
+
+
+@contextlib.contextmanager
+def handled() -> Iterator[None]:
+    """Answers both signals within; handlers that others have put in place stay theirs.
+
+    Signals reach the main thread alone: elsewhere this changes nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    defaults = (signal.SIG_DFL, signal.default_int_handler)
+    before = {number: signal.getsignal(number) for number in _NAMES}
+    ours = [number for number, handler in before.items() if handler in defaults]
+    _mark.signal, _mark.at_once = None, False
+    for number in ours:
+        signal.signal(number, _handle)
+    try:
+        yield
+    finally:
+        _mark.signal = None
+        for number in ours:
+            signal.signal(number, before[number])
+
+
+def _handle(number: int, frame: Any) -> None:
+    del frame
+    if not _mark.waits or _mark.signal is not None:
+        _mark.at_once = True
+        end(number, f"stopped by {_NAMES[number]}")
+    _mark.signal = number
+    # Not print: the signal may have come in the middle of one.
+    again = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""
+    os.write(2, f"\n{_NAMES[number]}: stopping after this step{again}\n".encode())
+
+
+@contextlib.contextmanager
+def after_the_step() -> Iterator[None]:
+    """Within, a signal waits until the step that is under way is done and its checkpoint written.
+
+    Raises:
+        Interrupted, Terminated: at the end of the block, if a signal still waits.
+    """
+    before, _mark.waits = _mark.waits, True
+    try:
+        yield
+    finally:
+        _mark.waits = before
+    if asked() is not None:
+        end(asked(), f"stopped by {_NAMES[asked()]} when training was done")
+
+
+def asked() -> int | None:
+    """The signal that waits for the end of a step, if there is one."""
+    return _mark.signal
+
+
+def at_once() -> bool:
+    """Whether a second signal came: nothing more is to be waited for."""
+    return _mark.at_once
+
+
+def name_of(number: int) -> str:
+    """ "Ctrl-C" or "SIGTERM"."""
+    return _NAMES[number]
+
+
+def end(number: int, message: str) -> NoReturn:
+    """Raises what ends the run."""
+    raise (Interrupted if number == signal.SIGINT else Terminated)(message)

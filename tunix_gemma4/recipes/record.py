@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the checkpoints of a run depend on: its settings, and the contents of its files.
+
+It lies beside the checkpoints and goes with them. A run that is resumed must agree with it.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import logging
+from omegaconf import OmegaConf
+
+from ..checkpoint_disk import sha256, write_text
+from ..host.settings import CHECKPOINTS
+from .settings import TrainSettings
+
+_NAME = "record.json"
+# Of a checkpoint directory, what decides what is trained.
+_BASE = ("*.safetensors", "*.json", "*.jinja", "*.model")
+
+
+class Record:
+    """Hashes a run's files in a thread; `settle` then compares them with the checkpoints'.
+
+    Args:
+        output: of the run.
+        config: its settings, with `model` and `data.path`.
+        more: further files, by what they are called in messages.
+    """
+
+    def __init__(self, output: Path, config: TrainSettings, more: Mapping[str, Path] | None = None):
+        self._path = output / CHECKPOINTS / _NAME
+        self._settings = plain(config)
+        self._files = {"data.path": Path(config.data.path), **(more or {})}
+        model = Path(config.model)
+        for path in sorted({path for pattern in _BASE for path in model.glob(pattern)}):
+            self._files[f"model/{path.name}"] = path
+        self._earlier = _read(self._path)
+        self._found: dict[str, dict[str, Any]] = {}
+        self._error: OSError | None = None
+        self._thread = threading.Thread(target=self._hash, daemon=True)
+        if jax.process_index() == 0:
+            self._thread.start()
+
+    def _hash(self) -> None:
+        # A file of the same size and time is the one that was hashed then.
+        known = (self._earlier or {}).get("files", {})
+        try:
+            for name, path in self._files.items():
+                status = path.stat()
+                entry = {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
+                before = known.get(name, {})
+                same = all(before.get(key) == value for key, value in entry.items())
+                entry["sha256"] = before["sha256"] if same and before else sha256(path)
+                self._found[name] = entry
+        except OSError as error:
+            self._error = error
+
+    def settle(self) -> None:
+        """Waits for the hashes, compares them where there are checkpoints, and writes them.
+
+        Raises:
+            ValueError: what the checkpoints' run was trained on has changed.
+        """
+        if jax.process_index() != 0:
+            return
+        self._thread.join()
+        if self._error is not None:
+            raise ValueError(f"{self._error.filename}: cannot be read ({self._error})")
+        folder = self._path.parent
+        if any(path.name.isdigit() for path in (*folder.glob("*"), *folder.glob("*/*"))):
+            self._compare(folder)
+        folder.mkdir(exist_ok=True)
+        content = {"settings": self._settings, "files": self._found}
+        write_text(self._path, json.dumps(content, indent=2) + "\n")
+
+    def _compare(self, folder: Path) -> None:
+        if self._earlier is None:
+            logging.warning(
+                "%s: there is no readable %s, so whether data and base are those of the "
+                "checkpoints is not known; from now on it is kept.",
+                *(folder, _NAME),
+            )
+            return
+        was, is_now = self._earlier["files"], self._found
+        changed = [
+            f"{name} ({_content(was.get(name))}, now {_content(is_now.get(name))})"
+            for name in sorted(was.keys() | is_now.keys())
+            if was.get(name, {}).get("sha256") != is_now.get(name, {}).get("sha256")
+        ]
+        if changed:
+            raise ValueError(
+                f"{folder}: they belong to a run with other contents of {', '.join(changed)}. Put "
+                "these files back, or choose another output_dir"
+            )
+
+
+def _content(entry: Mapping[str, Any] | None) -> str:
+    if entry is None:
+        return "no such file"
+    return f"{entry['size']} bytes, SHA-256 {entry['sha256'][:12]}"
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """The record, or None if there is none or it is damaged."""
+    try:
+        content = json.loads(path.read_text("utf-8"))
+        well_formed = all(
+            isinstance(content[key], dict) and all(isinstance(key, str) for key in content[key])
+            for key in ("settings", "files")
+        ) and all(
+            isinstance(entry.get("sha256"), str) and isinstance(entry.get("size"), int)
+            for entry in content["files"].values()
+        )
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None
+    return content if well_formed else None
+
+
+def plain(config: TrainSettings) -> dict[str, Any]:
+    """The settings as dicts, lists and scalars."""
+    return OmegaConf.to_container(OmegaConf.structured(config))
+
+
+def earlier_settings(settings: Path) -> dict[str, Any] | None:
+    """Settings of the run that left the checkpoints beside `settings`; None if no file tells."""
+    record = _read(settings.parent / CHECKPOINTS / _NAME)
+    if record is not None:
+        return record["settings"]
+    if not settings.exists():
+        return None
+    try:
+        text = settings.read_text("utf-8")
+        given = OmegaConf.to_container(OmegaConf.create(text)) if text.endswith("\n") else None
+    except Exception as error:  # YAML's own errors have no common class that omegaconf exports.
+        given, reason = None, str(error).partition("\n")[0]
+    else:
+        reason = "it is cut"
+    if isinstance(given, dict):
+        return given
+    logging.warning(
+        "%s cannot be read (%s): that the settings are those of the checkpoints is not known. The "
+        "run goes on; choose another output_dir if they are not.",
+        *(settings, reason),
+    )
+    return None
+
+
+def differences(
+    earlier: Mapping[str, Any], config: TrainSettings, names: Sequence[str]
+) -> dict[str, str]:
+    """What of the settings `names` was another, by dotted name: what it was and what it is."""
+    now, usual = plain(config), OmegaConf.to_container(OmegaConf.structured(type(config)))
+    found = {}
+    for name in names:
+        # What an older version did not have was as it is by default.
+        was = earlier.get(name, usual[name] if len(earlier) else now[name])
+        found |= _different(name, was, now[name], usual[name])
+    return found
+
+
+def _different(name: str, was: Any, now: Any, usual: Any) -> dict[str, str]:
+    if isinstance(was, dict) and isinstance(now, dict):
+        usual = usual if isinstance(usual, dict) else now
+        return {
+            dotted: text
+            for key in now
+            for dotted, text in _different(
+                f"{name}.{key}", was.get(key, usual.get(key)), now[key], usual.get(key)
+            ).items()
+        }
+    return {} if was == now else {name: f"{name} was {was}, is {now}"}
