@@ -74,6 +74,7 @@ DOMAINS: dict[str, Domain] = {
     "eval_every_n_steps": _COUNT,
     "save_steps": _COUNT,
     "save_total_limit": _COUNT,
+    "keep_steps": _COUNT,
     "warmup_steps": _COUNT_OR_NONE,
     "max_skipped_steps": _COUNT_OR_NONE,
     "max_inflight_computations": Domain(whole=True),  # At most 0 is no limit.

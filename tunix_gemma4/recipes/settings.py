@@ -136,7 +136,7 @@ class TrainSettings:
         one_of("lr_scheduler_type", self.lr_scheduler_type, SCHEDULES)
         one_of("on_nonfinite", self.on_nonfinite, ON_NONFINITE)
         one_of("report_to", self.report_to, ("tensorboard", "wandb", "none"))
-        never = [step for step in self.keep_steps if step < 1 or step % self.save_steps]
+        never = [step for step in self.keep_steps if step % self.save_steps]
         if never:
             raise ValueError(
                 f"keep_steps: expected multiples of save_steps={self.save_steps}, the steps that "
