@@ -89,9 +89,7 @@ class CheckpointManager(checkpoint_manager.CheckpointManager):
 
     # ---- Writing.
 
-    @overrides(
-        *("step", "model", "optimizer", "save_only_lora_params", "force", "custom_metadata")
-    )
+    @overrides(*("step", "model", "optimizer", "save_only_lora_params", "force", "custom_metadata"))
     def save(
         self,
         step: int,
