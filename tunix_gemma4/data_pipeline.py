@@ -478,6 +478,11 @@ class BatchDataset(grain.IterDataset):
         scaled = {shape: round(count * share) for shape, count in shapes.items()}
         return -(-count_batches(scaled, plan.batch_size) // plan.gradient_accumulation_steps)
 
+    @property
+    def rows_are_known(self) -> bool:
+        """Whether a saved position tells a row that has changed."""
+        return self._plan.fingerprints is not None
+
     def left_out(self) -> str:
         """What of the rows read so far could not be read; empty if all could."""
         return self._plan.encoder.bad_text()

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import hashlib
 import json
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .checkpoint_disk import sha256
 from .processor_images import is_path
 from .processor_keys import ANSWERS, CHOSEN, CONVERSATIONS, IMAGE_PARTS, IMAGES, PROMPTS, REJECTED
 
@@ -104,8 +104,7 @@ class Rows:
         """Of the file's bytes; None for a sequence."""
         if self.path is None:
             return None
-        with self.path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256(self.path)
 
 
 def find_rows(before: np.ndarray, now: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:

@@ -21,6 +21,7 @@ from ..host.settings import CHECKPOINTS
 from .settings import TrainSettings
 
 _NAME = "record.json"
+_DATA = "data.path"
 # Of a checkpoint directory, what decides what is trained.
 _BASE = ("*.safetensors", "*.json", "*.jinja", "*.model")
 
@@ -37,7 +38,7 @@ class Record:
     def __init__(self, output: Path, config: TrainSettings, more: Mapping[str, Path] | None = None):
         self._path = output / CHECKPOINTS / _NAME
         self._settings = plain(config)
-        self._files = {"data.path": Path(config.data.path), **(more or {})}
+        self._files = {_DATA: Path(config.data.path), **(more or {})}
         model = Path(config.model)
         for path in sorted({path for pattern in _BASE for path in model.glob(pattern)}):
             self._files[f"model/{path.name}"] = path
@@ -62,8 +63,12 @@ class Record:
         except OSError as error:
             self._error = error
 
-    def settle(self) -> None:
+    def settle(self, *, rows_are_known: bool = False) -> None:
         """Waits for the hashes, compares them where there are checkpoints, and writes them.
+
+        Args:
+            rows_are_known: whether the saved position in the data tells by itself what has changed
+                of them, row by row.
 
         Raises:
             ValueError: what the checkpoints' run was trained on has changed.
@@ -75,12 +80,12 @@ class Record:
             raise ValueError(f"{self._error.filename}: cannot be read ({self._error})")
         folder = self._path.parent
         if any(path.name.isdigit() for path in (*folder.glob("*"), *folder.glob("*/*"))):
-            self._compare(folder)
+            self._compare(folder, {_DATA} if rows_are_known else set())
         folder.mkdir(exist_ok=True)
         content = {"settings": self._settings, "files": self._found}
         write_text(self._path, json.dumps(content, indent=2) + "\n")
 
-    def _compare(self, folder: Path) -> None:
+    def _compare(self, folder: Path, left_out: set[str]) -> None:
         if self._earlier is None:
             logging.warning(
                 "%s: there is no readable %s, so whether data and base are those of the "
@@ -91,7 +96,7 @@ class Record:
         was, is_now = self._earlier["files"], self._found
         changed = [
             f"{name} ({_content(was.get(name))}, now {_content(is_now.get(name))})"
-            for name in sorted(was.keys() | is_now.keys())
+            for name in sorted((was.keys() | is_now.keys()) - left_out)
             if was.get(name, {}).get("sha256") != is_now.get(name, {}).get("sha256")
         ]
         if changed:
@@ -152,6 +157,10 @@ def earlier_settings(settings: Path) -> dict[str, Any] | None:
     return None
 
 
+# What may change within sections that are otherwise compared.
+_FREE = ("data.check", "data.skip_bad_rows", "data.eval_path")
+
+
 def differences(
     earlier: Mapping[str, Any], config: TrainSettings, names: Sequence[str]
 ) -> dict[str, str]:
@@ -175,4 +184,4 @@ def _different(name: str, was: Any, now: Any, usual: Any) -> dict[str, str]:
                 f"{name}.{key}", was.get(key, usual.get(key)), now[key], usual.get(key)
             ).items()
         }
-    return {} if was == now else {name: f"{name} was {was}, is {now}"}
+    return {} if was == now or name in _FREE else {name: f"{name} was {was}, is {now}"}

@@ -69,7 +69,7 @@ def run(config: RunConfig, *, after_eval: Callable[[Gemma4Trainer], None] | None
     say(first_row(config, processor, train_ds))
 
     model = prepare_model(config, common.load_base(config, mesh))
-    record.settle()
+    record.settle(rows_are_known=train_ds.rows_are_known)
     trainer = make_trainer(
         config, model, train_ds.num_rows, after_eval, steps_per_epoch=train_ds.steps_per_epoch()
     )
