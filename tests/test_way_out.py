@@ -105,7 +105,8 @@ def test_interrupted_run_goes_on_to_the_same_numbers_and_a_broken_off_end_is_fin
         *("checkpoints", "run_config.yaml"),
     ]
 
-    resumed = sft.run(config)
+    # What may change: these, and the data as far as it is still to come, as the position tells.
+    resumed = sft.run(settings(tmp_path / "run", "data.skip_bad_rows=true", "logging_steps=1"))
     assert f"Resuming after step {done}" in capsys.readouterr().out
     assert resumed.trainer.history("loss") == losses[done:]
     assert results(tmp_path / "run") == results(output)
