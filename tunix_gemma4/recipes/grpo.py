@@ -85,6 +85,7 @@ def run(config: GrpoRunConfig, *, after_step: Callable[[Any], None] | None = Non
             `train_steps` tells how many it has taken by then.
     """
     register()
+    reward_functions(config)  # What cannot be imported is named before anything is loaded.
     output = common.prepare_output(config, _FIXED)
     record = Record(output, config, source_files(config.reward_functions))
     mesh, rollout_mesh = make_meshes(config)
@@ -138,6 +139,7 @@ def run(config: GrpoRunConfig, *, after_step: Callable[[Any], None] | None = Non
     if rows.left_out:
         say(f"{config.data.path}: {rows.left_out}")
     say(f"{trainer.train_steps} steps done. Saved: {', '.join(map(str, saved))}")
+    common.say_curves(config)
     return Result(trainer.model, processor, trainer.train_steps, saved, trainer.metrics_logger)
 
 

@@ -82,6 +82,7 @@ def run(config: RunConfig, *, after_eval: Callable[[Gemma4Trainer], None] | None
     if train_ds.left_out():
         say(f"{config.data.path}: {train_ds.left_out()}")
     say(f"{trainer.train_steps} steps done. Saved: {', '.join(map(str, saved))}")
+    common.say_curves(config)
     return Result(model, processor, trainer, saved)
 
 
