@@ -159,11 +159,11 @@ def test_a_folder_in_the_way_is_no_package(tmp_path, monkeypatch):
 
 
 def test_the_end_of_a_run_says_what_shows_its_curves(without, capsys):
-    common.say_curves(RunConfig(output_dir="out", report_to="none"))
-    common.say_curves(RunConfig(output_dir="out", report_to="wandb"))
-    assert capsys.readouterr().out == ""
     without("tensorboard")
-    common.say_curves(RunConfig(output_dir="out"))
-    found = capsys.readouterr().out
-    shown = Path("out") / "tensorboard"
-    assert found == f"Curves: pip install tensorboard, then tensorboard --logdir {shown}\n"
+    done = "2 steps done. Saved: model\n"
+    for report_to in ("none", "wandb"):
+        common.say_done(RunConfig(output_dir="out", report_to=report_to), 2, ["model"])
+        assert capsys.readouterr().out == done
+    common.say_done(RunConfig(output_dir="out"), 2, ["model"])
+    curves = f"Curves: pip install tensorboard, then tensorboard --logdir {Path('out/tensorboard')}"
+    assert capsys.readouterr().out == f"{done}{curves}\n"

@@ -247,8 +247,9 @@ def save(config: TrainSettings, model: nnx.Module, output: Path) -> list[Path]:
     return [output / ADAPTER, output / MODEL]
 
 
-def say_curves(config: TrainSettings) -> None:
-    """Says where the curves are and what shows them, if there are any."""
+def say_done(config: TrainSettings, steps: int, saved: Sequence[Path]) -> None:
+    """Says that a run has ended well, where everything is and what shows its curves."""
+    say(f"{steps} steps done. Saved: {', '.join(map(str, saved))}")
     if config.report_to != "tensorboard":
         return
     viewer = f"tensorboard --logdir {Path(config.output_dir) / TENSORBOARD}"
