@@ -10,12 +10,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tunix_gemma4.data import make_dataset
 from tunix_gemma4.data_sources import Rows
+from tunix_gemma4.processor import Processor
 from tunix_gemma4.processor_conversation import (
     read_conversation,
     read_preference_pair,
     read_prompt,
 )
+from tunix_gemma4.recipes.preferences import PreferenceBatches
+from tunix_gemma4.recipes.prompts import PromptRows
+from tunix_gemma4.recipes.rl_config import PromptConfig
 
 USER, ANSWER = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
 TALK = [USER, ANSWER]
@@ -460,7 +465,7 @@ def test_every_other_key_is_a_column_of_every_road():
     row = {"prompt": "Q", "ability": "math", "reward_model": {"ground_truth": "4"}, "label": 3}
     others = {"ability": "math", "reward_model": {"ground_truth": "4"}, "label": 3}
     assert read_prompt(row).columns == others
-    assert read_conversation(row | {"completion": "A"}).columns == others | {"completion": "A"}
+    assert read_conversation(row | {"completion": "A"}).columns == others
     pair = read_preference_pair(row | {"chosen": "B", "rejected": "W"})
     assert others.items() <= pair["chosen"].columns.items()
     message = USER | {"tree_id": "a", "name": None}
@@ -515,6 +520,52 @@ def test_paths_below_the_file_are_those_of_images_alone(tmp_path):
     assert read["messages"][1:] == row["messages"][1:]
     assert read["images"] == [str(tmp_path / "e.png"), *row["images"][1:]]
     assert (read["path"], read["rejected_images"]) == ("f", [str(tmp_path / "g.png")])
+
+
+def test_keys_and_thoughts_that_are_left_out_are_named_once(tiny_dir, tmp_path):
+    processor = Processor.from_pretrained(tiny_dir)
+    talk = [USER | {"tree_id": 1}, ANSWER | {"reasoning": "T"}, USER, ANSWER]
+    rows = [{"messages": talk, "score": 1}, {"prompt": "Q", "completion": "A", "id": "x"}] * 2
+    said = []
+    make_dataset(rows, processor, batch_size=1, max_length=64).check(log=said.append)
+    assert said[-1] == (
+        "  columns that are not trained on: id, score\n"
+        "  keys of messages that are not read: tree_id"
+    )
+    assert "2 earlier thoughts" in said[-2]
+    pairs = [{"prompt": "Q", "chosen": "B", "rejected": "W", "margin": 1}]
+    batches = PreferenceBatches(
+        *(pairs, processor),
+        batch_size=1,
+        max_prompt_length=64,
+        max_response_length=9,
+        log=said.append,
+    )
+    next(iter(batches))
+    assert said[-1] == "  columns that are not trained on: margin"
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([{"prompt": "Q", "label": True, "level": 3}]))
+    config = PromptConfig(path=str(path))
+    found = PromptRows(path, processor, config, log=said.append, names={"label"})
+    assert said[-1] == "  columns for rewards: label, level"
+    assert found[0] == {"prompts": [USER], "label": True, "level": 3}
+    with pytest.raises(ValueError, match="row 0 of rows.json: 'label' is feedback"):
+        PromptRows(path, processor, config)
+
+
+def test_each_turn_is_a_row_of_the_pipeline(tiny_dir):
+    processor = Processor.from_pretrained(tiny_dir, thoughts="each_turn")
+    rows = [{"messages": [USER, ANSWER | {"reasoning": "T"}] * 2}]
+    data = make_dataset(
+        rows, processor, batch_size=2, max_length=64, bucket_lengths=(64,), num_epochs=1
+    )
+    (batch,) = data
+    first, second = sorted(batch.padding_mask.sum(1).tolist())
+    assert first < second
+    learnt = [
+        processor.decode(t[m == 1]) for t, m in zip(batch.tokens, batch.loss_mask, strict=True)
+    ]
+    assert learnt == ["thought\nT\nA"] * 2
 
 
 def test_page_of_the_data_lists_every_key_and_mark():

@@ -237,6 +237,8 @@ class Processor:
                 "images"
             )
         tokens, loss_mask = self._tokens(segments, counts)
+        if self._thoughts == "each_turn":
+            left_out = 0  # Each is learnt in the row of its own turn.
         return self._example(tokens, loss_mask, images, left_out)
 
     def encode_all(self, conversation: Any) -> list[Example]:

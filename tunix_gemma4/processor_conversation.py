@@ -45,6 +45,8 @@ def read_conversation(row: Any, *, prompt_only: bool = False) -> Conversation:
         _refuse_preference(read)
     trained = [read.whole and not prompt_only] * len(history) + [True] * len(completion)
     conversation = read.view([*history, *completion], trained)
+    if completion:
+        conversation.columns.pop(read.answer, None)
     _check(conversation)
     return conversation
 
@@ -86,7 +88,10 @@ def read_preference_pair(row: Any) -> dict[str, Conversation]:
     ]
     pictures = None
     if isinstance(row, Mapping):
-        pictures = None if is_empty(row.get("rejected_images")) else list(row["rejected_images"])
+        pictures = row.get("rejected_images")
+        pictures = (
+            None if is_empty(pictures) else list(pictures) if is_list(pictures) else [pictures]
+        )
     if names[0] is None and (names[1] is not None or pictures):
         return _answers_of_one(row, names[1], pictures)  # The chosen answer ends the messages.
     if None in names:

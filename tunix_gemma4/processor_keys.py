@@ -48,7 +48,7 @@ def is_list(value: Any) -> bool:
 
 def is_empty(value: Any) -> bool:
     """Whether a key says nothing: readers of tables fill missing keys with such values."""
-    if value is None:
+    if value is None or (isinstance(value, float) and value != value):
         return True
     return isinstance(value, str | list | tuple | Mapping) and len(value) == 0
 

@@ -334,7 +334,8 @@ def _result(message: Message, given: Mapping[str, Any]) -> Message:
 def _native_results(given: Mapping[str, Any]) -> Iterator[Message]:
     """Results that stand in the message of their calls, as Gemma 4's first template has them."""
     responses = given.get("tool_responses")
-    for response in [] if is_empty(responses) else responses:
+    responses = [] if is_empty(responses) else responses
+    for response in responses if is_list(responses) else [responses]:
         if not isinstance(response, Mapping) or response.get("response") is None:
             raise ValueError(
                 f"'tool_responses': expected 'name' and 'response', found {response!r:.80}"

@@ -71,6 +71,7 @@ class Row:
         form: the key under which its conversation stands.
         messages: the prompt with its history, or the whole conversation.
         completion: the answer where it stands by itself; None: it has none.
+        answer: the key of that answer.
         whole: whether answers in `messages` are learnt too.
         text: a prompt that already follows the template; `messages` is empty then.
         images: those beside the messages; None: the row has no such column.
@@ -80,6 +81,7 @@ class Row:
     form: str
     messages: list[Message]
     completion: list[Message] | None
+    answer: str | None
     whole: bool
     text: str | None
     images: list[Any] | None
@@ -145,22 +147,23 @@ def read_row(
     if column is not None and row.get(column) is None:
         raise ValueError(f"it has no column {column!r}, which data.prompt_column names")
     if form is None:
-        _refuseform_of(row, expected)
+        _refuse_form(row, expected)
     consumed = {*keys.CONSUMED, form, *(("input",) if form == "instruction" else ())}
-    text, completion = None, None
+    text, completion, answer = None, None, None
     if form in keys.CONVERSATIONS:
         messages = read_messages(_pairs(row[form]), form)
         if not is_empty(row.get("history")):
             raise ValueError(f"'history' stands beside {form!r}; put it into the messages")
     else:
         messages, text = _prompt(row, form)
-        answer = None if column is not None else first_of(row, keys.ANSWERS)
-        if answer is not None and not answered:
-            completion = _completion(row[answer], answer)
+        if column is None and not answered:
+            answer = first_of(row, keys.ANSWERS)
+            completion = None if answer is None else _completion(row[answer], answer)
     return Row(
         form,
         with_system(messages, row, text),
         completion,
+        answer,
         form in keys.CONVERSATIONS or not is_empty(row.get("history")),
         text,
         _beside(row),
@@ -186,7 +189,7 @@ def form_of(row: Mapping[str, Any], *, answered: bool) -> str | None:
     return form
 
 
-def _refuseform_of(row: Mapping[str, Any], expected: str) -> None:
+def _refuse_form(row: Mapping[str, Any], expected: str) -> None:
     hint = ""
     if any(row.get(key) is not None for key in keys.CHOSEN):
         hint = "; it is a row of preferences, which DPO and ORPO train on"
@@ -226,6 +229,8 @@ def _prompt(row: Mapping[str, Any], form: str) -> tuple[list[Message], str | Non
             "messages"
         )
     history = [] if is_empty(row.get("history")) else row["history"]
+    if not is_list(history):
+        raise ValueError(f"'history': expected a list of pairs, found {type(history).__name__}")
     messages = []
     for pair in history:
         if not is_list(pair) or len(pair) != 2 or not all(isinstance(s, str) for s in pair):
@@ -280,7 +285,7 @@ def _arguments(row: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(
             f"'chat_template_kwargs': expected an object, found {type(given).__name__}"
         )
-    given = {} if given is None else {k: v for k, v in given.items() if v is not None}
+    given = {} if is_empty(given) else {k: v for k, v in given.items() if v is not None}
     thinking = row.get("enable_thinking")
     if thinking is not None:
         if not isinstance(thinking, bool):
