@@ -83,12 +83,14 @@ def test_sft_with_a_shipped_config_trains_an_adapter_that_generate_uses(
     model, output = tiny_checkpoint("demo"), tmp_path / "run"
     overrides = [
         *(f"model={model}", f"data.path={conversation}", f"output_dir={output}", "max_steps=1"),
-        *("data.max_soft_tokens=70", "gradient_accumulation_steps=1", "report_to=none"),
+        *("data.max_soft_tokens=70", "gradient_accumulation_steps=1"),
     ]
     assert main(["sft", str(ROOT / "configs/sft/e2b_lora_image.yaml"), *overrides]) == 0
     assert (output / "adapter" / "adapter_model.safetensors").is_file()
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert re.fullmatch(rf"Curves: .*tensorboard --logdir {output / 'tensorboard'}", last)
+    assert list((output / "tensorboard").iterdir())
 
-    capsys.readouterr()
     arguments = ["--adapter", str(output / "adapter"), "--image", str(tmp_path / "scan.png")]
     settings = ["--max-soft-tokens", "70", "--max-new-tokens", "3"]
     assert main(["generate", str(model), "What is this?", *arguments, *settings]) == 0

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a wheel holds, and how its recipes are found from any folder."""
 
+import importlib
+import importlib.util
 import shutil
 import subprocess
 import sys
@@ -10,7 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from tunix_gemma4 import extras
 from tunix_gemma4.__main__ import main
+from tunix_gemma4.recipes import common
+from tunix_gemma4.recipes.run_config import RunConfig
 from tunix_gemma4.recipes.shipped import find_recipe, recipe_names
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -98,3 +103,67 @@ def test_recipes_are_listed_and_printed(capsys):
     assert main(["recipes", "grpo/e2b_gsm8k_v5e8"]) == 0
     printed = capsys.readouterr().out
     assert printed == (ROOT / "configs/grpo/e2b_gsm8k_v5e8.yaml").read_text()
+
+
+@pytest.fixture
+def without(monkeypatch, tmp_path):
+    """`without("wandb")`: as if that were not installed, but for a folder that lies about."""
+
+    def without(*modules):
+        find = importlib.util.find_spec
+
+        def find_spec(name, package=None):
+            return None if name in modules else find(name, package)
+
+        monkeypatch.setattr(importlib.util, "find_spec", find_spec)
+
+    monkeypatch.chdir(tmp_path)
+    return without
+
+
+@pytest.mark.parametrize("recipe", ["sft/e2b_lora_image", "grpo/e2b_images_1gpu"])
+def test_missing_wandb_is_one_line_before_anything_is_loaded(recipe, without, tmp_path, capsys):
+    without("wandb")
+    (tmp_path / "model").mkdir()
+    settings = ["model=model", "data.path=none.jsonl", "output_dir=out", "report_to=wandb"]
+    command = recipe.split("/")[0]
+    assert main([command, recipe, *settings]) == 2
+    assert capsys.readouterr().err == (
+        f"tunix-gemma4 {command}: report_to: wandb needs wandb, which is not installed; "
+        "pip install 'tunix-gemma4[wandb]'\n"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["demo", "demo-rl"])
+@pytest.mark.parametrize("module", ["sklearn", "matplotlib"])
+def test_missing_extra_of_a_demo_is_one_line_at_its_start(
+    command, module, without, tmp_path, capsys
+):
+    without(module)
+    assert main([command, "--output-dir", "out"]) == 2
+    said = capsys.readouterr()
+    assert f"needs {module}, which is not installed; pip install 'tunix-gemma4[demo]'" in said.err
+    assert (said.err.count("\n"), said.out) == (1, "")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_in_the_way_is_no_package(tmp_path, monkeypatch):
+    (tmp_path / "wandb_of_runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend("")
+    assert not extras.is_installed("wandb_of_runs")
+    (tmp_path / "wandb_of_runs" / "__init__.py").touch()
+    importlib.invalidate_caches()
+    assert extras.is_installed("wandb_of_runs")
+
+
+def test_the_end_of_a_run_says_what_shows_its_curves(without, capsys):
+    without("tensorboard")
+    done = "2 steps done. Saved: model\n"
+    for report_to in ("none", "wandb"):
+        common.say_done(RunConfig(output_dir="out", report_to=report_to), 2, ["model"])
+        assert capsys.readouterr().out == done
+    common.say_done(RunConfig(output_dir="out"), 2, ["model"])
+    curves = f"Curves: pip install tensorboard, then tensorboard --logdir {Path('out/tensorboard')}"
+    assert capsys.readouterr().out == f"{done}{curves}\n"

@@ -15,7 +15,7 @@ NAME = PACKAGE.name
 
 # From the bottom up. A module imports its own layer or a lower one, never a higher one.
 LAYERS = (
-    ("config", "sharding"),
+    ("config", "extras", "sharding"),
     ("model", "planning"),
     ("weights", "losses", "processor"),
     ("checkpoint", "data", "lora", "sampling", "tiny", "parity", "params"),

@@ -13,6 +13,7 @@ from tunix.sft.metrics_logger import MetricsLoggerOptions, TensorboardBackend, W
 from tunix.sft.peft_trainer import TrainingConfig
 
 from ..config_domains import require
+from ..extras import require_extra
 from .checkpoints import Kept
 
 CHECKPOINTS = "checkpoints"
@@ -80,6 +81,12 @@ def training_fields(
     }
 
 
+def require_backend(report_to: str) -> None:
+    """Raises ValueError where what `report_to` names is not installed."""
+    if report_to == "wandb":
+        require_extra("wandb", "wandb", "report_to: wandb")
+
+
 def _metrics_options(output_dir: Path, report_to: str) -> MetricsLoggerOptions | None:
     """One backend. Tunix's own choice would also start a wandb run wherever wandb is installed."""
     directory = str(output_dir / TENSORBOARD)
@@ -91,6 +98,7 @@ def _metrics_options(output_dir: Path, report_to: str) -> MetricsLoggerOptions |
         return None
     if report_to not in backends:
         raise ValueError(f"report_to: expected tensorboard, wandb or none, found {report_to!r}")
+    require_backend(report_to)
     return MetricsLoggerOptions(
         log_dir=directory, backend_kwargs={"custom_backend": [backends[report_to]]}
     )

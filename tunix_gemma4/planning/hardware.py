@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.util
 import math
 import os
 import re
@@ -13,6 +12,8 @@ from collections.abc import Sequence
 
 import jax
 from jax.experimental import topologies
+
+from ..extras import require_extra
 
 GIB = 2**30
 
@@ -118,16 +119,8 @@ def _cpus(count: int) -> Sequence[jax.Device]:
     return devices[:count]
 
 
-def _require(module: str, kind: str, extra: str) -> None:
-    if importlib.util.find_spec(module) is None:
-        raise ValueError(
-            f"topology: {kind} needs its compiler, and {module} is not installed; "
-            f"pip install 'tunix-gemma4[{extra}]'"
-        )
-
-
 def _tpus(topology: str) -> Sequence[jax.Device]:
-    _require("libtpu", "a TPU", "aot")
+    require_extra("libtpu", "aot", "topology: the compiler of a TPU")
     # The compiler would else look for the TPU's own machine, and warn.
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
@@ -140,7 +133,7 @@ def _tpus(topology: str) -> Sequence[jax.Device]:
 
 
 def _gpus(kind: str, count: int) -> Sequence[jax.Device]:
-    _require("jax_cuda12_plugin", "a GPU", "aot-gpu")
+    require_extra("jax_cuda12_plugin", "aot-gpu", "topology: the compiler of a GPU")
     options = {"topology": f"1x1x{count}", "target_config": _target(kind, _GPUS[kind])}
     try:
         return topologies.get_topology_desc(platform="cuda", topology_name="", **options).devices

@@ -17,8 +17,9 @@ from jax.sharding import AxisType, Mesh
 from ..checkpoint import load_checkpoint, save_checkpoint
 from ..checkpoint_disk import write_text
 from ..config import ModelConfig
+from ..extras import is_installed
 from ..host.optimizer import make_optimizer, make_schedule
-from ..host.settings import CHECKPOINTS
+from ..host.settings import CHECKPOINTS, TENSORBOARD, require_backend
 from ..lora import LoraConfig, apply_lora, merge_lora, save_adapter
 from ..model.gemma4 import num_parameters
 from ..model.stacking import stack_layers, unstack_layers
@@ -38,6 +39,7 @@ def prepare_output(config: TrainSettings, fixed: Sequence[str]) -> Path:
         fixed: settings that a run which is resumed must have had.
     """
     _require_directory(config.model)
+    require_backend(config.report_to)
     output = Path(config.output_dir)
     settings = output / SETTINGS
     # Supervised runs keep theirs in this directory, others in one of each model.
@@ -243,6 +245,17 @@ def save(config: TrainSettings, model: nnx.Module, output: Path) -> list[Path]:
         return [output / ADAPTER]
     save_checkpoint(merge_lora(model), output / MODEL)
     return [output / ADAPTER, output / MODEL]
+
+
+def say_done(config: TrainSettings, steps: int, saved: Sequence[Path]) -> None:
+    """Says that a run has ended well, where everything is and what shows its curves."""
+    say(f"{steps} steps done. Saved: {', '.join(map(str, saved))}")
+    if config.report_to != "tensorboard":
+        return
+    viewer = f"tensorboard --logdir {Path(config.output_dir) / TENSORBOARD}"
+    if not is_installed("tensorboard"):
+        viewer = f"pip install tensorboard, then {viewer}"
+    say(f"Curves: {viewer}")
 
 
 def say(text: str) -> None:

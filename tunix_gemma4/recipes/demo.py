@@ -23,7 +23,16 @@ from ..tiny import build_tiny_checkpoint
 from . import sft
 from .common import ADAPTER, MODEL
 from .compile_cache import compilation_cache
-from .digits import DIGIT, MINUS, NUM_CURVE, Task, TaskData, write_scans, write_task
+from .digits import (
+    DIGIT,
+    MINUS,
+    NUM_CURVE,
+    Task,
+    TaskData,
+    require_demo,
+    write_scans,
+    write_task,
+)
 from .run_config import load_run_config
 
 ANSWER_TOKENS = 3  # a digit, the end of the turn, and one to spare
@@ -67,6 +76,7 @@ def run(output_dir: str | Path = "outputs/demo", overrides: tuple[str, ...] = ()
         0 if every target was met, otherwise 1.
     """
     start = time.perf_counter()
+    require_demo()
     output = unused(Path(output_dir))
     base = build_tiny_checkpoint(output / "base", preset="demo")
     scans, digits = write_scans(output / "data")
@@ -227,10 +237,6 @@ def draw(stages: list[Stage], data: list[TaskData], path: Path) -> None:
 
 def new_figure(figsize: tuple[float, float]) -> Any:
     """An empty figure of matplotlib's, in inches."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError(
-            "the demo needs matplotlib for its curves: pip install 'tunix-gemma4[demo]'"
-        ) from error
+    from matplotlib.figure import Figure
+
     return Figure(figsize=figsize, layout="constrained")

@@ -29,7 +29,7 @@ from .arithmetic import write_sums
 from .common import MODEL
 from .compile_cache import compilation_cache
 from .demo import accuracy, answers_to, new_figure, questions, unused
-from .digits import DIGIT, TaskData, write_blank, write_scans, write_task
+from .digits import DIGIT, TaskData, require_demo, write_blank, write_scans, write_task
 from .rl_config import load_grpo_config
 from .run_config import load_run_config
 
@@ -123,6 +123,7 @@ def run(output_dir: str | Path = "outputs/demo-rl", overrides: Sequence[str] = (
         0 if the targets were met, otherwise 1.
     """
     begin = time.perf_counter()
+    require_demo()
     output = unused(Path(output_dir))
     subject = digits(output / "data")
     print("== supervised fine-tuning, stopped early")

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ..extras import require_extra
+
 NUM_HELD_OUT = 360
 NUM_CURVE = 120  # held-out scans that are looked at while training
 
@@ -48,18 +50,20 @@ class TaskData:
     held_out: list[dict]
 
 
+def require_demo() -> None:
+    """Raises ValueError unless the images and the curves of the demos can be made."""
+    for module, use in (("sklearn", "its images"), ("matplotlib", "its curves")):
+        require_extra(module, "demo", f"the demo, for {use},")
+
+
 def write_scans(directory: Path) -> tuple[list[Path], list[int]]:
     """Writes scikit-learn's 1,797 scans of 8 x 8 pixels as PNG files, in a fixed random order.
 
     Returns:
         Their paths and the digits that were written.
     """
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise ValueError(
-            "the demo needs scikit-learn for its images: pip install 'tunix-gemma4[demo]'"
-        ) from error
+    from sklearn.datasets import load_digits
+
     scans = load_digits()
     folder = directory / "scans"
     folder.mkdir(parents=True)

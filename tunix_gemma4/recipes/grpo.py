@@ -85,6 +85,7 @@ def run(config: GrpoRunConfig, *, after_step: Callable[[Any], None] | None = Non
             `train_steps` tells how many it has taken by then.
     """
     register()
+    reward_functions(config)  # What cannot be imported is named before anything is loaded.
     output = common.prepare_output(config, _FIXED)
     record = Record(output, config, source_files(config.reward_functions))
     mesh, rollout_mesh = make_meshes(config)
@@ -93,8 +94,7 @@ def run(config: GrpoRunConfig, *, after_step: Callable[[Any], None] | None = Non
     is_older = not common.check_file(output, "train").is_file()
     rows = prompt_rows(config.data.path, processor, config, output)
     eval_ds = eval_batches(config, processor, output)
-    say(f"{len(rows)} prompts in {config.data.path}. The first:")
-    say(first_prompt(rows, processor))
+    say(f"{len(rows)} prompts in {config.data.path}. The first:\n{first_prompt(rows, processor)}")
 
     policy, reference = prepare_models(config, common.load_base(config, mesh))
     record.settle()
@@ -137,7 +137,7 @@ def run(config: GrpoRunConfig, *, after_step: Callable[[Any], None] | None = Non
     saved = common.save(config, trainer.model, output)
     if rows.left_out:
         say(f"{config.data.path}: {rows.left_out}")
-    say(f"{trainer.train_steps} steps done. Saved: {', '.join(map(str, saved))}")
+    common.say_done(config, trainer.train_steps, saved)
     return Result(trainer.model, processor, trainer.train_steps, saved, trainer.metrics_logger)
 
 

@@ -81,7 +81,7 @@ def run(config: RunConfig, *, after_eval: Callable[[Gemma4Trainer], None] | None
     saved = common.save(config, model, output)
     if train_ds.left_out():
         say(f"{config.data.path}: {train_ds.left_out()}")
-    say(f"{trainer.train_steps} steps done. Saved: {', '.join(map(str, saved))}")
+    common.say_done(config, trainer.train_steps, saved)
     return Result(model, processor, trainer, saved)
 
 
