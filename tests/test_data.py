@@ -573,6 +573,9 @@ def test_a_row_with_more_images_than_any_bucket_is_named():
         ({"num_epochs": 0}, "num_epochs: expected at least 1, found 0"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps: expected at least 1"),
         ({"prefetch": -1}, "prefetch: expected at least 0"),
+        ({"seed": -1}, "seed: expected at least 0, found -1"),
+        ({"max_length": float("nan")}, "max_length: expected a whole number of at least 1"),
+        ({"image_buckets": (0, -1)}, "image_buckets: expected at least 0, found -1"),
         ({"bucket_lengths": (64, 128)}, "bucket_lengths: .* max_length=150, found .64, 128."),
         ({"image_buckets": ()}, "image_buckets: expected numbers of images"),
         ({"process_index": 2, "process_count": 2}, "process_index: expected 0 to 1, found 2"),
@@ -659,3 +662,10 @@ def test_the_real_processor_feeds_the_pipeline(tiny_dir, tmp_path):
 
 def _opened(part, folder):
     return part if part["type"] == "text" else {**part, "image": str(folder / part["image"])}
+
+
+def test_a_batch_knows_its_rows():
+    data = dataset([row(i) for i in range(5)], batch_size=4, shuffle=True, num_epochs=1)
+    batches = list(data)
+    assert sorted(np.concatenate([batch.rows for batch in batches])) == [-1, -1, -1, 0, 1, 2, 3, 4]
+    assert data.name == "the given sequence"

@@ -35,6 +35,7 @@ def draw_batches(config, count, bad=()):
             loss_mask=np.asarray(padding, np.int32),
             padding_mask=padding,
             loss_denominator=np.full(2, BAD if number in bad else 14.0, np.float32),
+            rows=np.array([number, -1], np.int32),
         )
         for number in range(count)
     ]
@@ -76,6 +77,7 @@ def test_the_first_loss_that_is_not_finite_stops_the_run_and_is_not_saved(tmp_pa
         )
         with pytest.raises(NonFiniteError, match=r"^step 3: the loss \(nan\) is not") as told:
             trainer.train(draw_batches(trainer.model.config, 8, bad=[2]))
+        assert "of rows 2 of the data" in str(told.value)
         assert "gradient norm" in str(told.value) and "learning rate 0.001" in str(told.value)
         trainer.checkpoint_manager._checkpoint_manager.wait_until_finished()
         assert saved_steps(tmp_path) == [1, 2]

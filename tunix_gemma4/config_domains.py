@@ -103,6 +103,7 @@ DOMAINS: dict[str, Domain] = {
     "gradient_accumulation_steps": _COUNT,
     "prefetch": _COUNT_OR_NONE,
     "max_prompt_length": _COUNT,
+    "max_response_length": _COUNT,
     "max_seq_token_per_tpu": _COUNT,
     "seed": _COUNT_OR_NONE,
     # Sampling and rewards.
@@ -130,6 +131,7 @@ DOMAINS: dict[str, Domain] = {
 
 def domain(name: str, owner: str = "") -> Domain:
     """Of a field or argument; without an entry of its own it must at least be finite."""
+    name = name.rpartition(".")[2]
     return DOMAINS.get(f"{owner}.{name}") or DOMAINS.get(name) or Domain()
 
 

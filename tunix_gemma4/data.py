@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from .config_domains import require
 from .data_buckets import bucket_lengths_up_to, sorted_image_buckets
 from .data_pipeline import BatchDataset, BatchIterator, Plan
 from .data_rows import Measure, Road
@@ -113,6 +114,7 @@ def make_dataset(
     """
     process_index = jax.process_index() if process_index is None else process_index
     process_count = jax.process_count() if process_count is None else process_count
+    require(max_length=max_length, bucket_lengths=bucket_lengths, image_buckets=image_buckets)
     image_buckets = sorted_image_buckets(image_buckets)
     return BatchDataset(
         Plan(

@@ -84,7 +84,7 @@ def bucket_lengths_up_to(max_length: int, given: Sequence[int] | None) -> tuple[
 
 def sorted_image_buckets(given: Sequence[int]) -> tuple[int, ...]:
     """The numbers of images per row that a batch may have, in order."""
-    if not given or min(given) < 0:
+    if not given:
         raise ValueError(
             f"image_buckets: expected numbers of images, such as (0, 1, 2), found {given}."
         )

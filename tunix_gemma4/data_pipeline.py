@@ -28,10 +28,12 @@ import grain
 import numpy as np
 from absl import logging
 
+from .config_domains import require
 from .data_buckets import Buckets, MicroBatch, count_batches
 from .data_check import Checked, Checker, How, fingerprints_text
 from .data_rows import Encoder, Parts, Road, Row
 from .data_sources import Rows, find_rows
+from .processor import Batch
 
 _ENCODING_THREADS = 4
 _STATE_VERSION = 1
@@ -69,14 +71,8 @@ class Plan:
     skip_bad_rows: bool = False
 
     def __post_init__(self):
-        least = {"batch_size": 1, "gradient_accumulation_steps": 1, "prefetch": 0}
-        if self.num_epochs is not None:
-            least["num_epochs"] = 1
-        found = {name: (vars(self)[name], value) for name, value in least.items()}
-        found |= {name: (value, 1) for name, value in self.road.limits.items()}
-        for name, (value, lowest) in found.items():
-            if value < lowest:
-                raise ValueError(f"{name}: expected at least {lowest}, found {value}.")
+        named = ("batch_size", "gradient_accumulation_steps", "prefetch", "num_epochs", "seed")
+        require(**{name: vars(self)[name] for name in named}, **self.road.limits)
         if self.batch_size % self.process_count:
             raise ValueError(
                 f"batch_size: expected a multiple of the number of processes, "
@@ -288,7 +284,11 @@ class _StepIterator(grain.DatasetIterator):
         ]
         # A step without a single supervised token has loss 0, not 0 / 0.
         denominator = max(self._supervised, 1) / plan.gradient_accumulation_steps
-        return plan.road.collate(examples, micro_batch.shape, size, denominator)
+        batch = plan.road.collate(examples, micro_batch.shape, size, denominator)
+        if not isinstance(batch, Batch):
+            return batch
+        indices = [row.index for row in own] + [-1] * (size - len(own))
+        return batch.replace(rows=np.array(indices, np.int32))
 
     def get_state(self) -> dict:
         return {
@@ -420,6 +420,11 @@ class BatchDataset(grain.IterDataset):
                 )
             )
         )
+
+    @property
+    def name(self) -> str:
+        """Of the source, for messages."""
+        return self._plan.rows.name
 
     @property
     def num_rows(self) -> int:

@@ -50,6 +50,8 @@ class Batch:
             of its micro-batches. The data pipeline knows it.
         token_type_ids: int32; 1 at image placeholders, 0 elsewhere. Only on request: the model
             does not need it.
+        rows: int32; which of the source's rows each is, -1 where there is none. The data pipeline
+            knows it; for messages.
     """
 
     tokens: Int[np.ndarray, "B T"]
@@ -58,6 +60,7 @@ class Batch:
     images: Float[np.ndarray, "B I M C"] | None = None
     loss_denominator: Float[np.ndarray, " B"] | None = None
     token_type_ids: Int[np.ndarray, "B T"] | None = None
+    rows: Int[np.ndarray, " B"] | None = None
 
 
 class Processor:

@@ -54,9 +54,9 @@ def require_finite(arrays: Mapping[str, Any], what: str) -> None:
         )
 
 
-def shown(names: list[str]) -> str:
+def shown(names: list[str], most: int = _SHOWN) -> str:
     """The first few of `names`."""
-    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
 @jax.jit

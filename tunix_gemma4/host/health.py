@@ -188,8 +188,18 @@ class Health:
         latest = self._pending[-1] if self._pending else step
         self._state = not Flags(*np.asarray(latest.flags).tolist()).state
         self._pending.clear()
-        self._failure = f"{said}. {self._cause(step)}. Nothing of this step is saved"
+        said += f".{self._rows(step)} {self._cause(step)}"
+        self._failure = f"{said}. Nothing of this step is saved"
         raise NonFiniteError(self._failure)
+
+    def _rows(self, step: _Step) -> str:
+        """Which rows of the data the batch is made of, where the pipeline tells."""
+        rows = getattr(step.inputs, "rows", None)
+        if rows is None or not getattr(rows, "is_fully_addressable", True):
+            return ""
+        listed = shown([str(row) for row in np.asarray(rows).tolist() if row >= 0], most=16)
+        source = getattr(self._trainer().data_hooks, "name", "the data")
+        return f" Its batch is of rows {listed} of {source}."
 
     def _cause(self, step: _Step) -> str:
         """The likely one; the run is over, so this may take its time."""

@@ -64,6 +64,7 @@ class PositionedData(hooks.DataHooks):
     """
 
     def __init__(self, dataset: BatchDataset, position: dict[str, Any] | None):
+        self.name = dataset.name
         self._iterator = iter(dataset)
         if position is not None:
             self._iterator.set_state(position)
