@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a wheel holds, and how its recipes are found from any folder."""
 
+import configparser
 import importlib
 import importlib.util
+import re
 import shutil
 import subprocess
 import sys
@@ -103,6 +105,22 @@ def test_recipes_are_listed_and_printed(capsys):
     assert main(["recipes", "grpo/e2b_gsm8k_v5e8"]) == 0
     printed = capsys.readouterr().out
     assert printed == (ROOT / "configs/grpo/e2b_gsm8k_v5e8.yaml").read_text()
+
+
+def test_extras_that_pages_and_messages_name_exist():
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / "setup.cfg")
+    extras = set(settings["options.extras_require"])
+    files = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    files += (ROOT / "tunix_gemma4").rglob("*.py")
+    pattern = re.compile(r"(?:install [^`\n]*?[\"'.\w$-]|tunix-gemma4)\[([a-z][a-z0-9,-]*)\]")
+    named = {
+        extra
+        for file in files
+        for names in pattern.findall(file.read_text())
+        for extra in names.split(",")
+    }
+    assert {"cuda", "tpu", "wandb", "parity", "demo", "aot"} <= named <= extras
 
 
 @pytest.fixture
