@@ -173,6 +173,13 @@ def test_mistaken_name_is_answered_with_what_there_is(spec, message):
         load_reward(spec)
 
 
+@pytest.mark.parametrize("line", ["import sys; sys.exit(0)", "1 / 0", "def f(:"])
+def test_file_that_cannot_be_run_is_named(line, tmp_path):
+    (tmp_path / "mine.py").write_text(line)
+    with pytest.raises(ValueError, match=r"mine\.py: cannot be imported: \w+"):
+        load_reward(f"{tmp_path / 'mine.py'}:f")
+
+
 def test_weighted_reward_keeps_name_and_signature():
     function = weighted(rewards.exact_answer, 0.25)
     assert function.__name__ == "exact_answer"

@@ -2,6 +2,8 @@
 """Rewards that go wrong stop the run and name the sample."""
 
 import math
+import sys
+import threading
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from tunix.rl.reward_manager import SequenceRewardManager
 import tunix_gemma4
 from tunix_gemma4.host.binding import Bound, bind
 from tunix_gemma4.host.metric_names import MetricNames
+from tunix_gemma4.host.reward_time import limited
 from tunix_gemma4.host.rewards import (
     RewardError,
     checked,
@@ -98,6 +101,42 @@ def test_a_crash_of_the_whole_batch_says_that_no_sample_alone_caused_it():
 
     with pytest.raises(RewardError, match="(?s)no spread.*each of the 3 samples alone"):
         call(spread)
+
+
+def test_sys_exit_is_an_error_of_the_function_and_the_sample():
+    def leave(prompts, completions, answer):
+        if "stop" in answer:
+            sys.exit(0)
+        return [0.0] * len(prompts)
+
+    with pytest.raises(RewardError, match="(?s)leave raised SystemExit: 0.*sample 2: prompt 'p2'"):
+        call(leave, answer=["go", "go", "stop"])
+
+
+def test_function_that_does_not_return_is_named(monkeypatch, caplog):
+    threads = set()
+
+    def ponder(prompts, completions, answer):
+        threads.add(threading.get_ident())
+        if answer[0] == "slowly":
+            threading.Event().wait()
+        if answer[0] == "wrong":
+            raise KeyError("x")
+        return [1.0] * len(prompts)
+
+    quick = checked(limited(ponder, 5.0))
+    for _ in range(2):
+        assert quick(PROMPTS, COMPLETIONS, answer=["quickly"] * 3) == [1.0] * 3
+    assert len(threads) == 1 and threading.get_ident() not in threads
+    with pytest.raises(
+        RewardError, match=r"(?s)ponder raised KeyError: 'x'\nsample 0: prompt 'p0'"
+    ):
+        quick(PROMPTS, COMPLETIONS, answer=["wrong"] * 3)
+    monkeypatch.setattr("tunix_gemma4.host.reward_time.WARN_AFTER", 0.02)
+    message = r"(?s)ponder did not return within reward_timeout=0.2 seconds.* 3 completions.*'p0'"
+    with pytest.raises(RewardError, match=message):
+        checked(limited(ponder, 0.2))(PROMPTS, COMPLETIONS, answer=["slowly"] * 3)
+    assert "reward function ponder has not returned for 0 seconds" in caplog.text
 
 
 CONVERSATIONS = [[{"role": "user", "content": name}] for name in PROMPTS]

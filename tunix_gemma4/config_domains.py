@@ -75,6 +75,7 @@ DOMAINS: dict[str, Domain] = {
     "save_steps": _COUNT,
     "save_total_limit": _COUNT,
     "keep_steps": _COUNT,
+    "reward_timeout": _ABOVE,
     "warmup_steps": _COUNT_OR_NONE,
     "max_skipped_steps": _COUNT_OR_NONE,
     "max_inflight_computations": Domain(whole=True),  # At most 0 is no limit.

@@ -10,7 +10,6 @@ import base64
 import collections
 import dataclasses
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -21,6 +20,7 @@ import grain
 import numpy as np
 from tqdm import tqdm
 
+from .checkpoint_disk import write_text
 from .data_rows import Encoder, Measure, RowError
 
 How = str | int | bool | None
@@ -245,8 +245,5 @@ def _write(cache: Path | None, key: str, found: Checked, rows: np.ndarray | None
     for name in ("measures", "kept"):
         fields[name] = [[*measure, count] for measure, count in fields[name].items()]
     cache.parent.mkdir(parents=True, exist_ok=True)
-    beside = cache.with_name(f".{cache.name}.{os.getpid()}")
-    beside.write_text(
-        json.dumps({"key": key, "found": fields, "rows": fingerprints_text(rows)}), "utf-8"
-    )
-    beside.replace(cache)
+    content = {"key": key, "found": fields, "rows": fingerprints_text(rows)}
+    write_text(cache, json.dumps(content))

@@ -21,6 +21,7 @@ import numpy as np
 from ..processor_images import to_rgb
 from .binding import bound
 from .prompts import IMAGE_COLUMNS
+from .reward_time import RewardTimeout, Timed, limit_of
 
 RewardFn = Callable[..., list[float | None]]
 # What a function may ask for besides columns of the data.
@@ -51,6 +52,11 @@ def checked(reward_fn: RewardFn) -> Callable[..., list[float]]:
     # The host's own count the letters of a completion.
     of_host = (getattr(reward_fn, "__module__", None) or "").split(".")[0] == "tunix"
 
+    timed = Timed(called, limit_of(reward_fn))
+
+    def call(given: dict[str, Any]) -> Any:
+        return timed(lambda: _call(reward_fn, given))
+
     @functools.wraps(reward_fn)
     def reward(prompts: list[Any], completions: list[str], **columns: Any) -> list[float]:
         work = bound()
@@ -65,12 +71,18 @@ def checked(reward_fn: RewardFn) -> Callable[..., list[float]]:
             given = {name: value for name, value in given.items() if name in names}
         given |= {name: _pictures(given[name]) for name in IMAGE_COLUMNS if name in given}
         try:
-            found = _call(reward_fn, given)
-        except Exception as error:
-            message = f"reward function {called} raised {type(error).__name__}: {error}"
+            found = call(given)
+        except RewardTimeout as error:
+            first = _sample(0, prompts, said)
             raise RewardError(
-                f"{message}{_hint(error, said)}\n{_culprit(reward_fn, given, prompts, said)}"
+                f"{error}; it had {len(said)} completions, the first is:\n{first}"
             ) from error
+        except (Exception, SystemExit) as error:
+            message = f"reward function {called} raised {type(error).__name__}: {error}"
+            culprit = _culprit(
+                lambda one: timed(lambda: _call(reward_fn, one)), given, prompts, said
+            )
+            raise RewardError(f"{message}{_hint(error, said)}\n{culprit}") from error
         return _numbers(called, found, prompts, said)
 
     reward.__name__ = called
@@ -169,9 +181,9 @@ def _is_finite(rewards: Any) -> Any:
 
 
 def _culprit(
-    reward_fn: RewardFn, given: dict[str, Any], prompts: list[Any], completions: list[Any]
+    call: Callable, given: dict[str, Any], prompts: list[Any], completions: list[Any]
 ) -> str:
-    """The first sample that raises by itself."""
+    """The first sample that raises by itself, or does not return in time."""
     count = len(completions)
     for index in range(count):
         one = {
@@ -179,8 +191,8 @@ def _culprit(
             for name, value in given.items()
         }
         try:
-            _call(reward_fn, one)
-        except Exception:
+            call(one)
+        except (Exception, SystemExit):
             return _sample(index, prompts, completions)
     return f"each of the {count} samples alone is accepted; the first is:\n" + _sample(
         0, prompts, completions

@@ -27,6 +27,7 @@ from ..host.grpo import (
     make_rollout_config,
 )
 from ..host.register import register
+from ..host.reward_time import limited
 from ..host.rl_report import Report
 from ..lora import reference_model
 from ..processor import Processor
@@ -317,7 +318,10 @@ def rollout_of(config: GrpoRunConfig):
 def reward_functions(config: GrpoRunConfig) -> list[RewardFn]:
     """The reward functions that the settings name, weighted."""
     weights = config.reward_weights or itertools.repeat(1.0)
-    return [
+    functions = [
         load_reward(spec) if weight == 1 else weighted(load_reward(spec), weight)
         for spec, weight in zip(config.reward_functions, weights, strict=False)
     ]
+    if config.reward_timeout is None:
+        return functions
+    return [limited(function, config.reward_timeout) for function in functions]

@@ -250,18 +250,18 @@ def _form(name: str) -> str:
 
 
 def _module(place: str) -> Any:
-    if place.endswith(".py"):
-        path = Path(place)
-        if not path.is_file():
-            raise ValueError(f"{path}: there is no such file (current folder: {Path.cwd()})")
+    path = Path(place)
+    if place.endswith(".py") and not path.is_file():
+        raise ValueError(f"{path}: there is no such file (current folder: {Path.cwd()})")
+    try:
+        if not place.endswith(".py"):
+            return importlib.import_module(place)
         module_spec = importlib.util.spec_from_file_location(path.stem, path)
         module = importlib.util.module_from_spec(module_spec)
         module_spec.loader.exec_module(module)
         return module
-    try:
-        return importlib.import_module(place)
-    except ImportError as error:
-        raise ValueError(f"{place}: cannot be imported: {error}") from error
+    except (Exception, SystemExit) as error:  # Whatever the file does when it is run.
+        raise ValueError(f"{place}: cannot be imported: {type(error).__name__}: {error}") from error
 
 
 def weighted(reward_fn: RewardFn, weight: float) -> RewardFn:

@@ -66,6 +66,8 @@ class GrpoRunConfig(TrainSettings):
             "soft_overlong(max_length=1200, buffer=300)", "package.module:function" or
             "path/to/file.py:function". Their rewards are added.
         reward_weights: a factor for each; null: 1.
+        reward_timeout: seconds that a reward function may take for the completions of a batch; the
+            run ends when one takes longer. null: any time, with a warning after a minute.
         loss_type: "grpo", "gspo" (one importance ratio per sequence), "dr_grpo" (advantages
             without the standard deviation, sums over a fixed length) or "dapo" (mean over tokens,
             no KL penalty, a wider clip above).
@@ -94,6 +96,7 @@ class GrpoRunConfig(TrainSettings):
     data: PromptConfig = dataclasses.field(default_factory=PromptConfig)
     reward_functions: list[str] = MISSING
     reward_weights: list[float] | None = None
+    reward_timeout: float | None = None
     loss_type: str = "grpo"
     num_generations: int = 8
     num_iterations: int = 1
