@@ -25,6 +25,7 @@ from .config import ModelConfig
 from .model.masks import Visibility
 from .parity_inputs import make_inputs
 from .processor import Batch
+from .processor_files import NO_CODE
 
 RELATIVE = 1e-4  # Of a row's largest value.
 _LAST = 64  # Logits are compared at the last tokens: over the whole text they fill the memory.
@@ -156,7 +157,7 @@ def _run_transformers(
     model_class = getattr(transformers, f"Gemma4{unified}ForConditionalGeneration")
     # "eager" takes the prepared masks as they are.
     model = model_class.from_pretrained(
-        directory, dtype=getattr(torch, config.dtype.name), attn_implementation="eager"
+        directory, dtype=getattr(torch, config.dtype.name), attn_implementation="eager", **NO_CODE
     ).eval()
     values: dict[tuple[str, str], np.ndarray] = {}
     noise: dict[tuple[str, str], float] = {}

@@ -7,7 +7,6 @@ conversation -> Example (tokens, which of them are answers, patches of its image
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -21,6 +20,7 @@ from .config import ModelConfig
 from .config_checks import refuse_ids_beyond
 from .processor_chat import ChatFormat, Segment, special_tokens, text_tokenizer
 from .processor_conversation import Conversation, read_conversation
+from .processor_files import load_tokenizer, stop_ids_of
 from .processor_images import ImagePacker, soft_tokens_of
 from .processor_turns import each_turn, keep_thoughts
 
@@ -138,31 +138,14 @@ class Processor:
             transformers_alpha: drop the transparency of images, as transformers does, instead of
                 laying them on white.
         """
-        from transformers import AutoTokenizer
-
         directory = Path(directory)
         config = ModelConfig.from_hf(directory)
-        if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-            raise ValueError(
-                f"{directory}: there is no tokenizer.json; copy the tokenizer files of the "
-                "checkpoint here"
-            )
-        tokenizer = AutoTokenizer.from_pretrained(directory)
+        tokenizer = load_tokenizer(directory)
         refuse_ids_beyond(str(directory), tokenizer.get_vocab(), config)
-        if not tokenizer.chat_template:
-            raise ValueError(
-                f"{directory}: it has no chat template, as the pre-trained checkpoints have none; "
-                "use the instruction-tuned directory (its name ends in -it), or copy its "
-                "chat_template.jinja here"
-            )
-        path = directory / "generation_config.json"
-        stop = json.loads(path.read_text("utf-8")).get("eos_token_id") if path.is_file() else None
+        stop = stop_ids_of(directory)
         if stop is None:
-            stop = config.source.get("eos_token_id")
-            config.eos_token_id = config.eos_token_id if stop is None else stop
-            stop = None
-        elif isinstance(stop, int):
-            stop = [stop]
+            own = config.source.get("eos_token_id")
+            config.eos_token_id = config.eos_token_id if own is None else own
         try:
             return cls(
                 tokenizer,

@@ -6,7 +6,6 @@ from __future__ import annotations
 import base64
 import binascii
 import io
-import json
 import re
 import urllib.parse
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image, ImageOps
 
+from .config_json import read_json
 from .config_parts import VisionConfig
 
 SOFT_TOKEN_BUDGETS = (70, 140, 280, 560, 1120)
@@ -46,12 +46,13 @@ def soft_tokens_of(directory: str | Path, given: int | None = None) -> int:
         path = Path(directory) / name
         if not path.is_file():
             continue
-        try:
-            config = json.loads(path.read_bytes())
-            config = config.get("image_processor", config) or {}
-            found = config.get("max_soft_tokens")
-        except (ValueError, AttributeError) as error:
-            raise ValueError(f"{path}: expected a JSON object ({error})") from error
+        config = read_json(path)
+        config = config.get("image_processor", config) or {}
+        if not isinstance(config, dict):
+            raise ValueError(
+                f"{path}: image_processor: expected a JSON object, found {type(config).__name__}"
+            )
+        found = config.get("max_soft_tokens")
         if found is None:
             continue
         if found not in SOFT_TOKEN_BUDGETS:
