@@ -224,8 +224,10 @@ def _generate(options: argparse.Namespace) -> int:
     from .lora import load_adapter
     from .lora_peft import check_adapter
     from .processor import Processor
-    from .sampling import generate
+    from .sampling import check_settings, generate
 
+    sampling = (options.temperature, options.top_k, options.top_p)
+    check_settings(options.max_new_tokens, *sampling)
     if options.adapter is not None:
         check_adapter(options.adapter)
     processor = Processor.from_pretrained(options.model, options.max_soft_tokens)

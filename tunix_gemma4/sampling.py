@@ -90,7 +90,8 @@ def generate(
             settings that contradict each other.
     """
     config = model.config
-    _check_settings(max_new_tokens, temperature, top_k, top_p)
+    check_settings(max_new_tokens, temperature, top_k, top_p)
+    require(image_repeats=image_repeats)
     _check_prompts(config, batch, image_repeats)
     rules = _Rules(
         stop_ids=jnp.ravel(jnp.array(config.eos_token_id if stop_ids is None else stop_ids)),
@@ -192,10 +193,10 @@ def _check_prompts(config: ModelConfig, batch: Batch, image_repeats: int) -> Non
         )
 
 
-def _check_settings(
+def check_settings(
     max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None
 ) -> None:
-    """Raises ValueError for settings that cannot be meant."""
+    """Raises ValueError for settings of `generate` that cannot be meant."""
     numbers = {"max_new_tokens": max_new_tokens, "temperature": temperature}
     require("generate", **numbers, top_k=top_k, top_p=top_p)
     if temperature == 0 and (top_k, top_p) != (None, None):

@@ -183,7 +183,7 @@ class Health:
             logging.warning("%s; this step changes nothing (on_nonfinite: skip).", said)
             return
         if flags.exceeded:
-            said += f", and more steps were skipped than max_skipped_steps ({flags.skipped})"
+            said += f", and {flags.skipped} steps were skipped, more than max_skipped_steps"
         # Steps that were started since may have carried it into the state.
         latest = self._pending[-1] if self._pending else step
         self._state = not Flags(*np.asarray(latest.flags).tolist()).state
@@ -214,6 +214,12 @@ class Health:
         said = f"The batch holds NaN or infinity ({shown(inputs)}). " if inputs else ""
         if inputs and not any(name.endswith("logps") for name in inputs):
             return said.removesuffix(". ")
+        if self._finite is None and step.number > 1:
+            return (
+                f"{said}It is the first step since the run was resumed, from a checkpoint whose "
+                "numbers are finite but too large, or a batch that makes it so: go on from an "
+                "earlier checkpoint with a lower learning_rate"
+            )
         if self._finite is None:
             return (
                 f"{said}It is the first step that this process took: a weight of the model, or its "

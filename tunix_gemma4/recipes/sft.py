@@ -68,6 +68,8 @@ def run(config: RunConfig, *, after_eval: Callable[[Gemma4Trainer], None] | None
     say(f"{train_ds.num_rows} rows in {config.data.path}. The first:")
     say(first_row(config, processor, train_ds))
 
+    say_of_estimate(config, train_ds)
+
     model = prepare_model(config, common.load_base(config, mesh))
     record.settle(rows_are_known=train_ds.rows_are_known)
     trainer = make_trainer(
@@ -174,6 +176,17 @@ def make_trainer(
         log=say,
         after_eval=after_eval,
     )
+
+
+def say_of_estimate(config: RunConfig, train_ds: BatchDataset) -> None:
+    """Says where the learning rate cannot be planned exactly: it ends with rows not yet read."""
+    whole = train_ds.checked is not None and train_ds.checked.is_whole
+    if config.max_steps is None and config.lr_scheduler_type != "constant" and not whole:
+        steps = total_steps(config, train_ds.num_rows, train_ds.steps_per_epoch())
+        say(
+            f"The learning rate is planned for about {steps} steps, because not all rows were "
+            "checked; data.check=all makes it exact."
+        )
 
 
 def total_steps(config: RunConfig, num_rows: int, steps_per_epoch: int | None = None) -> int:
