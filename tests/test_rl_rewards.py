@@ -158,6 +158,18 @@ def test_completions_of_conversations_are_messages():
     ]
 
 
+def test_thought_before_an_answer_is_a_key_of_its_own():
+    def thought(completions):
+        (said,) = completions[0]
+        assert said["reasoning_content"] == "2 and 2" and said["content"] == "4"
+        assert "reasoning_content" not in completions[1][0]
+        return [1.0] * 2
+
+    given = ["<|channel>thought\n2 and 2\n<channel|>4", "<|channel>thought\nwithout end"]
+    with bind(Bound(prompts=CONVERSATIONS[:2])):
+        assert checked(thought)(prompts=["?"] * 2, completions=given) == [1.0, 1.0]
+
+
 def test_function_written_for_strings_is_told_of_messages():
     def length(prompts, completions):
         return [float(said.strip() == "") for said in completions]

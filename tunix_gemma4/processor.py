@@ -84,6 +84,7 @@ class Processor:
         thinking: bool = False,
         thoughts: str = "last",
         transformers_alpha: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ):
         if thoughts not in THOUGHTS:
             raise ValueError(f"thoughts: expected one of {THOUGHTS}, found {thoughts!r}")
@@ -101,7 +102,9 @@ class Processor:
         special = special_tokens(tokenizer) | {self._image_token, *bounds}
         self._special_ids = {token: tokenizer.convert_tokens_to_ids(token) for token in special}
         self._text_tokenizer = text_tokenizer(tokenizer, special)
-        self.chat = ChatFormat(tokenizer, sorted(special), thinking=thinking)
+        self.chat = ChatFormat(
+            tokenizer, sorted(special), thinking=thinking, arguments=chat_template_kwargs
+        )
         if stop_ids is None:
             eos = config.eos_token_id
             stop_ids = [eos] if isinstance(eos, int) else list(eos)
@@ -124,6 +127,7 @@ class Processor:
         thinking: bool = False,
         thoughts: str = "last",
         transformers_alpha: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> Processor:
         """Reads tokenizer, chat template, special ids and stop list from a checkpoint directory.
 
@@ -137,6 +141,7 @@ class Processor:
                 which `encode_all` makes a row of each turn.
             transformers_alpha: drop the transparency of images, as transformers does, instead of
                 laying them on white.
+            chat_template_kwargs: other arguments of the chat template; a row's own go before them.
         """
         directory = Path(directory)
         config = ModelConfig.from_hf(directory)
@@ -155,6 +160,7 @@ class Processor:
                 thinking=thinking,
                 thoughts=thoughts,
                 transformers_alpha=transformers_alpha,
+                chat_template_kwargs=chat_template_kwargs,
             )
         except ValueError as error:
             raise ValueError(f"{directory}: {error}") from error

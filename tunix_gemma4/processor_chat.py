@@ -45,8 +45,19 @@ class ChatFormat:
             the empty thought of 12B, 26B-A4B and 31B, nothing for E2B and E4B.
     """
 
-    def __init__(self, tokenizer: Any, special_tokens: Sequence[str], *, thinking: bool = False):
-        self._tokenizer, self._thinking = tokenizer, thinking
+    def __init__(
+        self,
+        tokenizer: Any,
+        special_tokens: Sequence[str],
+        *,
+        thinking: bool = False,
+        arguments: Mapping[str, Any] | None = None,
+    ):
+        self._tokenizer = tokenizer
+        self._check_arguments(arguments or {})
+        self._arguments = {"enable_thinking": thinking} | dict(arguments or {})
+        if thinking and not self._arguments["enable_thinking"]:
+            raise ValueError("'chat_template_kwargs': enable_thinking is off, and thinking on")
         self._special = _any_of(special_tokens)
         self._special_in_answer = _any_of([t for t in special_tokens if t not in _GRAMMAR])
         self._prefixes: dict[str, list[Segment]] = {}
@@ -103,7 +114,7 @@ class ChatFormat:
         """What the template makes of `messages`."""
         import jinja2
 
-        settings = {"enable_thinking": self._thinking} | dict(arguments or {})
+        settings = self._arguments | dict(arguments or {})
         try:
             return self._tokenizer.apply_chat_template(
                 messages,

@@ -143,6 +143,15 @@ def _is_given(given: Mapping[str, Any], key: str) -> bool:
     return not is_empty(given.get(key))
 
 
+def split_thought(text: str) -> tuple[str, str]:
+    """A thought at the beginning of what a model has said, "" if there is none, and the rest."""
+    said = []
+    while match := _CHANNEL.match(text):
+        said.append(match[1].strip("\n"))
+        text = text[match.end() :]
+    return "\n".join(said), text
+
+
 # ---- Loss switches and thoughts.
 
 
@@ -183,16 +192,13 @@ def _think(message: Message, given: Mapping[str, Any]) -> None:
             thoughts.append(value)
     content = message.content
     first = content if isinstance(content, str) else content[0].get("text", "") if content else ""
-    said = []
-    while match := _CHANNEL.match(first):
-        said.append(match[1].strip("\n"))
-        first = first[match.end() :]
-    if said:
-        thoughts.append("\n".join(said))
+    said, rest = split_thought(first)
+    if rest != first:
+        thoughts.append(said)
         if isinstance(content, str):
-            message.content = first
+            message.content = rest
         else:
-            message.content = [{"type": "text", "text": first}] * bool(first) + content[1:]
+            message.content = [{"type": "text", "text": rest}] * bool(rest) + content[1:]
     thoughts = list(dict.fromkeys(thought.strip("\n") for thought in thoughts if thought.strip()))
     if len(thoughts) > 1:
         raise ValueError(

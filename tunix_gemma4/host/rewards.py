@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from ..processor_images import to_rgb
+from ..processor_messages import split_thought
 from .binding import bound
 from .prompts import IMAGE_COLUMNS
 from .reward_time import RewardTimeout, Timed, limit_of
@@ -93,8 +94,11 @@ def _answer(prompt: Any, completion: str) -> Any:
     """A completion in the form of its prompt."""
     if isinstance(prompt, str) or not isinstance(prompt, Sequence | np.ndarray):
         return completion
-    conversational = len(prompt) and all(isinstance(message, Mapping) for message in prompt)
-    return [{"role": "assistant", "content": completion}] if conversational else completion
+    if not len(prompt) or not all(isinstance(message, Mapping) for message in prompt):
+        return completion
+    thought, text = split_thought(completion)
+    message = {"role": "assistant", "content": text}
+    return [message | ({"reasoning_content": thought} if thought else {})]
 
 
 def _pictures(cells: Any) -> Any:
