@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from tunix_gemma4.recipes.common import make_processor
 from tunix_gemma4.recipes.load_config import sections, to_yaml
 from tunix_gemma4.recipes.rl_config import GrpoRunConfig, load_grpo_config
 
@@ -44,6 +45,23 @@ def test_settings_survive_being_written_and_read(load, tmp_path):
     path = tmp_path / "written.yaml"
     path.write_text(to_yaml(config))
     assert load_grpo_config(path) == config
+
+
+def test_template_arguments_reach_the_prompts(load, tiny_checkpoint):
+    model = f"model={tiny_checkpoint('31b')}"
+    question = [{"role": "user", "content": "What?"}]
+    shown = []
+    for override in ("data.thinking=true", "data.chat_template_kwargs={enable_thinking: true}"):
+        processor = make_processor(load(model, override))
+        example = processor.encode(question, add_generation_prompt=True)
+        shown.append(processor.decode(example.tokens, skip_special_tokens=False))
+    assert shown[0] == shown[1] and "<|think|>" in shown[0]
+    with pytest.raises(ValueError, match="the chat template has no argument 'enable_thought'"):
+        make_processor(load(model, "data.chat_template_kwargs={enable_thought: true}"))
+    with pytest.raises(ValueError, match="enable_thinking is off, and thinking on"):
+        make_processor(
+            load(model, "data.thinking=true", "data.chat_template_kwargs={enable_thinking: false}")
+        )
 
 
 @pytest.mark.parametrize(

@@ -138,6 +138,7 @@ def _add_tools(commands: Any) -> None:
     generate.add_argument("--adapter", help="a directory that save_adapter or PEFT wrote")
     generate.add_argument("--max-new-tokens", type=int, default=256)
     generate.add_argument("--max-soft-tokens", type=int, help="most tokens per image")
+    generate.add_argument("--thinking", action="store_true", help="think before answering")
     generate.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token")
     generate.add_argument("--top-k", type=int)
     generate.add_argument("--top-p", type=float)
@@ -230,7 +231,9 @@ def _generate(options: argparse.Namespace) -> int:
     check_settings(options.max_new_tokens, *sampling)
     if options.adapter is not None:
         check_adapter(options.adapter)
-    processor = Processor.from_pretrained(options.model, options.max_soft_tokens)
+    processor = Processor.from_pretrained(
+        options.model, options.max_soft_tokens, thinking=options.thinking
+    )
     content = [{"type": "image", "image": path} for path in options.image]
     content.append({"type": "text", "text": options.prompt})
     prompt = processor([[{"role": "user", "content": content}]], add_generation_prompt=True)

@@ -215,6 +215,8 @@ def make_processor(config: TrainSettings) -> Processor:
         data.max_soft_tokens,
         thoughts=getattr(data, "thoughts", "last"),  # Prompts have none to learn.
         transformers_alpha=data.transformers_alpha,
+        thinking=data.thinking,
+        chat_template_kwargs=data.chat_template_kwargs,
     )
 
 

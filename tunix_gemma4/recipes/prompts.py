@@ -16,12 +16,13 @@ from ..data_pipeline import BatchDataset, Plan, follow_rows
 from ..data_rows import Measure, Road
 from ..data_sources import Rows
 from ..host.prompts import Prompt
+from ..host.rewards import CONTEXT
 from ..processor import Example, Processor
 from ..processor_conversation import Conversation
 from .rl_config import PromptConfig
 
 # Names that the host or a reward function's signature has for something else.
-_RESERVED = ("prompts", "completions", "rewards", "advantages", "mode", "trajectory_ids")
+_RESERVED = ("prompts", "completions", "rewards", "advantages", "mode", "trajectory_ids", *CONTEXT)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -37,6 +37,8 @@ class PromptConfig:
             checkpoint's processor_config.json says, or 280.
         transformers_alpha: drop the transparency of images, as transformers does, instead of
             laying them on white.
+        thinking: tell the model to think before it answers; the chat template's `enable_thinking`.
+        chat_template_kwargs: other arguments of the chat template.
         shuffle: a new order each epoch.
         check, skip_bad_rows: as in supervised data. Held-out prompts are all checked.
     """
@@ -48,6 +50,8 @@ class PromptConfig:
     max_prompt_length: int = 512
     max_soft_tokens: int | None = None
     transformers_alpha: bool = False
+    thinking: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
     shuffle: bool = True
     # Not compared: a run that is resumed may change them.
     check: Any = dataclasses.field(default=None, compare=False)

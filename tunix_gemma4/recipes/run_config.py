@@ -35,6 +35,8 @@ class DataConfig:
             "each_turn", which makes a row of each turn.
         transformers_alpha: drop the transparency of images, as transformers does, instead of
             laying them on white.
+        thinking: tell the model to think before it answers; the chat template's `enable_thinking`.
+        chat_template_kwargs: other arguments of the chat template.
         image_buckets: allowed numbers of images per row of a batch; each compiles once.
         bucket_lengths: allowed numbers of tokens per row; each compiles once. null: powers of two
             from 64, and `max_length`.
@@ -52,6 +54,8 @@ class DataConfig:
     max_soft_tokens: int | None = None
     thoughts: str = "last"
     transformers_alpha: bool = False
+    thinking: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
     image_buckets: list[int] = dataclasses.field(default_factory=lambda: [0, 1, 2, 4, 8])
     bucket_lengths: list[int] | None = None
     shuffle: bool = True
