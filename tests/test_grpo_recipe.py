@@ -164,9 +164,17 @@ def test_run_prints_the_first_prompt_the_lines_and_samples(trained):
     assert re.search(r"^eval  step 0  reward 0\.\d+  length [\d.]+$", printed, re.MULTILINE)
     assert re.search(r"^eval  step 4  reward 0\.\d+", printed, re.MULTILINE)
     lines = re.findall(
-        r"^step (\d)/5  reward [\d.]+  std .*  s/step [\d.]+$", printed, re.MULTILINE
+        r"^step (\d)/5  reward [\d.]+  std .*  epoch [\d.]+.*  s/step [\d.]+$",
+        printed,
+        re.MULTILINE,
     )
     assert lines == list("12345")
+    assert len(re.findall(r"  left \d+:\d\d  s/step", printed)) == 3  # Neither first nor last.
+    rewards = [f"{reward:.4g}" for reward in trained.result.history("rewards/score/mean")]
+    assert re.findall(r"^step \d/5  reward ([\d.]+)", printed, re.MULTILINE) == rewards
+    assert printed.index("Compiling sampling, log-probabilities and") < printed.index(
+        "eval  step 0"
+    )
     samples = re.findall(r"^    prompt     '<bos>.*\n    completion '", printed, re.MULTILINE)
     assert len(samples) == 3 * STEPS
     assert printed.endswith(f"5 steps done. Saved: {trained.output / 'adapter'}\n")

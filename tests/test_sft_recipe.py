@@ -116,9 +116,13 @@ def test_full_run_trains_in_float32_and_saves_in_the_dtype_of_the_source(
     assert (saved / "tokenizer.json").is_file()
 
 
-def test_run_prints_what_is_learnt_and_where_it_was_saved(settings, capsys, tmp_path):
+def test_run_prints_what_is_learnt_and_where_it_was_saved(settings, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     sft.run(settings(lora=LoraSettings(rank=4), max_steps=1))
-    printed = capsys.readouterr().out
+    printed, others = capsys.readouterr()
+    assert "step/s" not in others and "it/s" not in others  # No bar of the host's.
+    compiling = "Compiling the training step, once for each shape of batch: nothing more is said"
+    assert printed.index(compiling) < printed.index("step 1/1  loss ")
     assert "SUPERVISED" in printed
     assert "'0<turn|>'" in printed
     assert "Trainable parameters: " in printed

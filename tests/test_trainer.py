@@ -17,6 +17,7 @@ from tunix.sft import peft_trainer
 from tunix_gemma4 import weights
 from tunix_gemma4.data import make_dataset
 from tunix_gemma4.host.optimizer import make_optimizer, make_schedule, record_step
+from tunix_gemma4.host.progress import Progress
 from tunix_gemma4.host.settings import make_training_config
 from tunix_gemma4.host.trainer import Gemma4Trainer, TrainingConfig, model_input
 from tunix_gemma4.lora import LoraConfig, apply_lora
@@ -239,17 +240,38 @@ def test_a_step_takes_the_values_that_model_and_optimizer_have_then(lora):
     assert float(step(batch)[0]) != first
 
 
-def test_terminal_shows_a_bar_and_no_lines(monkeypatch, capsys):
+def test_a_terminal_shows_the_same_lines_and_no_bar(monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     model = random_model("demo")
     lines = []
-    config = TrainingConfig(eval_every_n_steps=1, max_steps=2)
-    trainer = Gemma4Trainer(model, optax.sgd(0.0), config, logging_steps=1, log=lines.append)
-    trainer.train(draw_batches(model.config, steps=2), draw_batches(model.config, steps=1))
+    config = TrainingConfig(eval_every_n_steps=2, max_steps=3)
+    trainer = Gemma4Trainer(
+        model, optax.sgd(1e-2), config, logging_steps=2, log=lines.append, progress=Progress(3, 2)
+    )
+    trainer.train(draw_batches(model.config, steps=3), draw_batches(model.config, steps=1))
     shown = capsys.readouterr()
-    assert "Training: 100%" in shown.err
-    assert "eval  step 2" in shown.out
-    assert lines == [line for line in lines if line.startswith("eval  step 0")]
+    assert not shown.err and not shown.out
+    kinds = [line.split()[0] for line in lines]
+    assert kinds == ["eval", "eval", "step", "step", "eval"]
+    losses = trainer.history("loss")
+    for line, step in zip((line for line in lines if line[0] == "s"), (2, 3), strict=True):
+        # The value of this step, no mean.
+        assert line.startswith(f"step {step}/3  loss {losses[step - 1]:.4f}  ")
+        assert f"epoch {step / 2:.2f}" in line
+        assert ("left 0:0" in line) == (step == 2)
+
+
+def test_progress_is_told_as_far_as_it_is_known(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    progress = Progress(1000, 50.0, estimated=True)
+    assert progress.rest(0) == ["epoch 0.00"]
+    for step in (1, 2, 3):  # The first, which compiles, says nothing about the others.
+        now[0] += 500 if step == 1 else 7.5
+        progress.ended(step)
+    assert (progress.place(3), progress.rest(3)) == ("step 3/~1000", ["epoch 0.06", "left 2:04:38"])
+    assert progress.rest(1000) == ["epoch 20.00"]
+    assert (Progress().place(3), Progress().rest(3)) == ("step 3", [])
 
 
 @pytest.fixture(scope="module")

@@ -84,7 +84,8 @@ class StepMetrics:
             self._since += time.perf_counter() - start
 
     def report(self, trainer: Any, step: int) -> None:
-        """Writes a line every `logging_steps`: means since the last one, where that makes sense."""
+        """Writes a line every `logging_steps`: values of the step, rates since the last line."""
+        trainer.progress.ended(step)
         if step % self._logging_steps and step != trainer.config.max_steps:
             return
         losses = trainer.history("loss")
@@ -92,16 +93,16 @@ class StepMetrics:
         self._reported = len(losses)
         seconds = sum(trainer.history("step_time_s")[new])
         rates = trainer.history("learning_rate")
-        total = f"/{trainer.config.max_steps}" if trainer.config.max_steps else ""
         # A step that was skipped would hide the loss of the others.
         finite = [loss for loss in losses[new] if np.isfinite(loss)]
-        parts = [f"step {step}{total}", f"loss {np.mean(finite or losses[new]):.4f}"]
+        parts = [trainer.progress.place(step), f"loss {(finite or losses[new])[-1]:.4f}"]
         parts += [f"lr {rates[-1]:.2e}"] if rates else []
         parts += [
             f"grad norm {trainer.history('grad_norm')[-1]:.3g}",
             f"supervised {int(sum(trainer.history('supervised_tokens')[new]))}",
             f"tokens/s {sum(trainer.history('tokens')[new]) / seconds:.0f}",
             f"s/step {seconds / (new.stop - new.start):.3g}",
+            *trainer.progress.rest(step),
         ]
         skipped = trainer.history("skipped_steps")
         parts += [f"skipped {skipped[-1]:.0f}"] if skipped and skipped[-1] else []

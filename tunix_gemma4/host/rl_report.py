@@ -15,8 +15,9 @@ from tunix.sft import hooks
 from .grpo import ACTOR
 from .hooks import extends, overrides
 from .learner import EXTRA
+from .progress import NoBar, Progress
 
-# Short name, and the metric's prefix and name. Means since the last line.
+# Short name, and the metric's prefix and name. The latest values are shown.
 _SHOWN = (
     ("reward", "rewards", "score/mean"),
     ("std", "rewards", "score/std"),
@@ -38,7 +39,7 @@ class Report(hooks.TrainingHooks):
 
     Args:
         cluster: the run's.
-        max_steps: optimizer steps of the run.
+        progress: the run's; its total is that of optimizer steps.
         logging_steps: optimizer steps between lines.
         updates_per_batch: optimizer steps of one rollout step.
         log: takes the lines.
@@ -51,7 +52,7 @@ class Report(hooks.TrainingHooks):
         self,
         cluster: RLCluster,
         *,
-        max_steps: int,
+        progress: Progress,
         logging_steps: int,
         updates_per_batch: int,
         log: Callable[[str], None],
@@ -59,13 +60,13 @@ class Report(hooks.TrainingHooks):
         after_step: Callable[[Trainer], None] | None = None,
     ):
         self._logger = cluster.actor_trainer.metrics_logger
-        self._max_steps, self._logging_steps = max_steps, logging_steps
+        self._progress, self._logging_steps = progress, logging_steps
         self._updates, self._log = updates_per_batch, log
         self._log_completions, self._after_step = log_completions, after_step
-        self._seen: dict[tuple[str, str], int] = {}
         self._samples: list[str] = []
         cluster.with_external_metrics_logger(self.take)
         cluster.actor_trainer.with_training_hooks(self)
+        cluster.actor_trainer._pbar = NoBar()
 
     def take(self, buffer: Any) -> None:
         """Receives the metrics of a rollout step when the host has logged them."""
@@ -84,30 +85,24 @@ class Report(hooks.TrainingHooks):
     @overrides("train_ctx", "train_step", "train_loss")
     def on_train_step_end(self, train_ctx: Any, train_step: int, train_loss: float) -> None:
         """Called by the host when the metrics of an optimizer step are there."""
-        if train_step % self._logging_steps == 0 or train_step == self._max_steps:
+        self._progress.ended(train_step)
+        if train_step % self._logging_steps == 0 or train_step == self._progress.total:
             self._line(train_step)
         if self._after_step is not None:
             self._after_step(train_ctx)
 
     def _line(self, train_step: int) -> None:
-        parts = [f"step {train_step}/{self._max_steps}"]
+        parts = [self._progress.place(train_step)]
         for short, prefix, name in _SHOWN:
-            values = self._new(prefix, name)
-            if len(values):
-                parts.append(f"{short} {np.mean(values):.4g}")
+            if self._logger.metric_exists(prefix, name, "train"):
+                values = self._logger.get_metric_history(prefix, name, "train")
+                parts.append(f"{short} {values[-1]:.4g}")
+        # The time of a step stays last.
+        parts[-1:-1] = self._progress.rest(train_step)
         self._log("  ".join(parts))
         for sample in self._samples:
             self._log(sample)
         self._samples = []
-
-    def _new(self, prefix: str, name: str) -> np.ndarray:
-        """Values of a metric since the last call."""
-        if not self._logger.metric_exists(prefix, name, "train"):
-            return np.zeros(0)
-        values = np.asarray(self._logger.get_metric_history(prefix, name, "train"))
-        start = self._seen.get((prefix, name), 0)
-        self._seen[prefix, name] = len(values)
-        return values[start:]
 
     @overrides("train_ctx")
     def on_train_start(self, train_ctx: Any) -> None:

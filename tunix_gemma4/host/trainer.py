@@ -31,6 +31,7 @@ from .health import NonFiniteError, settle, state_is_finite
 from .hooks import check_host, extends, overrides
 from .metrics import StepMetrics, supervised_tokens
 from .optimizer import SkipState, StepRecord, find
+from .progress import NoBar, Progress
 from .train_step import wrap_jit_train_and_eval_step
 
 TrainingConfig = peft_trainer.TrainingConfig
@@ -123,8 +124,9 @@ class Gemma4Trainer(peft_trainer.PeftTrainer):
         training_config: Tunix's. A checkpoint in its directory is resumed from.
         metrics_logger: Tunix's; by default one is made from the config.
         logging_steps: optimizer steps between lines of text.
-        log: takes the lines, which appear where there is no progress bar, and those of evaluation.
+        log: takes the lines, those of evaluation too. The host's progress bar is never shown.
         after_eval: called with this trainer after each evaluation.
+        progress: total and epochs for the lines; by default what `max_steps` and the data tell.
     """
 
     def __init__(
@@ -137,6 +139,7 @@ class Gemma4Trainer(peft_trainer.PeftTrainer):
         logging_steps: int = 10,
         log: Callable[[str], None] = print,
         after_eval: Callable[[Gemma4Trainer], None] | None = None,
+        progress: Progress | None = None,
     ):
         check_host()
         require_fields(training_config)
@@ -154,6 +157,7 @@ class Gemma4Trainer(peft_trainer.PeftTrainer):
         self._restore()
         self.with_loss_fn(next_token_loss).with_gen_model_input_fn(model_input)
         self._log = log
+        self.progress = progress or Progress(training_config.max_steps)
         self._metrics = StepMetrics(log=log, logging_steps=logging_steps)
         self._after_eval = after_eval
         self._eval_ds: Iterable[Batch] | None = None
@@ -203,7 +207,9 @@ class Gemma4Trainer(peft_trainer.PeftTrainer):
                 data = self._positioned(train_ds)
                 stack.callback(data.close)
                 self.with_data_hooks(data)
+                self.progress.per_epoch = self.progress.per_epoch or train_ds.steps_per_epoch()
                 train_ds = ()
+            self._pbar = NoBar()
             super().train(train_ds, eval_ds, skip_jit, cache_nnx_graph=cache_nnx_graph)
 
     def _positioned(self, dataset: BatchDataset) -> PositionedData:
@@ -309,14 +315,8 @@ class Gemma4Trainer(peft_trainer.PeftTrainer):
     @overrides("metrics", "step", "loss")
     def _may_update_pbar(self, metrics, step=None, loss=None) -> None:
         super()._may_update_pbar(metrics, step, loss)
-        if self._mode == Mode.TRAIN and self._visible_bar() is None:
+        if self._mode == Mode.TRAIN:
             self._metrics.report(self, step)
-
-    def _visible_bar(self) -> Any | None:
-        """The host's progress bar, where it shows: on a terminal, if `max_steps` is known."""
-        if self._pbar is None or self._pbar.tqdm_bar.disable:
-            return None
-        return self._pbar.tqdm_bar
 
     @overrides("eval_ds", "eval_step_fn")
     def _run_eval(self, eval_ds: Iterable[Batch], eval_step_fn: Callable[..., Any]) -> None:
@@ -338,9 +338,7 @@ class Gemma4Trainer(peft_trainer.PeftTrainer):
                     "model's state is " + ("finite" if self.state_is_finite() else "not finite")
                 )
             self._log_metrics(loss=loss, step=self._train_steps)
-            bar = self._visible_bar()
-            say = self._log if bar is None else bar.write
-            say(f"eval  step {self._train_steps}  loss {loss:.4f}")
+            self._log(f"eval  step {self._train_steps}  loss {loss:.4f}")
             if self.training_hooks:
                 self.training_hooks.on_eval_step_end(self, loss)
             if self._after_eval is not None:

@@ -26,6 +26,7 @@ from ..host.grpo import (
     make_learner,
     make_rollout_config,
 )
+from ..host.progress import Progress, compiling
 from ..host.register import register
 from ..host.reward_time import limited
 from ..host.rl_report import Report
@@ -120,7 +121,7 @@ def run(config: GrpoRunConfig, *, after_step: Callable[[Any], None] | None = Non
     trainer = cluster.actor_trainer
     Report(
         cluster,
-        max_steps=steps,
+        progress=Progress(steps, len(rows) * config.updates_per_batch / config.batch_size),
         logging_steps=config.logging_steps,
         updates_per_batch=config.updates_per_batch,
         log=say,
@@ -133,6 +134,7 @@ def run(config: GrpoRunConfig, *, after_step: Callable[[Any], None] | None = Non
             refuse_older(config, rows, directory)
         say(f"Resuming after step {trainer.train_steps} from {directory}.")
     if trainer.train_steps < steps:
+        say(compiling("sampling, log-probabilities and the training step"))
         train(config, cluster, rows, eval_ds)
 
     saved = common.save(config, trainer.model, output)

@@ -15,6 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from ..data import BatchDataset, make_dataset
+from ..host.progress import Progress, compiling
 from ..host.settings import CHECKPOINTS, make_training_config
 from ..host.trainer import Gemma4Trainer
 from ..processor import Processor
@@ -73,10 +74,16 @@ def run(config: RunConfig, *, after_eval: Callable[[Gemma4Trainer], None] | None
     model = prepare_model(config, common.load_base(config, mesh))
     record.settle(rows_are_known=train_ds.rows_are_known)
     trainer = make_trainer(
-        config, model, train_ds.num_rows, after_eval, steps_per_epoch=train_ds.steps_per_epoch()
+        config,
+        model,
+        train_ds.num_rows,
+        after_eval,
+        steps_per_epoch=train_ds.steps_per_epoch(),
+        all_checked=train_ds.checked is not None and train_ds.checked.is_whole,
     )
     if trainer.train_steps:
         say(f"Resuming after step {trainer.train_steps} from {output / CHECKPOINTS}.")
+    say(compiling("the training step, once for each shape of batch"))
     with training(trainer):
         trainer.train(train_ds, eval_ds)
 
@@ -156,8 +163,11 @@ def make_trainer(
     after_eval: Callable[[Gemma4Trainer], None] | None,
     *,
     steps_per_epoch: int | None = None,
+    all_checked: bool = False,
 ) -> Gemma4Trainer:
     """The trainer with its optimizer; it restores the latest checkpoint, if there is one."""
+    steps = total_steps(config, num_rows, steps_per_epoch)
+    estimated = not all_checked and steps != config.max_steps
     training_config = make_training_config(
         config.output_dir,
         max_steps=config.max_steps,
@@ -170,11 +180,12 @@ def make_trainer(
     )
     return Gemma4Trainer(
         model,
-        common.optimizer_of(config, total_steps(config, num_rows, steps_per_epoch)),
+        common.optimizer_of(config, steps),
         training_config,
         logging_steps=config.logging_steps,
         log=say,
         after_eval=after_eval,
+        progress=Progress(steps, steps_per_epoch, estimated=estimated),
     )
 
 
