@@ -86,7 +86,7 @@ class StepMetrics:
     def report(self, trainer: Any, step: int) -> None:
         """Writes a line every `logging_steps`: values of the step, rates since the last line."""
         trainer.progress.ended(step)
-        if step % self._logging_steps and step != trainer.config.max_steps:
+        if step % self._logging_steps and step != trainer.progress.total:
             return
         losses = trainer.history("loss")
         new = slice(self._reported, len(losses))
