@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 
 from . import oracle
 
@@ -39,6 +40,32 @@ def test_text_logits_equal_transformers_own_masks_and_positions_when_nothing_is_
     ours, _ = oracle.our_model(config, hf)(jnp.asarray(inputs.tokens))
 
     oracle.assert_agrees(f"{size} defaults", np.asarray(ours), theirs.numpy(), noise=0.0)
+
+
+def test_hidden_states_are_had_as_the_docstring_says():
+    """The lines of `output_hidden_states` give transformers' `hidden_states`."""
+    config = oracle.our_config("e2b")
+    inputs = oracle.text_inputs()
+    inputs.tokens[inputs.tokens == oracle.PAD] = oracle.FIRST_WORD
+    hf = oracle.hf_model(config, seed=3)
+    with torch.no_grad():
+        theirs = hf.model(
+            input_ids=torch.from_numpy(inputs.tokens).long(),
+            use_cache=False,
+            output_hidden_states=True,
+        )
+    model, tokens = oracle.our_model(config, hf), jnp.asarray(inputs.tokens)
+    last, _ = model(tokens, skip_lm_head=True, output_hidden_states=True)
+    states = nnx.pop(model, nnx.Intermediate)["all_hidden_states"].get_value()
+    found = (model.language_model.embed(tokens), *states)
+    expected = [state.numpy() for state in theirs.hidden_states]
+    assert len(found) == len(expected) == config.num_hidden_layers + 1
+    for index, (ours, other) in enumerate(zip(found, expected, strict=True)):
+        oracle.assert_agrees(f"hidden state {index}", np.asarray(ours), other, noise=0.0)
+    oracle.assert_agrees("last", np.asarray(last), theirs.last_hidden_state.numpy(), noise=0.0)
+    # Logits are what is returned without skip_lm_head, as in Tunix.
+    logits, _ = model(tokens, output_hidden_states=True)
+    assert logits.shape[-1] == config.vocab_size
 
 
 def test_a_window_off_by_one_would_be_noticed():

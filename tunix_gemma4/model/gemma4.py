@@ -223,8 +223,16 @@ class Gemma4ForConditionalGeneration(Gemma4Model, BackendNames):
                 whose counts differ raises, or under jit becomes NaN.
             decode_only_last_token: logits of the last token alone.
             skip_lm_head: return the final hidden states [B, T, D] in place of logits.
-            output_hidden_states: sow every layer's output as `all_hidden_states`, the final
-                normed one last.
+            output_hidden_states: as in Tunix, not as in transformers: logits are returned all the
+                same, and every layer's output is sown as `all_hidden_states`, the final normed one
+                last. For transformers' values of tokens:
+
+                    last, _ = model(tokens, skip_lm_head=True, output_hidden_states=True)
+                    states = nnx.pop(model, nnx.Intermediate)["all_hidden_states"].get_value()
+
+                `last` is its `last_hidden_state`, and `(embeddings, *states)` its `hidden_states`,
+                with `embeddings = model.language_model.embed(tokens)` where there are no images.
+                Without the pop the next call's are added to them.
             image_repeats: n: there are B / n rows of images, and each serves n rows of tokens in
                 turn, as the completions of one prompt. They are encoded once.
 
