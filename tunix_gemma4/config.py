@@ -364,7 +364,11 @@ def _read_fields(cls: type[ModelConfig], source: dict[str, Any]) -> dict[str, An
         given["layer_types"] = types = [*types[:-1], "full_attention"]
     known = {name: getattr(cls, name) for name in _TEXT_FIELDS} | DEFAULTS[model_type] | given
     settle_layers(known, text, types or _five_to_one(known["num_hidden_layers"]))
-    dtype = source.get("dtype") or source.get("torch_dtype") or text.get("dtype") or "float32"
+    dtypes = (source.get("dtype"), source.get("torch_dtype"), text.get("dtype"), "float32")
+    dtype = next(dtype for dtype in dtypes if dtype is not None)
+    if source.get("tie_word_embeddings") not in (None, True, False):
+        found = source["tie_word_embeddings"]
+        raise ValueError(f"tie_word_embeddings: expected true or false, found {found!r}")
     known |= {"model_type": model_type, "dtype": dtype, "param_dtype": dtype, "source": source}
     if model_type == "gemma4" and vision is not None:
         vision = {key: value for key, value in vision.items() if key in _VISION_FIELDS}

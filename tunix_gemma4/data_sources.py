@@ -243,7 +243,7 @@ class _ParquetTable:
             ) from error
         try:
             self._table = pyarrow.parquet.read_table(path)
-        except pyarrow.ArrowException as error:
+        except (pyarrow.ArrowException, OSError) as error:
             raise ValueError(f"{path}: not a readable parquet file ({error}).") from error
 
     def __len__(self) -> int:

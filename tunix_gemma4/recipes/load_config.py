@@ -88,7 +88,10 @@ def load_config(kind: type[Settings], path: str | Path, overrides: Sequence[str]
             f"{path}: {', '.join(missing)} must be given, in the file or as {missing[0]}=..."
         )
     result = OmegaConf.to_object(config)
-    result.validate()
+    try:
+        result.validate()
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     return result
 
 

@@ -163,7 +163,10 @@ class GrpoRunConfig(TrainSettings):
         if not self.reward_functions:
             raise ValueError("reward_functions: expected at least one, found none")
         for spec in self.reward_functions:
-            load_reward(spec)
+            try:
+                load_reward(spec)
+            except ValueError as error:
+                raise ValueError(f"reward_functions: {error}") from error
         if self.reward_weights is not None and (
             len(self.reward_weights) != len(self.reward_functions)
         ):
