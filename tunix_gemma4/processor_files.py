@@ -40,6 +40,8 @@ def load_tokenizer(directory: Path) -> Any:
     except BaseException as error:  # tokenizers' panics are no Exceptions.
         if (directory / "tokenizer.json").is_file():
             read_json(directory / "tokenizer.json")
+        if isinstance(error, UnicodeDecodeError):  # All JSON was text.
+            raise ValueError(f"{directory}: chat_template.jinja is not UTF-8 ({error})") from error
         if "auto_map" in described.get("tokenizer_config.json", {}):
             raise ValueError(
                 f"{directory / 'tokenizer_config.json'}: auto_map asks for code of its own, which "

@@ -47,7 +47,8 @@ def soft_tokens_of(directory: str | Path, given: int | None = None) -> int:
         if not path.is_file():
             continue
         config = read_json(path)
-        config = config.get("image_processor", config) or {}
+        config = config.get("image_processor", config)
+        config = {} if config is None else config
         if not isinstance(config, dict):
             raise ValueError(
                 f"{path}: image_processor: expected a JSON object, found {type(config).__name__}"
