@@ -184,7 +184,7 @@ class FakeTrainer:
     [
         (ValueError("wrong"), 2, "tunix-gemma4 sft: wrong\n"),
         (OSError(28, "No space left on device", "file"), 1, "[Errno 28] No space left"),
-        (OSError("the disk is gone"), 1, "OSError: the disk is gone"),
+        (OSError("the disk is gone"), 1, "The run writes to "),
         (NonFiniteError("step 3"), 1, "tunix-gemma4 sft: step 3"),
         (KeyError("x"), 1, "tunix-gemma4 sft: KeyError: 'x'"),
         (RuntimeError("first\nsecond"), 1, "tunix-gemma4 sft: RuntimeError: first\n"),
@@ -210,8 +210,8 @@ def test_every_error_closes_what_is_open_and_has_one_message_last(
     assert trainer.checkpoint_manager.closed and trainer.metrics_logger.closed
     said = capsys.readouterr().err
     assert message in said
+    assert "Besides, Part did not close: disk full\n" in said
     assert said.endswith(
-        "Besides, Part did not close: disk full\n"
         f"The checkpoint of step 7 is kept in {output}/checkpoints; the same command goes on from "
         "there.\n"
     )
@@ -224,6 +224,24 @@ def test_output_that_cannot_be_written_to_is_named(settings, tmp_path, capsys):
     for output, what in ((file, "is a file"), (file / "run", "cannot be made")):
         assert main(["sft", *settings(output, as_words=True)]) == 2
         assert f"output_dir: {output} {what}" in capsys.readouterr().err
+
+
+def test_second_ctrl_c_waits_for_no_thread(settings, tmp_path, monkeypatch, capsys):
+    codes = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+
+    @one_way_out
+    def run(config):
+        with training(FakeTrainer()):
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(sft, "run", run)
+    main(["sft", *settings(tmp_path / "run", as_words=True)])
+    assert codes == [130]
+    assert capsys.readouterr().err.endswith("tunix-gemma4 sft: stopped by Ctrl-C\n")
+    with stop.handled():
+        assert not stop.at_once()
 
 
 def test_mistake_leaves_no_directory_behind(settings, tmp_path):
@@ -282,6 +300,8 @@ def test_leftovers_of_dead_processes_go_and_what_they_moved_comes_back(tmp_path)
         (tmp_path / name).mkdir()
     (tmp_path / f".run_config.yaml.new-{dead}").write_text("half")
     (tmp_path / f".d.new-{alive}").mkdir()
+    clear_leftovers(tmp_path, "b")
+    assert (tmp_path / "b").is_dir() and (tmp_path / f".a.new-{dead}").is_dir()
     clear_leftovers(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [f".d.new-{alive}", "b", "c"]
 

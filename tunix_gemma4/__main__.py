@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 import traceback
@@ -32,7 +33,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         if not _answers(error):
             traceback.print_exc()
-        print(f"tunix-gemma4 {options.command}: {_message(error)}", file=sys.stderr)
+        message = _message(error, anew=options.command.startswith("demo"))
+        print(f"tunix-gemma4 {options.command}: {message}", file=sys.stderr)
+        stop = sys.modules.get(f"{__package__}.host.stop")
+        if stop is not None and stop.at_once():
+            # Python would wait for the thread of a rollout, or of a reward that never returns.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
         return code
 
 
@@ -55,14 +63,15 @@ def _exit_code(error: BaseException) -> int | None:
     return 2 if isinstance(error, ValueError) else 1
 
 
-def _message(error: BaseException) -> str:
-    """What went wrong, and the notes that the run has added to it."""
+def _message(error: BaseException, *, anew: bool = False) -> str:
+    """What went wrong, and how the run goes on; `anew`: it does not, but starts elsewhere."""
     said = str(error)
     if not _answers(error):
         said = f"{type(error).__name__}: {said.strip().partition(chr(10))[0]}"
     elif isinstance(error, OSError) and error.filename is None:
         said = f"{type(error).__name__}: {said}"
-    return "\n".join([said or "stopped", *getattr(error, "__notes__", ())])
+    notes = () if anew else getattr(error, "__notes__", ())
+    return "\n".join([said or "stopped", *notes])
 
 
 def _parser() -> argparse.ArgumentParser:

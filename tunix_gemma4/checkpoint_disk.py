@@ -49,13 +49,18 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def clear_leftovers(folder: Path) -> None:
-    """Removes what dead processes were writing in `folder`, or puts back what they had moved."""
+def clear_leftovers(folder: Path, name: str | None = None) -> None:
+    """Removes what dead processes were writing in `folder`, or puts back what they had moved.
+
+    Args:
+        folder: where to look.
+        name: of what they were writing; None: anything.
+    """
     if not folder.is_dir():
         return
     for path in sorted(folder.iterdir()):
         found = _LEFTOVER.fullmatch(path.name)
-        if found is None or _lives(int(found["pid"])):
+        if found is None or name not in (None, found["name"]) or _lives(int(found["pid"])):
             continue
         place = path.with_name(found["name"])
         if found["kind"] == "old" and not place.exists():

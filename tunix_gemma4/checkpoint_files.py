@@ -23,6 +23,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from .checkpoint_disk import beside, clear_leftovers
 from .config_json import read_json
 
 SINGLE = "model.safetensors"
@@ -357,9 +358,8 @@ def replacing(directory: Path) -> Iterator[Path]:
     """
     directory = directory.resolve()
     directory.parent.mkdir(parents=True, exist_ok=True)
-    new = directory.with_name(f".{directory.name}.new-{os.getpid()}")
-    old = directory.with_name(f".{directory.name}.old-{os.getpid()}")
-    shutil.rmtree(new, ignore_errors=True)
+    clear_leftovers(directory.parent, directory.name)
+    new, old = beside(directory, "new"), beside(directory, "old")
     new.mkdir()
     try:
         yield new

@@ -14,6 +14,8 @@ import threading
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
+import jax
+
 _NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
 
@@ -57,21 +59,24 @@ _mark = _Mark()
 def handled() -> Iterator[None]:
     """Answers both signals within; handlers that others have put in place stay theirs.
 
-    Signals reach the main thread alone: elsewhere this changes nothing.
+    Signals reach the main thread alone: elsewhere this changes nothing. Nor where there are several
+    processes, which must stop at the same step: JAX sees to that, see `CheckpointManager`.
     """
-    if threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread() or jax.process_count() > 1:
         yield
         return
     defaults = (signal.SIG_DFL, signal.default_int_handler)
     before = {number: signal.getsignal(number) for number in _NAMES}
     ours = [number for number, handler in before.items() if handler in defaults]
-    _mark.signal, _mark.at_once = None, False
+    if ours:
+        _mark.signal, _mark.at_once = None, False
     for number in ours:
         signal.signal(number, _handle)
     try:
         yield
     finally:
-        _mark.signal = None
+        if ours:
+            _mark.signal = None
         for number in ours:
             signal.signal(number, before[number])
 
@@ -79,7 +84,7 @@ def handled() -> Iterator[None]:
 def _handle(number: int, frame: Any) -> None:
     del frame
     if not _mark.waits or _mark.signal is not None:
-        _mark.at_once = True
+        _mark.at_once = _mark.waits
         end(number, f"stopped by {_NAMES[number]}")
     _mark.signal = number
     # Not print: the signal may have come in the middle of one.
@@ -109,7 +114,7 @@ def asked() -> int | None:
 
 
 def at_once() -> bool:
-    """Whether a second signal came: nothing more is to be waited for."""
+    """Whether a second signal came: no thread is to be waited for, such as that of a rollout."""
     return _mark.at_once
 
 

@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -26,6 +26,7 @@ from ..data import BatchDataset
 from ..losses import next_token_loss
 from ..processor import Batch
 from ..sharding import param_shardings
+from . import stop
 from .checkpoints import CheckpointManager
 from .health import NonFiniteError, settle, state_is_finite
 from .hooks import check_host, extends, overrides
@@ -325,6 +326,8 @@ class Gemma4Trainer(peft_trainer.PeftTrainer):
         losses, weights = [], []
         with self._metrics.paused(), self._switch_mode(Mode.EVAL):
             for batch in eval_ds:
+                if stop.asked() is not None:
+                    self._stop_here()
                 weights.append(_loss_weight(batch))
                 loss, _ = eval_step_fn(self._prepare_inputs(batch))
                 losses.append(loss)
@@ -348,6 +351,18 @@ class Gemma4Trainer(peft_trainer.PeftTrainer):
     def state_is_finite(self) -> bool:
         """Whether what a checkpoint of the latest step would hold is finite. Waits for the step."""
         return state_is_finite(self)
+
+    def _stop_here(self) -> NoReturn:
+        """Ends the run where a signal asked for it: evaluation may take long."""
+        if not self._train_steps:
+            stop.end(stop.asked(), f"stopped by {stop.name_of(stop.asked())} before the first step")
+        self.checkpoint_manager.save(
+            self._train_steps,
+            self.model,
+            self.optimizer,
+            save_only_lora_params=self._lora_enabled,
+            custom_metadata=self.custom_checkpoint_metadata(),
+        )
 
     @overrides()
     def close(self) -> None:

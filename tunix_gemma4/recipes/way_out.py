@@ -86,6 +86,8 @@ def training(trainer: Any) -> Iterator[None]:
 
 
 def _say_what_is_kept(error: BaseException, output: Path) -> None:
+    if isinstance(error, OSError) and error.filename is None:
+        error.add_note(f"The run writes to {output}.")
     checkpoints = output / CHECKPOINTS
     steps = [
         int(path.name)
