@@ -10,7 +10,7 @@ import pytest
 
 from tunix_gemma4 import LoraConfig
 from tunix_gemma4.config_domains import DOMAINS, Domain, domain, numeric_fields
-from tunix_gemma4.host.grpo import make_algorithm, make_rollout_config
+from tunix_gemma4.host.grpo import Sizes, make_algorithm, make_rollout_config
 from tunix_gemma4.host.optimizer import make_optimizer, make_schedule
 from tunix_gemma4.host.settings import make_training_config
 from tunix_gemma4.host.trainer import Gemma4Trainer, TrainingConfig
@@ -34,7 +34,9 @@ def keys(kind, prefix=""):
 
 
 LISTS = ("image_buckets", "bucket_lengths", "reward_weights")
-OTHERS = [(kind, name) for kind in (LoraConfig, TrainingConfig) for name, _ in numeric_fields(kind)]
+OTHERS = [
+    (kind, name) for kind in (LoraConfig, Sizes, TrainingConfig) for name, _ in numeric_fields(kind)
+]
 
 
 def test_every_number_has_a_domain_in_the_table():
@@ -67,10 +69,10 @@ def test_no_setting_of_a_recipe_takes_what_is_outside(tmp_path, recipe):
 
 @pytest.mark.parametrize(("kind", "name"), OTHERS)
 def test_no_field_takes_what_is_outside(kind, name):
-    least = {} if kind is LoraConfig else {"eval_every_n_steps": 1}
+    least = {TrainingConfig: {"eval_every_n_steps": 1}, Sizes: {"mini": 1, "train_micro": 1}}
     for value in (math.nan, math.inf, DOMAINS[name].low - 1, True, "1"):
         with pytest.raises(ValueError, match=f"^{name}: expected .*, found "):
-            made = kind(**least | {name: value})
+            made = kind(**least.get(kind, {}) | {name: value})
             Gemma4Trainer(None, optax.sgd(1.0), made)
 
 

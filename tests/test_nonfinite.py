@@ -42,9 +42,10 @@ def draw_batches(config, count, bad=()):
 
 
 @functools.wraps(next_token_loss)
-def sometimes_nan(*inputs):
+def sometimes_nan(*inputs, **named):
     """NaN for a `BAD` batch, as a constant: its own gradient would be 0."""
-    return jnp.where(inputs[-1][0] == BAD, jnp.nan, next_token_loss(*inputs))
+    denominator = named.get("loss_denominator", inputs[-1])
+    return jnp.where(denominator[0] == BAD, jnp.nan, next_token_loss(*inputs, **named))
 
 
 def make_trainer(directory, optimizer, *, lora=True, micro=1, save_steps=1, kind=Gemma4Trainer):
@@ -104,10 +105,14 @@ def test_a_rate_that_spoils_the_state_stops_the_run(tmp_path, lora):
 
 def test_an_infinite_weight_of_the_base_is_named(tmp_path):
     trainer = make_trainer(tmp_path, make_optimizer(optax.constant_schedule(1e-3)))
-    norm = trainer.model.language_model.norm.weight
-    norm[...] = norm[...].at[0].set(jnp.inf)
-    with pytest.raises(NonFiniteError, match=r"^step 1: .*own weights.*model\.norm\.weight"):
-        trainer.train(draw_batches(trainer.model.config, 1))
+    kernel = trainer.model.language_model.layers[0].mlp.down_proj.kernel
+    kernel[...] = kernel[...].at[0, 0].set(jnp.inf)
+    batches = draw_batches(trainer.model.config, 1)
+    message = r"^evaluation after step 0: .* of rows 0 of .*own weights.*0\.mlp\.down_proj\.kernel"
+    with pytest.raises(NonFiniteError, match=message):
+        trainer.train(batches, batches)
+    with pytest.raises(NonFiniteError, match=r"^step 1: .*own weights.*0\.mlp\.down_proj\.kernel"):
+        trainer.train(batches)
     assert saved_steps(tmp_path) == []
 
 

@@ -18,7 +18,7 @@ from tunix.rl.rl_cluster import ClusterConfig, RLCluster, RLTrainingConfig, Role
 from tunix.rl.rollout.base_rollout import RolloutConfig
 from tunix.sft import utils as sft_utils
 
-from ..config_domains import require
+from ..config_domains import require, require_fields
 from ..processor import Processor
 from .checkpoints import CheckpointManager
 from .learner import set_processor
@@ -55,6 +55,9 @@ class Sizes:
     rollout_micro: int | None = None
     logps_micro: int | None = None
     updates_per_batch: int = 1
+
+    def __post_init__(self):
+        require_fields(self)
 
 
 def make_rollout_config(

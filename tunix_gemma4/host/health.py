@@ -194,12 +194,8 @@ class Health:
 
     def _rows(self, step: _Step) -> str:
         """Which rows of the data the batch is made of, where the pipeline tells."""
-        rows = getattr(step.inputs, "rows", None)
-        if rows is None or not getattr(rows, "is_fully_addressable", True):
-            return ""
-        listed = shown([str(row) for row in np.asarray(rows).tolist() if row >= 0], most=16)
         source = getattr(self._trainer().data_hooks, "name", "the data")
-        return f" Its batch is of rows {listed} of {source}."
+        return _rows_text(getattr(step.inputs, "rows", None), source)
 
     def _cause(self, step: _Step) -> str:
         """The likely one; the run is over, so this may take its time."""
@@ -233,6 +229,32 @@ class Health:
             f"{rate}: a lower learning_rate, a longer warm-up or a smaller max_grad_norm is the "
             "usual remedy"
         )
+
+
+def _rows_text(rows: Any | None, source: str) -> str:
+    if rows is None or not getattr(rows, "is_fully_addressable", True):
+        return ""
+    listed = shown([str(row) for row in np.asarray(rows).tolist() if row >= 0], most=16)
+    return f" Its batch is of rows {listed} of {source}."
+
+
+def evaluation_text(
+    trainer: peft_trainer.PeftTrainer, losses: np.ndarray, rows: list[Any | None]
+) -> str:
+    """What to say of an evaluation that is not finite; see `Health` for the training.
+
+    Args:
+        trainer: whose trained state is finite.
+        losses: of each batch.
+        rows: of each batch, where the pipeline tells.
+    """
+    number = int(np.argmin(np.isfinite(losses)))
+    said = f"evaluation after step {trainer.train_steps}: the loss ({losses[number]}) is not finite"
+    said += f".{_rows_text(rows[number], 'the evaluation data')}"
+    frozen = nonfinite_variables(trainer.model)
+    if frozen:
+        return f"{said} The model's own weights hold NaN or infinity: {shown(frozen)}"
+    return f"{said} The model's parameters are finite: its activations are not, with these rows"
 
 
 def _is_array(value: Any) -> bool:

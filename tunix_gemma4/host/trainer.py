@@ -28,7 +28,7 @@ from ..processor import Batch
 from ..sharding import param_shardings
 from . import stop
 from .checkpoints import CheckpointManager
-from .health import NonFiniteError, settle, state_is_finite
+from .health import NonFiniteError, evaluation_text, settle, state_is_finite
 from .hooks import check_host, extends, overrides
 from .metrics import StepMetrics, supervised_tokens
 from .optimizer import SkipState, StepRecord, find
@@ -323,23 +323,24 @@ class Gemma4Trainer(peft_trainer.PeftTrainer):
     def _run_eval(self, eval_ds: Iterable[Batch], eval_step_fn: Callable[..., Any]) -> None:
         """Mean loss over all supervised tokens of `eval_ds`; the host's is a mean over batches."""
         self._jitted_eval = eval_step_fn
-        losses, weights = [], []
+        losses, weights, rows = [], [], []
         with self._metrics.paused(), self._switch_mode(Mode.EVAL):
             for batch in eval_ds:
                 if stop.asked() is not None:
                     self._stop_here()
                 weights.append(_loss_weight(batch))
+                rows.append(batch.rows)
                 loss, _ = eval_step_fn(self._prepare_inputs(batch))
                 losses.append(loss)
             if not sum(weights):
                 raise ValueError("eval_ds: it has no supervised token; nothing can be evaluated")
-            loss = float(np.dot(jax.device_get(losses), weights) / sum(weights))
+            losses = jax.device_get(losses)
             settle(self)
-            if not math.isfinite(loss) and find(self.optimizer.opt_state, SkipState) is None:
-                raise NonFiniteError(
-                    f"evaluation after step {self._train_steps}: the loss is {loss}, and the "
-                    "model's state is " + ("finite" if self.state_is_finite() else "not finite")
-                )
+            if not np.isfinite(losses).all() and find(self.optimizer.opt_state, SkipState) is None:
+                if self._train_steps:
+                    self._save_last_checkpoint()  # What was trained is finite.
+                raise NonFiniteError(evaluation_text(self, losses, rows))
+            loss = float(np.dot(losses, weights) / sum(weights))
             self._log_metrics(loss=loss, step=self._train_steps)
             self._log(f"eval  step {self._train_steps}  loss {loss:.4f}")
             if self.training_hooks:
