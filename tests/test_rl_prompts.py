@@ -135,6 +135,27 @@ def test_columns_come_back_as_they_were_given(reader):
     assert unwrap(read["weight"]) == [0.5, 2.0]
 
 
+def test_columns_that_say_something_of_the_prompt_are_read(processor, reader):
+    tool = {"name": "lookup", "parameters": {"type": "object"}}
+    batch = {
+        "prompts": [question("what")],
+        "system": ["Be brief."],
+        "tools": [[tool]],
+        "enable_thinking": [True],
+        "label": [3],
+    }
+    read = reader.read(batch)
+    row = {name: cells[0] for name, cells in batch.items()} | {"messages": question("what")}
+    expected = processor.encode(row, add_generation_prompt=True)
+    np.testing.assert_array_equal(read["prompts"][0].example.tokens, expected.tokens)
+    assert unwrap(read["tools"]) == [[tool]]
+    judged = {"prompts": [question("what")], "label": [True]}
+    with pytest.raises(ValueError, match="prompt 1: 'label' is feedback"):
+        reader.read(judged)
+    asked = PromptReader(None, lambda: processor, max_prompt_length=150, names={"label"})
+    assert unwrap(asked.read(judged)["label"]) == [True]
+
+
 @pytest.mark.parametrize(
     ("batch", "message"),
     [

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -20,6 +21,7 @@ from tunix.rl.rl_cluster import Mode
 
 from ..model.gemma4 import Gemma4ForConditionalGeneration
 from ..processor import Processor
+from ..processor_keys import REFUSED
 from .binding import Bound, bind, bound
 from .metric_names import MetricNames
 from .prompts import IMAGE_COLUMNS, Prompt, PromptReader, unwrap
@@ -128,17 +130,23 @@ def wrap_train(original: Callable) -> Callable:
             trainer.with_rl_metrics_to_log(trainer.rl_metrics_to_log | METRICS)
         read = {}
         for mode, dataset in ((Mode.TRAIN, train_ds), (Mode.EVAL, eval_ds)):
-            read[mode] = (
-                None if dataset is None else _Read(dataset, _reader(cluster, rollout, mode))
-            )
+            read[mode] = None if dataset is None else _Read(dataset, _reader(self, rollout, mode))
         return original(self, read[Mode.TRAIN], read[Mode.EVAL], *args, **kwargs)
 
     return train
 
 
-def _reader(rl_cluster: Any, rollout: Rollout, mode: Mode) -> PromptReader:
-    length = _rollout_config(rl_cluster, mode).max_prompt_length
-    return PromptReader(rollout.tokenize, lambda: rollout.processor, length)
+def _reader(learner: Any, rollout: Rollout, mode: Mode) -> PromptReader:
+    length = _rollout_config(learner.rl_cluster, mode).max_prompt_length
+    asked = [
+        parameter
+        for reward_fn in learner.reward_manager.reward_fns
+        for parameter in inspect.signature(reward_fn).parameters.values()
+    ]
+    names = {parameter.name for parameter in asked}
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in asked):
+        names |= REFUSED.keys()  # It gets every column.
+    return PromptReader(rollout.tokenize, lambda: rollout.processor, length, names)
 
 
 def _rollout_config(rl_cluster: Any, mode: Mode) -> Any:

@@ -9,12 +9,13 @@ scalars. So every cell travels as one opaque object in a one-dimensional array.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from ..processor import Example, Processor
+from ..processor_keys import REFUSED, SYSTEMS, TEMPLATE, TOOLS
 
 PROMPTS, IMAGE_COLUMNS = "prompts", ("images", "image")
 
@@ -65,6 +66,7 @@ class PromptReader:
         processor: for conversations and images; made when first needed.
         max_prompt_length: longer prompts are refused, because a cut one has lost its end or part
             of an image.
+        names: columns that reward functions ask for, which are not refused whatever they mean.
     """
 
     def __init__(
@@ -72,7 +74,9 @@ class PromptReader:
         tokenize: Callable[[str], Sequence[int]],
         processor: Callable[[], Processor],
         max_prompt_length: int,
+        names: Collection[str] = (),
     ):
+        self._names = frozenset(names)
         self._tokenize = tokenize
         self._processor = processor
         self._max_length = max_prompt_length
@@ -98,9 +102,10 @@ class PromptReader:
         images = [list(_images(row)) for row in zip(*_present(columns), strict=True)]
         images = images or [[]] * len(columns[PROMPTS])
         prompts = []
-        for given, beside in zip(columns[PROMPTS], images, strict=True):
+        for index, (given, beside) in enumerate(zip(columns[PROMPTS], images, strict=True)):
+            keys = {name: columns[name][index] for name in self._meant(columns)}
             try:
-                prompts.append(self._prompt(given, beside))
+                prompts.append(self._prompt(given, beside, keys))
             except MemoryError:
                 raise
             except Exception as error:
@@ -110,13 +115,19 @@ class PromptReader:
         read = {name: column([Cell(cell) for cell in cells]) for name, cells in columns.items()}
         return read | {PROMPTS: column(prompts)}
 
-    def _prompt(self, given: Any, images: list[Any]) -> Prompt:
+    def _meant(self, columns: Collection[str]) -> list[str]:
+        """Columns that say something of the prompt, or that no prompt may have."""
+        meant = (*SYSTEMS, *TOOLS, *TEMPLATE, *(REFUSED.keys() - self._names))
+        return [name for name in columns if name in meant]
+
+    def _prompt(self, given: Any, images: list[Any], keys: Mapping[str, Any]) -> Prompt:
         if isinstance(given, Prompt):
             prompt = given  # Read by a data set of this package, its images too.
         elif isinstance(given, str):
             prompt = self._templated(str(given), images)
         else:
-            row = {"messages": given, "images": images} if images else given
+            row = dict(given) if isinstance(given, Mapping) else {"messages": given}
+            row = {**keys, **row} | ({"images": images} if images else {})
             processor = self._processor()
             example = processor.encode(row, add_generation_prompt=True)
             text = processor.decode(example.tokens, skip_special_tokens=False)
