@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import inspect
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import flax
@@ -128,25 +128,27 @@ def wrap_train(original: Callable) -> Callable:
         if not _packs(self):
             trainer = cluster.actor_trainer
             trainer.with_rl_metrics_to_log(trainer.rl_metrics_to_log | METRICS)
-        read = {}
+        read, names = {}, _asked_for(self.reward_manager.reward_fns)
         for mode, dataset in ((Mode.TRAIN, train_ds), (Mode.EVAL, eval_ds)):
-            read[mode] = None if dataset is None else _Read(dataset, _reader(self, rollout, mode))
+            reader = _reader(cluster, rollout, mode, names)
+            read[mode] = None if dataset is None else _Read(dataset, reader)
         return original(self, read[Mode.TRAIN], read[Mode.EVAL], *args, **kwargs)
 
     return train
 
 
-def _reader(learner: Any, rollout: Rollout, mode: Mode) -> PromptReader:
-    length = _rollout_config(learner.rl_cluster, mode).max_prompt_length
-    asked = [
-        parameter
-        for reward_fn in learner.reward_manager.reward_fns
-        for parameter in inspect.signature(reward_fn).parameters.values()
-    ]
-    names = {parameter.name for parameter in asked}
-    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in asked):
-        names |= REFUSED.keys()  # It gets every column.
+def _reader(
+    rl_cluster: Any, rollout: Rollout, mode: Mode, names: Collection[str] = ()
+) -> PromptReader:
+    length = _rollout_config(rl_cluster, mode).max_prompt_length
     return PromptReader(rollout.tokenize, lambda: rollout.processor, length, names)
+
+
+def _asked_for(reward_fns: Iterable[Callable]) -> set[str]:
+    """Columns that reward functions name, or, where one takes all, whatever there may be."""
+    asked = [p for fn in reward_fns for p in inspect.signature(fn).parameters.values()]
+    takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in asked)
+    return {parameter.name for parameter in asked} | (REFUSED.keys() if takes_all else set())
 
 
 def _rollout_config(rl_cluster: Any, mode: Mode) -> Any:
