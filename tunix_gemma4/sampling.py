@@ -91,7 +91,6 @@ def generate(
     """
     config = model.config
     check_settings(max_new_tokens, temperature, top_k, top_p)
-    require(image_repeats=image_repeats)
     _check_prompts(config, batch, image_repeats)
     rules = _Rules(
         stop_ids=jnp.ravel(jnp.array(config.eos_token_id if stop_ids is None else stop_ids)),
@@ -171,6 +170,7 @@ def _check_prompts(config: ModelConfig, batch: Batch, image_repeats: int) -> Non
 
     The model itself would answer an image that does not fit with NaN, since it is compiled here.
     """
+    require(image_repeats=image_repeats)
     last = jnp.asarray(batch.padding_mask)[:, -1] != 0
     if not last.all():
         raise ValueError(

@@ -68,7 +68,6 @@ def run(config: RunConfig, *, after_eval: Callable[[Gemma4Trainer], None] | None
     check_datasets(config, output, train_ds, eval_ds)
     say(f"{train_ds.num_rows} rows in {config.data.path}. The first:")
     say(first_row(config, processor, train_ds))
-
     say_of_estimate(config, train_ds)
 
     model = prepare_model(config, common.load_base(config, mesh))
