@@ -214,9 +214,8 @@ class Gemma4ForConditionalGeneration(Gemma4Model, BackendNames):
             positions: int [B, T]; None counts from 0 within each segment, or on from the cache.
             cache: from `init_cache`; the new tokens are stored behind those in it.
             attention_mask: bool or int [B, T, S], S = T or the cache's length, true where a key
-                may be seen: causal and not padding. Any axis may be 1, for all alike: [1, T, T],
-                [B, 1, S]. None means causal. Causality, windows, segments and image blocks are
-                added here.
+                may be seen: causal and not padding. Any axis may be 1, for all alike. None means
+                causal. Causality, windows, segments and image blocks are added here.
             segment_ids: int [B, T]; tokens see their own segment alone. Not with a cache.
             images: float32 [B, I, M, 3 * patch_size**2 + 2], patches and their (x, y), (-1, -1)
                 for padding. The k-th placeholder of a row takes the row's k-th soft token. A row
@@ -233,8 +232,7 @@ class Gemma4ForConditionalGeneration(Gemma4Model, BackendNames):
                 `last` is its `last_hidden_state`, and `(embeddings, *states)` its `hidden_states`,
                 with `embeddings = model.language_model.embed(tokens)` where there are no images.
                 Without the pop the next call's are added to them.
-            image_repeats: n: there are B / n rows of images, and each serves n rows of tokens in
-                turn, as the completions of one prompt. They are encoded once.
+            image_repeats: n: each of B / n rows of images serves n rows of tokens in turn.
 
         Returns:
             Logits float32 [B, T, V], soft-capped, and the new cache, or None without one.

@@ -50,6 +50,10 @@ _FIXED = (
 )
 
 
+# Of `host.settings.training_fields`.
+_OUTPUT = ("eval_steps", "save_steps", "save_total_limit", "keep_steps", "report_to")
+
+
 @dataclasses.dataclass
 class Result:
     """What a run leaves.
@@ -102,9 +106,7 @@ def run(config: GrpoRunConfig, *, after_step: Callable[[Any], None] | None = Non
     record.settle()
     steps = total_steps(config, len(rows))
     cluster = make_cluster(
-        policy,
-        reference,
-        processor,
+        *(policy, reference, processor),
         optimizer=common.optimizer_of(config, steps),
         mesh=mesh,
         rollout_mesh=rollout_mesh,
@@ -112,11 +114,7 @@ def run(config: GrpoRunConfig, *, after_step: Callable[[Any], None] | None = Non
         rollout=rollout_of(config),
         output_dir=config.output_dir,
         max_steps=steps,
-        eval_steps=config.eval_steps,
-        save_steps=config.save_steps,
-        save_total_limit=config.save_total_limit,
-        keep_steps=config.keep_steps,
-        report_to=config.report_to,
+        **{name: vars(config)[name] for name in _OUTPUT},
     )
     trainer = cluster.actor_trainer
     Report(
