@@ -125,6 +125,35 @@ def test_trained_conversation_is_that_of_transformers_but_for_the_empty_thoughts
     assert tokens == expected["input_ids"][0].tolist()
 
 
+def test_tools_and_their_calls_are_those_of_transformers(pair):
+    ours, theirs = pair
+    function = {"name": "lookup", "description": "", "parameters": {"type": "object"}}
+    call = {"type": "function", "function": {"name": "lookup", "arguments": {"x": [1, "a"]}}}
+    messages = [
+        {"role": "user", "content": "What is this?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "name": "lookup", "content": "a cat"},
+    ]
+    tools = [{"type": "function", "function": function}]
+    expected = theirs.tokenizer.apply_chat_template(
+        messages, tools=tools, add_generation_prompt=True, return_dict=True
+    )
+    batch = ours([{"messages": messages, "tools": tools}], add_generation_prompt=True)
+    assert batch.tokens[0].tolist() == expected["input_ids"]
+
+
+def test_transparency_can_be_dropped_as_transformers_does(tiny_dir):
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 50, 4), dtype=np.uint8)
+    images = pil_backend.Gemma4ImageProcessorPil.from_pretrained(tiny_dir)
+    expected = images([Image.fromarray(pixels, "RGBA")], return_tensors="np")["pixel_values"]
+    row = [{"role": "user", "content": [{"type": "image", "image": pixels}]}]
+    ours = Processor.from_pretrained(tiny_dir, transformers_alpha=True)
+    found = ours([row], add_generation_prompt=True).images[0, ..., :-2]
+    np.testing.assert_array_equal(found, expected)
+    white = Processor.from_pretrained(tiny_dir)([row], add_generation_prompt=True)
+    assert not np.array_equal(white.images[0, ..., :-2], expected)
+
+
 @pytest.mark.parametrize("budget", [70, 280, 1120])
 @pytest.mark.parametrize("size", [(480, 640), (1080, 1920), (17, 1000), (7, 5)])
 def test_released_patches_are_those_of_transformers(budget, size):
