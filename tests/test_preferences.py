@@ -61,6 +61,24 @@ def test_a_template_that_opens_answers_with_an_empty_thought_keeps_it_in_the_pro
     assert processor.decode(read.chosen) == "nine"
 
 
+def test_a_thought_in_one_answer_alone_is_compared_with_an_empty_one(tiny_checkpoint):
+    processor = Processor.from_pretrained(tiny_checkpoint("31b"))
+    thought = [answer("nine")[0] | {"reasoning": "It has more strokes."}]
+    empty = "<|channel>thought\n<channel|>"
+    for chosen, rejected in ((thought, answer("one")), (answer("one"), thought)):
+        row = {"prompt": QUESTION, "chosen": chosen, "rejected": rejected}
+        read = read_preference(row, processor)
+        assert processor.decode(read.prompt, skip_special_tokens=False).endswith("<|turn>model\n")
+        said = {
+            processor.decode(getattr(read, side), skip_special_tokens=False)
+            for side in ("chosen", "rejected")
+        }
+        assert said == {
+            f"{empty}one<turn|>",
+            "<|channel>thought\nIt has more strokes.\n<channel|>nine<turn|>",
+        }
+
+
 @pytest.mark.parametrize(
     "row",
     [

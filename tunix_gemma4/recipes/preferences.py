@@ -59,6 +59,20 @@ def _encoded(pair: Mapping[str, Conversation], processor: Processor) -> Preferen
         except ValueError as error:
             raise ValueError(f"{name!r}: {error}") from error
     (images, tokens, chosen), (other_images, other_tokens, rejected) = sides
+    most = min(len(tokens), len(other_tokens))
+    if len(tokens) != len(other_tokens):
+        # Where a template opens answers with an empty thought, one that has a thought of its own
+        # lacks it. Beside such a one the empty thought is the other's answer, not the prompt's.
+        opening = "".join(piece.text for piece in processor.chat.prefix)
+        empty = processor.tokenizer.encode(opening, add_special_tokens=False)
+        if max(len(tokens), len(other_tokens)) == most + len(empty):
+            chosen, rejected = (
+                np.concatenate([prompt[most:], answer])
+                if prompt[most:].tolist() == empty
+                else answer
+                for prompt, answer in ((tokens, chosen), (other_tokens, rejected))
+            )
+            tokens, other_tokens = tokens[:most], other_tokens[:most]
     if not np.array_equal(tokens, other_tokens) or not _same(images, other_images):
         raise ValueError(
             "'chosen' and 'rejected' answer two different prompts; expected two conversations "
