@@ -178,6 +178,7 @@ def lower_step(shapes: Shapes):
         repeats=GENERATIONS,
         reference=True,
         old=False,
+        token_mean=False,
         temperature=1.0,
         suppressed=(0, shapes.config.image_token_id),
     )

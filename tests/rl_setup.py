@@ -43,6 +43,8 @@ def make_cluster(
     max_prompt_length=192,
     max_tokens=4,
     learning_rate=1e-2,
+    optimizer=None,
+    eval_every=1000,
     **rollout,
 ):
     """A cluster of the tiny checkpoint; the reference shares the arrays of an adapted actor."""
@@ -59,8 +61,8 @@ def make_cluster(
         rollout_engine="vanilla",
         offload_to_cpu=False,
         training_config=rl_cluster.RLTrainingConfig(
-            actor_optimizer=optax.adamw(learning_rate),
-            eval_every_n_steps=1000,
+            actor_optimizer=optimizer or optax.adamw(learning_rate),
+            eval_every_n_steps=eval_every,
             max_steps=steps,
             mini_batch_size=mini_batch_size,
             train_micro_batch_size=micro,

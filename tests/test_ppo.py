@@ -114,23 +114,36 @@ def test_a_fractional_reward_arrives_whole_in_returns_and_values(tiny_checkpoint
     def reward(prompts, completions, **columns):
         return [0.3 if answer < "c" else 0.7 for answer in columns["answer"]]
 
+    seen, update = [], cluster.update_actor
+
+    def update_actor(train_ds, *rest):
+        seen.extend(train_ds)
+        update(train_ds, *rest)
+
+    cluster.update_actor = update_actor
     learner = ppo_learner.PPOLearner(cluster, config, [reward])
     learner.train([picture_batch(seed) for seed in range(STEPS)])
     assert_ppo_metrics(cluster)
-    # Micro-batches of two rows have the one reward or the other: returns are 0.3 or 0.7.
+    # White over both micro-batches of a step, and so not in the one whose rewards are lower.
+    kept = [np.asarray(e.advantages)[np.asarray(e.completion_mask)] for e in seen]
+    for low, high in zip(kept[::2], kept[1::2], strict=True):
+        whole = np.concatenate([low, high])
+        np.testing.assert_allclose([whole.mean(), whole.std(ddof=1)], [0, 1], atol=1e-3)
+    assert kept[0].mean() < -0.5 < 0.5 < kept[1].mean()
+    # A completion has the one reward or the other: returns are 0.3 or 0.7.
     for name in ("rewards/score", "rewards/reward", "advantages/returns"):
         np.testing.assert_allclose(logged(cluster, f"{name}/min"), 0.3, rtol=1e-6)
         np.testing.assert_allclose(logged(cluster, f"{name}/max"), 0.7, rtol=1e-6)
     np.testing.assert_allclose(logged(cluster, "rewards/reward/mean"), 0.5, rtol=1e-6)
-    # A new critic expects nothing; then its values are those of the trained one.
+    # A new critic expects nothing; then its values are those of the trained one, which swing
+    # about the mean reward of 0.5 at this learning rate.
     values = logged(cluster, "advantages/old_values/mean")
-    assert values[0] == 0 and values[1] > 0.05
-    np.testing.assert_allclose(values[-2:], 0.5, atol=0.2)
+    assert values[0] == 0 and (values[1:] > 0.05).all() and (values[1:] < 1).all()
     for old, model in zip(before, models, strict=True):
         assert moved(old, weights_of(model)) > 0.9
     # All that the learner asks of `zeros_like`; any new use of the host's has to be looked at.
-    ids = ((2, MAX_TOKENS), jnp.dtype("int32"), (), {})
-    assert zeros == [ids] * 2 * STEPS
+    ids = ((4, MAX_TOKENS), jnp.dtype("int32"), (), {})
+    assert zeros == [ids] * STEPS
 
 
 def test_a_reward_model_scores_and_a_critic_shares_the_actors_backbone(tiny_checkpoint):
@@ -186,6 +199,8 @@ def test_two_optimizer_steps_share_a_rollout(tiny_checkpoint):
     ppo_learner.PPOLearner(cluster, config, [reward]).train([text_batch(0), text_batch(1)])
     assert len(seen) == 2
     assert cluster.actor_trainer.train_steps == cluster.critic_trainer.train_steps == 4
+    # That of the first update on each; the second is of a policy that has moved.
+    assert len(history(cluster, "rollout_agreement/max")) == 2
     assert history(cluster, "rollout_agreement/max").max() < 1e-3
     for kind in ("actor", "critic"):
         losses = history(cluster, "loss", kind)

@@ -90,6 +90,7 @@ def test_unknown_key_is_answered_with_the_nearest(load, key, nearest):
         ("num_generations=1", r"num_generations: expected at least 2, found 1"),
         ("loss_type=ppo", r"loss_type: expected one of grpo, gspo, dr_grpo, dapo, found 'ppo'"),
         ("loss_type=dapo beta=0.1", r'beta: loss_type "dapo" has no KL penalty, found 0\.1'),
+        ("kl_estimator=k4", r"kl_estimator: expected one of k1, k2, k3, found 'k4'"),
         ("beta=-1", r"beta: expected at least 0, found -1"),
         ("temperature=0", r"temperature: .*found 0"),
         ("epsilon_high=0.1", r"epsilon_high: expected at least epsilon=0\.2, found 0\.1"),

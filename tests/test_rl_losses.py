@@ -12,12 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tunix.rl import common, function_registry
+from tunix.rl import algo_core, common, function_registry
 from tunix.rl.grpo.grpo_learner import TrainExample
+from tunix.rl.ppo import ppo_learner
 from tunix.sft.dpo import dpo_trainer
 
 import tunix_gemma4
 from tunix_gemma4.host import learner as hooks
+from tunix_gemma4.host import micro_batches
 from tunix_gemma4.host.grpo import KL_ESTIMATORS, make_algorithm
 from tunix_gemma4.model.gemma4 import Gemma4Model
 
@@ -48,11 +50,16 @@ def _registered(monkeypatch):
     tunix_gemma4.register()
     table = lambda model: model.logps[...]  # noqa: E731
 
-    def logps_and_entropy(graphdef, state, **options):
-        logps = table(nnx.merge(graphdef, state))
-        return logps, jnp.ones_like(logps)
+    def logps_and_entropy(graphdef, state, completion_tokens, **options):
+        # An example's tokens are the number of its row.
+        logps = table(nnx.merge(graphdef, state))[completion_tokens[:, 0]]
+        return logps, 1 + jnp.abs(logps)
+
+    def scores(model, prompt_ids, completion_ids, *rest, **options):
+        return jnp.pad(table(model)[completion_ids[:, 0]], ((0, 0), (0, 1)))
 
     monkeypatch.setattr(common, "compute_per_token_logps", logps_and_entropy)
+    monkeypatch.setattr(common, "compute_score", scores)
     monkeypatch.setattr(common, "get_per_token_logps", lambda model, **options: table(model))
     yield
     monkeypatch.undo()
@@ -79,24 +86,34 @@ def assert_is(loss, formula, at):
     assert np.abs(found).max() > 1e-3
 
 
-def example(advantages, *, old=OLD, reference=REFERENCE):
+def example(advantages, *, old=OLD, reference=REFERENCE, kind=TrainExample, **more):
     zeros = jnp.zeros((ROWS, LENGTH), jnp.int32)
     array = lambda x: None if x is None else jnp.asarray(x, jnp.float32)  # noqa: E731
-    plain = TrainExample(
+    return hooks.extended(kind)(
         prompt_ids=zeros,
         prompt_mask=zeros,
-        completion_ids=zeros,
+        completion_ids=zeros + jnp.arange(ROWS)[:, None],
         completion_mask=jnp.asarray(MASK),
         advantages=array(advantages),
         ref_per_token_logps=array(reference),
         old_per_token_logps=array(old),
+        rollout_logps=array(OLD),
+        **{name: array(value) for name, value in more.items()},
     )
-    fields = {name: getattr(plain, name) for name in plain.__dataclass_fields__}
-    return hooks.extended(TrainExample)(**fields, rollout_logps=array(OLD))
+
+
+def over_micro_batches(loss, algorithm, batch, size):
+    """The mean over micro-batches, as the host's optimizer takes it of their gradients."""
+    rows = lambda first: jax.tree.map(lambda x: x[first : first + size], batch)  # noqa: E731
+    parts = [rows(first) for first in range(0, ROWS, size)]
+    learner = types.SimpleNamespace(algo_config=algorithm)
+    parts = micro_batches.share_step(learner, parts)
+    return lambda model: sum(loss(algorithm, part)(model) for part in parts) / len(parts)
 
 
 def grpo_loss(algorithm, batch):
-    algorithm.temperature = 1.0
+    if hasattr(algorithm, "loss_agg_mode"):
+        algorithm.temperature = 1.0
     loss = hooks._with_images(function_registry.get_policy_loss_fn(algorithm.policy_loss_fn))
     return lambda model: loss(model, batch, algo_config=algorithm, pad_id=0, eos_id=1)[0]
 
@@ -176,6 +193,73 @@ def test_dr_grpo_sums_over_a_fixed_length_and_keeps_the_scale_of_rewards():
     estimate = function_registry.get_advantage_estimator(algorithm.advantage_estimator)
     np.testing.assert_allclose(estimate(rewards=REWARDS, num_generations=GROUP), advantages)
     assert_is(grpo_loss(algorithm, example(advantages)), formula, LOGPS)
+
+
+@pytest.mark.parametrize("size", [4, 2, 1])
+def test_dapo_is_a_mean_over_the_tokens_of_the_step(size):
+    advantages = normalised(REWARDS)
+
+    def formula(logps):
+        tokens = clipped(np.exp(logps - OLD), advantages[:, None], 0.2, 0.28)
+        return (tokens * MASK).sum() / MASK.sum()
+
+    _, algorithm = make_algorithm("dapo", num_generations=GROUP)
+    batch = example(advantages, reference=None)
+    assert_is(over_micro_batches(grpo_loss, algorithm, batch, size), formula, LOGPS)
+
+
+# ---- PPO.
+
+VALUES, TOKEN_REWARDS = draw(6), np.where(np.arange(LENGTH) == LENGTHS[:, None] - 1, 1.0, 0)
+TOKEN_REWARDS *= REWARDS[:, None]
+
+
+def gae(gamma, decay):
+    """Advantages that are not whitened, and returns."""
+    advantages = np.zeros((ROWS, LENGTH))
+    for row, length in enumerate(LENGTHS):
+        following = next_value = 0.0
+        for t in reversed(range(length)):
+            delta = TOKEN_REWARDS[row, t] + gamma * next_value - VALUES[row, t]
+            advantages[row, t] = following = delta + gamma * decay * following
+            next_value = VALUES[row, t]
+    return advantages, advantages + VALUES
+
+
+@pytest.mark.parametrize("size", [4, 1])
+def test_ppo_whitens_and_averages_over_the_mini_batch(size):
+    config = ppo_learner.PPOConfig(beta=0.0, entropy_coef=0.05, gamma=0.9, gae_lambda=0.8)
+    raw, returns = gae(0.9, 0.8)
+    kept = raw[MASK]
+    white = (raw - kept.mean()) / np.sqrt(kept.var(ddof=1) + 1e-8)
+
+    def policy_formula(logps):
+        tokens = clipped(np.exp(logps - OLD), white) - 0.05 * (1 + np.abs(logps))
+        return (tokens * MASK).sum() / MASK.sum()
+
+    def value_formula(values):
+        near = np.clip(values, VALUES - 0.2, VALUES + 0.2)
+        worse = np.maximum((values - returns) ** 2, (near - returns) ** 2)
+        return 0.5 * (worse * MASK).sum() / MASK.sum()
+
+    # The host whitens over the whole rollout step, of which the mini-batch is a part.
+    estimate = function_registry.get_advantage_estimator(config.advantage_estimator)
+    rows = [(part, 3 * part) for part in (TOKEN_REWARDS, VALUES * MASK)] + [(MASK, MASK)]
+    step = (jnp.asarray(np.concatenate(pair)) for pair in rows)
+    found = estimate(*step, gamma=0.9, gae_lambda=0.8)
+    advantages, sums = (np.asarray(part[:ROWS]) for part in found)
+    np.testing.assert_allclose(sums[MASK], returns[MASK], rtol=1e-5, atol=1e-6)
+    batch = example(
+        advantages, reference=None, kind=ppo_learner.TrainExample, returns=sums, old_values=VALUES
+    )
+
+    def value_loss(algorithm, part):
+        loss = hooks._with_images(algo_core.ppo_value_loss_fn)
+        return lambda model: loss(model, part, clip_range_value=0.2, pad_id=0, eos_id=1)[0]
+
+    assert_is(over_micro_batches(grpo_loss, config, batch, size), policy_formula, LOGPS)
+    moved = VALUES + np.random.default_rng(7).choice([-0.4, -0.1, 0.1, 0.4], VALUES.shape)
+    assert_is(over_micro_batches(value_loss, config, batch, size), value_formula, moved)
 
 
 # ---- Preferences. Rows 0 and 1 are chosen, 2 and 3 the answers rejected for them.

@@ -3,6 +3,7 @@
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -115,6 +116,18 @@ def test_generate_refuses_ids_that_have_no_row_in_the_embedding():
         generate(model, prompts([1, model.config.vocab_size]), max_new_tokens=1)
 
 
+def test_a_rows_draws_hang_on_its_place_alone():
+    """Not on the other rows, their number, or padding; each place and token has its own."""
+    model, settings = Chain(np.zeros((VOCAB, VOCAB))), {"temperature": 1.0, "stop_ids": []}
+    whole = generate(model, prompts(*[[4]] * 16), max_new_tokens=9, **settings).rows()
+    assert len({tuple(row) for row in whole}) == 16
+    assert len({tuple(row[token] for row in whole) for token in range(9)}) == 9
+    for places in ([11], [3, 0, 9, 5]):
+        batch = prompts(*[[4]] * (len(places) - 1), [6, 7, 4])
+        found = generate(model, batch, max_new_tokens=12, places=places, **settings).rows()
+        assert [row[:9] for row in found] == [whole[place] for place in places]
+
+
 def test_generate_refuses_rows_that_are_not_left_padded():
     batch = prompts([4, 5], [6])
     batch = batch.replace(tokens=batch.tokens[:, ::-1], padding_mask=batch.padding_mask[:, ::-1])
@@ -141,7 +154,8 @@ def test_generate_refuses_settings_that_cannot_be_meant(settings, message):
 def _shares(logits, **settings) -> np.ndarray:
     """How often each token is drawn in 20,000 rows of the same logits."""
     rows = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (20_000, len(logits)))
-    drawn = sample(rows, key=jax.random.key(0), **settings)
+    keys = jax.random.split(jax.random.key(0), 20_000)
+    drawn = sample(rows, keys=keys, **settings)
     return np.bincount(drawn, minlength=len(logits)) / 20_000
 
 
@@ -176,6 +190,40 @@ def test_sample_divides_by_the_temperature_before_it_sums_up_to_top_p():
     np.testing.assert_array_equal(np.flatnonzero(shares), [1])
     shares = _shares(np.log(PROBABILITIES), temperature=jnp.float32(1), top_p=jnp.float32(0.58))
     np.testing.assert_array_equal(np.flatnonzero(shares), [1, 3])
+
+
+def test_rounding_does_not_exchange_the_noise_of_two_tokens():
+    """Noise belongs to a token, not to its rank, which rounding decides between near equals."""
+    logits = np.repeat(np.linspace(2, 0, 20), 2)[None].repeat(500, 0).astype(np.float32)
+    other = logits + np.tile([0, 1e-6], 20).astype(np.float32)
+    keys = jax.random.split(jax.random.key(1), 500)
+    settings = {"keys": keys, "temperature": jnp.float32(1)}
+    for more in ({}, {"top_k": 30}, {"top_k": 30, "top_p": 1.0}, {"top_p": 1.0}):
+        drawn = sample(jnp.asarray(logits), **settings, **more)
+        same = sample(jnp.asarray(other), **settings, **more)
+        assert np.mean(drawn != same) < 0.003 and len(np.unique(drawn)) > 20
+
+
+@pytest.mark.parametrize("step", [None, 0.25], ids=["all differ", "many alike"])
+def test_top_p_keeps_what_a_sort_would_and_sorts_nothing(step):
+    draw = np.random.default_rng(0)
+    scales = np.array([0.1, 1, 3, 10, 30, 0])[:, None]
+    logits = scales * draw.normal(size=(6, 1000))
+    logits = logits if step is None else np.round(logits / step) * step
+    probabilities = np.asarray(jax.nn.softmax(jnp.asarray(logits, jnp.float32)))
+    order = np.argsort(-probabilities, axis=-1, kind="stable")
+    ordered = np.take_along_axis(probabilities, order, axis=-1).astype(np.float64)
+    before = np.cumsum(ordered, axis=-1) - ordered
+    for top_p in (1e-6, 0.10005, 0.50005, 0.90005, 0.99905):
+        expected = np.zeros_like(probabilities, bool)
+        np.put_along_axis(expected, order, before < top_p, axis=-1)
+        found = sampling._nucleus(jnp.asarray(probabilities), jnp.float32(top_p))
+        np.testing.assert_array_equal(found, expected, err_msg=str(top_p))
+    keys = jax.random.split(jax.random.key(0), 6)
+    program = jax.make_jaxpr(
+        lambda logits: sample(logits, keys=keys, temperature=jnp.float32(1), top_p=jnp.float32(0.9))
+    )(jnp.asarray(logits, jnp.float32))
+    assert not {"sort", "top_k"} & set(re.findall(r"\w+", str(program)))
 
 
 # ---- With the model.
@@ -216,9 +264,10 @@ def test_generate_continues_as_the_model_would_without_a_cache():
 def test_generate_does_not_depend_on_the_other_rows_or_on_padding():
     model = random_model("e4b")
     batch = image_prompts(model.config)
-    together = generate(model, batch, max_new_tokens=8, stop_ids=[]).rows()
+    settings = {"max_new_tokens": 8, "stop_ids": [], "temperature": 1.0}
+    together = generate(model, batch, **settings).rows()
     alone = jax.tree.map(lambda x: x[1:, 5:] if x.ndim == 2 else x[1:], batch)
-    assert generate(model, alone, max_new_tokens=8, stop_ids=[]).rows() == together[1:]
+    assert generate(model, alone, places=[1], **settings).rows() == together[1:]
 
 
 def _same_tokens_on_a_mesh(shape, **settings) -> None:

@@ -63,6 +63,7 @@ def generate(
     suppress_ids: Sequence[int] = (),
     image_repeats: int = 1,
     seed: int = 0,
+    places: Sequence[int] | None = None,
 ) -> Generated:
     """Continues every row of `batch` until one of `stop_ids` or `max_new_tokens`.
 
@@ -83,7 +84,9 @@ def generate(
         pad_id: fills rows that have ended. Default: the config's `pad_token_id`.
         suppress_ids: tokens that are never drawn, besides `media_ids`.
         image_repeats: rows in turn that share one row of images, which is encoded once.
-        seed: of the random draws, which do not depend on how the batch is sharded.
+        seed: of the random draws. A row's depend on it, on the row's place and on how many tokens
+            the row has got: not on the other rows, on padding, or on how the batch is sharded.
+        places: of each row, a number of its own; by default 0, 1, 2, ...
 
     Raises:
         ValueError: rows that are not left-padded, images that do not fit their placeholders, or
@@ -92,14 +95,8 @@ def generate(
     config = model.config
     check_settings(max_new_tokens, temperature, top_k, top_p)
     _check_prompts(config, batch, image_repeats)
-    rules = _Rules(
-        stop_ids=jnp.ravel(jnp.array(config.eos_token_id if stop_ids is None else stop_ids)),
-        pad_id=jnp.int32(config.pad_token_id if pad_id is None else pad_id),
-        suppressed=jnp.array([*media_ids(config), *suppress_ids], jnp.int32),
-        key=jax.random.key(seed),
-        temperature=jnp.float32(temperature) if temperature else None,
-        top_p=None if top_p is None else jnp.float32(top_p),
-    )
+    places = range(len(batch.tokens)) if places is None else places
+    rules = _rules(config, stop_ids, pad_id, suppress_ids, temperature, top_p, seed, places)
     graphdef, state = nnx.split(model)
     with _mesh_of(state):
         tokens, padding = jnp.asarray(batch.tokens), jnp.asarray(batch.padding_mask) != 0
@@ -137,6 +134,7 @@ def trace_generate(
         pad_id=place(),
         suppressed=place(len(media_ids(model.config)) + 1),
         key=place(dtype=jax.random.key(0).dtype),
+        places=place(len(tokens), dtype=jnp.uint32),
         temperature=number,
         top_p=None if top_p is None else number,
     )
@@ -213,8 +211,22 @@ class _Rules(NamedTuple):
     pad_id: jax.Array
     suppressed: jax.Array
     key: jax.Array
+    places: jax.Array
     temperature: jax.Array | None
     top_p: jax.Array | None
+
+
+def _rules(config, stop_ids, pad_id, suppress_ids, temperature, top_p, seed, places) -> _Rules:
+    """The settings of `generate` as arrays."""
+    return _Rules(
+        stop_ids=jnp.ravel(jnp.array(config.eos_token_id if stop_ids is None else stop_ids)),
+        pad_id=jnp.int32(config.pad_token_id if pad_id is None else pad_id),
+        suppressed=jnp.array([*media_ids(config), *suppress_ids], jnp.int32),
+        key=jax.random.key(seed),
+        places=jnp.array(places, jnp.uint32),
+        temperature=jnp.float32(temperature) if temperature else None,
+        top_p=None if top_p is None else jnp.float32(top_p),
+    )
 
 
 class _Loop(NamedTuple):
@@ -303,7 +315,7 @@ def _append(loop: _Loop, logits: jax.Array, cache: dict, rules: _Rules, top_k: i
     """`loop` with one token more in each row, drawn from logits [B, V]."""
     token = sample(
         logits,
-        key=jax.random.fold_in(rules.key, loop.step),
+        keys=_keys(rules, loop.step),
         temperature=rules.temperature,
         top_k=top_k,
         top_p=rules.top_p,
@@ -321,29 +333,75 @@ def _append(loop: _Loop, logits: jax.Array, cache: dict, rules: _Rules, top_k: i
     )
 
 
+def _keys(rules: _Rules, step: jax.Array) -> jax.Array:
+    """A key [B] for the token `step` of each row."""
+    fold = jax.random.fold_in
+    return jax.vmap(lambda place: fold(fold(rules.key, place), step))(rules.places)
+
+
 def sample(
     logits: jax.Array,
     *,
-    key: jax.Array,
+    keys: jax.Array,
     temperature: jax.Array | None = None,
     top_k: int | None = None,
     top_p: jax.Array | None = None,
 ) -> jax.Array:
-    """One token of each row of logits [B, V], int32 [B].
+    """One token of each row of logits [B, V], int32 [B], the row's own key deciding.
 
     The likeliest where `temperature` is None; otherwise temperature, then `top_k`, then `top_p`
-    on what is left, as in transformers. Of equal logits at the `top_k` border the lower ids stay.
+    on what is left, as in transformers. Of equal logits at a border the lower ids stay.
+
+    A token's chance hangs on noise of its own, whatever its rank, so that rounding cannot
+    exchange the noise of two tokens.
     """
     if temperature is None:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = logits / temperature
-    if top_k is None and top_p is None:
-        return jax.random.categorical(key, logits).astype(jnp.int32)
-    logits, ids = jax.lax.top_k(logits, logits.shape[-1] if top_k is None else top_k)
+    if top_k is None:
+        if top_p is not None:
+            logits = jnp.where(_nucleus(jax.nn.softmax(logits), top_p), logits, -jnp.inf)
+        noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
+        return jnp.argmax(logits + noise, axis=-1).astype(jnp.int32)
+    logits, ids = jax.lax.top_k(logits, top_k)
     if top_p is not None:
         # A token stays while those before it have not reached top_p, so the first always does.
         probabilities = jax.nn.softmax(logits)
         before = jnp.cumsum(probabilities, axis=-1) - probabilities
         logits = jnp.where(before < top_p, logits, -jnp.inf)
-    choice = jax.random.categorical(key, logits)
+    choice = jnp.argmax(logits + _noise_of(keys, ids), axis=-1)
     return jnp.take_along_axis(ids, choice[:, None], axis=1)[:, 0].astype(jnp.int32)
+
+
+def _noise_of(keys: jax.Array, ids: jax.Array) -> jax.Array:
+    """Gumbel noise [B, k] of tokens [B, k], each by its row's key and its id."""
+    one = lambda key, token: jax.random.gumbel(jax.random.fold_in(key, token))  # noqa: E731
+    return jax.vmap(jax.vmap(one, (None, 0)))(keys, ids)
+
+
+def _nucleus(probabilities: jax.Array, top_p: jax.Array) -> jax.Array:
+    """The fewest likeliest tokens of each row [B, V] that reach `top_p` together, bool [B, V].
+
+    Without a sort: the bits of a positive float grow with it, so the least probability that stays
+    is found bit by bit, each with one pass over the vocabulary.
+    """
+    bits = jax.lax.bitcast_convert_type(probabilities, jnp.int32)
+
+    def mass(kept: jax.Array) -> jax.Array:
+        return jnp.where(kept, probabilities, 0).sum(axis=-1)
+
+    def narrow(index: jax.Array, least: jax.Array) -> jax.Array:
+        # The greatest number whose tokens at or above it reach top_p; 0 where rounding lets none.
+        tried = least | (1 << (29 - index))
+        return jnp.where(mass(bits >= tried[:, None]) >= top_p, tried, least)
+
+    least = jax.lax.fori_loop(0, 30, narrow, jnp.zeros(len(bits), jnp.int32))[:, None]
+    above, at = bits > least, bits == least
+    missing = top_p - mass(above)
+    each = jax.lax.bitcast_convert_type(least[:, 0], jnp.float32)
+    wanted = jnp.ceil(missing / jnp.maximum(each, jnp.finfo(jnp.float32).tiny))
+    # Of equal ones the first.
+    count = jax.lax.cond(
+        (at.sum(axis=-1) > 1).any(), lambda: jnp.cumsum(at, axis=-1), lambda: at.astype(jnp.int32)
+    )
+    return above | (at & (count <= jnp.maximum(wanted, 1)[:, None]))

@@ -18,6 +18,25 @@ import numpy as np
 
 
 @dataclasses.dataclass
+class Draws:
+    """Where random numbers of the next completions come from.
+
+    Attributes:
+        step: a number that each rollout step has of its own.
+        place: of the next completion in the step.
+    """
+
+    step: int = 0
+    place: int = 0
+
+    def take(self, count: int) -> range:
+        """Places of the next `count` completions."""
+        places = range(self.place, self.place + count)
+        self.place += count
+        return places
+
+
+@dataclasses.dataclass
 class Bound:
     """What belongs to the rows in work.
 
@@ -26,11 +45,16 @@ class Bound:
         image_repeats: n, the completions of one prompt.
         temperature: of the rollout; used wherever the host forgets to pass it on.
         suppressed: ids that the sampler never draws, so that no policy gives them probability.
+        draws: of the rollout step.
+        off_policy: whether there are updates on these rows after the first, by then of a policy
+            that has moved since it sampled.
+        score_rows: rows that a critic or a reward model scores at once; None: all.
         prompts: the prompts as the user gave them, for reward functions.
         for_rewards: what reward functions may ask for besides columns; see `rewards.CONTEXT`.
         abstained: [B], where no reward function gave a number; None: nowhere.
         completion_ids: for each row, the sampled tokens, the stop token included.
         rollout_logps: for each row, log-probabilities of these tokens, as sampled.
+        truncated: for each row, whether it ended before its stop token.
         logps, entropy: [B, T] of the last computation, as a loss function sees them.
     """
 
@@ -38,11 +62,15 @@ class Bound:
     image_repeats: int = 1
     temperature: float = 1.0
     suppressed: tuple[int, ...] = ()
+    draws: Draws = dataclasses.field(default_factory=Draws)
+    off_policy: bool = False
+    score_rows: int | None = None
     prompts: list[Any] | None = None
     for_rewards: dict[str, Any] = dataclasses.field(default_factory=dict)
     abstained: np.ndarray | None = None
     completion_ids: list[np.ndarray] = dataclasses.field(default_factory=list)
     rollout_logps: list[np.ndarray] = dataclasses.field(default_factory=list)
+    truncated: list[bool] = dataclasses.field(default_factory=list)
     logps: jax.Array | None = None
     entropy: jax.Array | None = None
     _next: int = 0

@@ -22,15 +22,16 @@ from tunix.rl.rl_cluster import Mode
 from ..model.gemma4 import Gemma4ForConditionalGeneration
 from ..processor import Processor
 from ..processor_keys import REFUSED
-from .binding import Bound, bind, bound
+from .binding import Bound, Draws, bind, bound
 from .metric_names import MetricNames
+from .micro_batches import AGREEMENT, TOKENS, step_mean
 from .prompts import IMAGE_COLUMNS, Prompt, PromptReader, unwrap
 from .rewards import REWARDS, checked, require_sums, without_abstained, without_spread
-from .rollout import Rollout
+from .rollout import Rollout, gemma4_rollout
+from .rollout_step import begin, evaluate_last, packs, padded_logps, rollout_step, with_old_logps
 
 # Rollouts of evaluation draw from streams that no training step has.
 _EVAL_STREAM = 1 << 32
-AGREEMENT = "rollout_agreement"
 EXTRA = "completions/extra/"  # before the names of what a reward function says of each completion
 METRICS = {"entropy": np.mean, f"{AGREEMENT}/mean": np.mean, f"{AGREEMENT}/max": np.max}
 
@@ -41,18 +42,13 @@ def set_processor(rl_cluster: Any, processor: Processor) -> None:
     Raises:
         ValueError: if the cluster's rollout is not Gemma 4's; see `tunix_gemma4.register`.
     """
-    rollout = _gemma4_rollout(rl_cluster)
+    rollout = gemma4_rollout(rl_cluster)
     if rollout is None:
         raise ValueError(
             f"the cluster's rollout is a {type(rl_cluster.rollout).__name__}; processors belong to "
             'rollout_engine="vanilla" of a Gemma 4 actor, made after tunix_gemma4.register()'
         )
     rollout.processor = processor
-
-
-def _gemma4_rollout(rl_cluster: Any) -> Rollout | None:
-    rollout = rl_cluster.rollout
-    return rollout if isinstance(rollout, Rollout) and rollout.is_gemma4 else None
 
 
 class InWork:
@@ -67,6 +63,8 @@ def extended(kind: type) -> type:
     class Example(kind, InWork):
         images: Any = None
         rollout_logps: Any = None
+        # [B]: tokens of the optimizer step over its micro-batches, where the loss is their mean.
+        loss_denominator: Any = None
         image_repeats: int = flax.struct.field(pytree_node=False, default=1)
         temperature: float = flax.struct.field(pytree_node=False, default=1.0)
         suppressed: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())
@@ -80,7 +78,7 @@ def wrap_init(original: Callable) -> Callable:
     @functools.wraps(original)
     def init(self, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        if _gemma4_rollout(self.rl_cluster) is None:
+        if gemma4_rollout(self.rl_cluster) is None:
             return
         manager = self.reward_manager
         # PPO with a reward model has None for its one reward function.
@@ -115,24 +113,35 @@ def _plain(value: Any) -> Any:
 
 
 def wrap_train(original: Callable) -> Callable:
-    """Reads prompts and images of the data sets before the host moves them about."""
+    """Reads prompts and images of the data sets before the host moves them about.
+
+    The policy that training leaves is evaluated like those before.
+    """
+    signature = inspect.signature(original)
 
     @functools.wraps(original)
     def train(self, train_ds: Iterable, eval_ds: Iterable | None = None, *args, **kwargs) -> None:
         cluster = self.rl_cluster
-        rollout = _gemma4_rollout(cluster)
+        rollout = gemma4_rollout(cluster)
         if rollout is None:
             if isinstance(cluster.actor_trainer.model, Gemma4ForConditionalGeneration):
                 train_ds = _WithoutImages(train_ds, type(cluster.rollout).__name__)
             return original(self, train_ds, eval_ds, *args, **kwargs)
-        if not _packs(self):
+        if not packs(self):
             trainer = cluster.actor_trainer
             trainer.with_rl_metrics_to_log(trainer.rl_metrics_to_log | METRICS)
         read, names = {}, _asked_for(self.reward_manager.reward_fns)
         for mode, dataset in ((Mode.TRAIN, train_ds), (Mode.EVAL, eval_ds)):
             reader = _reader(cluster, rollout, mode, names)
             read[mode] = None if dataset is None else _Read(dataset, reader)
-        return original(self, read[Mode.TRAIN], read[Mode.EVAL], *args, **kwargs)
+        given = signature.bind(self, train_ds, eval_ds, *args, **kwargs).arguments
+        cluster.before_close = functools.partial(
+            evaluate_last, self, read[Mode.EVAL], bool(given.get("skip_jit"))
+        )
+        try:
+            return original(self, read[Mode.TRAIN], read[Mode.EVAL], *args, **kwargs)
+        finally:
+            vars(cluster).pop("before_close", None)
 
     return train
 
@@ -155,10 +164,6 @@ def _rollout_config(rl_cluster: Any, mode: Mode) -> Any:
     """The mode's settings, or those of training where evaluation has none of its own."""
     settings = rl_cluster.cluster_config.rollout_config
     return settings.get(mode, settings[Mode.TRAIN]) if isinstance(settings, dict) else settings
-
-
-def _packs(learner: Any) -> bool:
-    return learner._training_config.max_seq_token_per_tpu is not None
 
 
 class _Read:
@@ -206,11 +211,12 @@ def wrap_compute_rewards(original: Callable) -> Callable:
         require_sums(found)
         rewards = without_abstained(found, groups=self._num_generations() > 1)
         groups = [group[~np.isnan(group)] for group in found.reshape(-1, self._num_generations())]
-        spread = {"rewards/score/std": (np.std(np.concatenate(groups)), np.mean)}
-        if self._num_generations() > 1:
-            flat = np.mean([without_spread(group) for group in groups])
-            spread["rewards/groups_without_spread"] = (flat, np.mean)
-        self.rl_cluster.buffer_metrics(spread, mode=mode)
+        # One by one, so that neither depends on how many pieces a step comes in.
+        for reward in np.concatenate(groups):
+            self.rl_cluster.buffer_metrics({"rewards/score/std": (reward, np.std)}, mode=mode)
+        for group in groups if self._num_generations() > 1 else ():
+            metric = {"rewards/groups_without_spread": (without_spread(group), np.mean)}
+            self.rl_cluster.buffer_metrics(metric, mode=mode)
         return rewards
 
     return compute_rewards
@@ -259,43 +265,52 @@ def wrap_generate_and_compute_advantage(original: Callable) -> Callable:
 
     @functools.wraps(original)
     def generate_and_compute_advantage(self, training_input, mode=Mode.TRAIN):
-        rollout = _gemma4_rollout(self.rl_cluster)
+        rollout = gemma4_rollout(self.rl_cluster)
         prompts = list(training_input["prompts"])
         if rollout is None or not all(isinstance(prompt, Prompt) for prompt in prompts):
             return original(self, training_input, mode)
-        is_train = mode == Mode.TRAIN
-        rollout.begin(self._iter_steps if is_train else _EVAL_STREAM + self._eval_iter_steps)
         repeats = self._num_generations()
         batch = Bound(
             images=rollout.images([prompt.example for prompt in prompts[::repeats]]),
             image_repeats=repeats,
             temperature=_rollout_config(self.rl_cluster, mode).temperature or 1.0,
             # The host's packed examples could not tell the loss.
-            suppressed=() if _packs(self) else rollout.suppressed,
+            suppressed=() if packs(self) else rollout.suppressed,
+            draws=_draws(self, mode),
+            off_policy=mode == Mode.TRAIN and rollout_step(self).updates > 1,
+            score_rows=self._compute_logps_micro_batch_size,
         )
-        if _packs(self) and batch.images is not None:
+        if packs(self) and batch.images is not None:
             raise ValueError(
                 "max_seq_token_per_tpu: the host's packing drops images; leave it None, and shape "
                 "batches with train_micro_batch_size instead"
             )
         with bind(batch):
-            example = original(self, training_input, mode)
-        return example if _packs(self) else _with_batch(example, batch)
+            example = with_old_logps(self, original(self, training_input, mode), batch)
+        for cut in batch.truncated:
+            self.rl_cluster.buffer_metrics({"completions/truncated": (cut, np.mean)}, mode=mode)
+        return example if packs(self) else _with_batch(example, batch)
 
     return generate_and_compute_advantage
 
 
+def _draws(learner: Any, mode: Mode) -> Draws:
+    """Those of the rollout step; each evaluation, which `_prepare_data` begins, has the same."""
+    step = learner.rl_cluster.global_steps if mode == Mode.TRAIN else _EVAL_STREAM
+    drawn = vars(learner).setdefault("_drawn", {})
+    if mode not in drawn or drawn[mode].step != step:
+        drawn[mode] = Draws(step)
+    return drawn[mode]
+
+
 def _with_batch(example: Any, batch: Bound) -> Any:
     """`example` with the images and the sampler's log-probabilities, padded like completions."""
-    logps = np.zeros(example.completion_ids.shape, np.float32)
-    for row, sampled in enumerate(batch.rollout_logps):
-        logps[row, : len(sampled)] = sampled
     fields = {field.name: getattr(example, field.name) for field in dataclasses.fields(example)}
     return extended(type(example))(
         **fields,
         # The host cuts examples by rows; the loss takes one row of images for each prompt again.
         images=None if batch.images is None else np.repeat(batch.images, batch.image_repeats, 0),
-        rollout_logps=logps,
+        rollout_logps=padded_logps(batch, example.completion_ids.shape),
         image_repeats=batch.image_repeats,
         temperature=batch.temperature,
         suppressed=batch.suppressed,
@@ -303,13 +318,16 @@ def _with_batch(example: Any, batch: Bound) -> Any:
 
 
 def wrap_run_global_step(original: Callable) -> Callable:
-    """Reports how long a step takes, and how much of it the rollout."""
+    """Samples for the whole step, and reports its time and that of its rollout."""
+    signature = inspect.signature(original)
 
     @functools.wraps(original)
     def run_global_step(self, *args: Any, **kwargs: Any) -> None:
-        rollout = _gemma4_rollout(self.rl_cluster)
+        rollout = gemma4_rollout(self.rl_cluster)
         if rollout is None:
             return original(self, *args, **kwargs)
+        sizes = signature.bind(self, *args, **kwargs).arguments
+        begin(self, sizes["full_batch_size"], sizes["mini_batch_size"])
         start, before = time.perf_counter(), rollout.seconds
         original(self, *args, **kwargs)
         times = {
@@ -345,23 +363,22 @@ def _with_images(loss_fn: Callable) -> Callable:
         )
         with bind(batch):
             value, aux = loss_fn(model, train_example, *args, **kwargs)
-        return value, _agreement(batch, train_example) | aux
+        aux = aux | _agreement(batch, train_example)
+        return step_mean(value, train_example), aux | {TOKENS: train_example.completion_mask.sum()}
 
     return loss
 
 
 def _agreement(batch: Bound, example: Any) -> dict[str, Any]:
-    """How far the trainer's log-probabilities of sampled tokens are from the sampler's.
+    """The mean entropy, and how far log-probabilities of sampled tokens are from the sampler's.
 
-    Those of the policy that sampled: the old ones where the host keeps them; otherwise the current
-    ones, which are the same until a second update on the same rollout.
+    In the first update on a rollout, which alone is reported, both are of one policy.
     """
     if batch.logps is None:
         return {}
     mask = example.completion_mask.astype(jnp.float32)
     count = jnp.maximum(mask.sum(), 1)
-    trainer = batch.logps if example.old_per_token_logps is None else example.old_per_token_logps
-    difference = jnp.abs(trainer - example.rollout_logps) * mask
+    difference = jnp.abs(batch.logps - example.rollout_logps) * mask
     return {
         "entropy": (batch.entropy * mask).sum() / count,
         f"{AGREEMENT}/mean": difference.sum() / count,

@@ -226,16 +226,26 @@ def wrap_compute_score(original: Callable) -> Callable:
     def compute_score(*args: Any, **kwargs: Any) -> jax.Array:
         given = signature.bind(*args, **kwargs)
         call = given.arguments
-        model, batch = call["model"], bound()
-        if isinstance(model, Gemma4ForTokenScores) and batch is not None:
-            images = _placed(batch.rows(call["completion_tokens"].shape[0]))
-            if images is not None:
-                call["model"] = _WithImages(model, images)
-        else:
-            call["model"] = _gated(model, call.get("segment_ids"))
-        return original(*given.args, **given.kwargs)
+        batch = bound()
+        if not isinstance(call["model"], Gemma4ForTokenScores) or batch is None:
+            call["model"] = _gated(call["model"], call.get("segment_ids"))
+            return original(*given.args, **given.kwargs)
+        # The host has no micro-batches here, and would score a whole rollout step at once.
+        size = batch.score_rows or len(call["completion_tokens"])
+        cut = ("prompt_tokens", "completion_tokens", "segment_ids", "segment_positions")
+        parts = []
+        for start in range(0, len(call["completion_tokens"]), size):
+            rows = {name: call[name][start : start + size] for name in cut if _given(call, name)}
+            images = _placed(batch.rows(len(rows["completion_tokens"])))
+            seeing = call["model"] if images is None else _WithImages(call["model"], images)
+            parts.append(original(**call | rows | {"model": seeing}))
+        return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 
     return compute_score
+
+
+def _given(call: Mapping[str, Any], name: str) -> bool:
+    return call.get(name) is not None
 
 
 class _Images(nnx.Variable):

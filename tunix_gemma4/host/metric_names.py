@@ -11,7 +11,7 @@ _STATISTICS = ("mean", "min", "max")
 # What the host and these learners write themselves.
 _TAKEN = {
     *("prompts", "completions", "rewards/sum", "rewards/score/std"),
-    *("rewards/groups_without_spread", "rewards/reward_kl_penalty"),
+    *("rewards/groups_without_spread", "rewards/reward_kl_penalty", "completions/truncated"),
     *(f"rewards/{name}" for name in _STATISTICS),
     *(f"{length}_length" for length in (f"completions/{name}" for name in _STATISTICS)),
     *(

@@ -17,12 +17,14 @@ from . import (
     logps,
     mappings,
     meshes,
+    micro_batches,
     orpo,
     ppo,
     qwix_lora,
     rewards,
     rl_report,
     rollout,
+    rollout_step,
     train_step,
     trainer,
 )
@@ -32,6 +34,11 @@ from .version import TESTED, found
 _LOGPS_ARGUMENTS = (
     *("graphdef", "state", "prompt_tokens", "completion_tokens", "pad_id", "eos_id", "images"),
     *("stop_gradient", "return_logits", "segment_ids", "segment_positions", "temperature"),
+)
+
+_PREPARE_ARGUMENTS = (
+    *("iterator", "proceed_num_steps", "sample_repeat", "batch_repeat"),
+    *("service_target_batch_size", "data_queue", "async_loading", "mode"),
 )
 
 HOOKS: tuple[Hook, ...] = (
@@ -219,8 +226,62 @@ HOOKS: tuple[Hook, ...] = (
     Hook(
         "tunix.rl.rl_learner:RLLearner._run_global_step",
         learner.wrap_run_global_step,
-        (),
+        ("full_batch_size", "mini_batch_size"),
         "the time of a step and of its rollout among the metrics",
+    ),
+    Hook(
+        "tunix.rl.rl_learner:RLLearner._prepare_data",
+        rollout_step.wrap_prepare_data,
+        _PREPARE_ARGUMENTS,
+        "a rollout step is sampled from one policy, and its micro-batches add up to it",
+    ),
+    Hook(
+        "tunix.rl.rl_cluster:RLCluster.get_old_per_token_logps",
+        rollout_step.wrap_get_old_per_token_logps,
+        ("prompt_tokens", "completion_tokens"),
+        "off-policy updates hold the policy against that which sampled, by the sampler's numbers",
+    ),
+    Hook(
+        "tunix.rl.rl_cluster:RLCluster.update_actor",
+        rollout_step.wrap_update,
+        ("train_ds", "eval_ds", "skip_jit"),
+        "the loss of held-out prompts is computed once, over all of them",
+    ),
+    Hook(
+        "tunix.rl.rl_cluster:RLCluster.update_critic",
+        rollout_step.wrap_update,
+        ("train_ds", "eval_ds", "skip_jit"),
+        "likewise of a critic",
+    ),
+    Hook(
+        "tunix.rl.rl_cluster:RLCluster.close",
+        rollout_step.wrap_close,
+        (),
+        "the policy that training leaves is evaluated",
+    ),
+    Hook(
+        "tunix.sft.peft_trainer:PeftTrainer._train_step",
+        micro_batches.wrap_train_step,
+        ("model", "optimizer", "inputs"),
+        "the norm of the gradient that the optimizer gets, not a mean over micro-batches",
+    ),
+    Hook(
+        "tunix.sft.peft_trainer:PeftTrainer._buffer_metrics",
+        micro_batches.wrap_buffer_metrics,
+        ("metrics_buffer", "loss", "step", "additional_metrics"),
+        "the same norm among the metrics",
+    ),
+    Hook(
+        "tunix.rl.trainer:Trainer._post_process_train_step",
+        micro_batches.wrap_post_process_train_step,
+        ("aux",),
+        "metrics that are means over tokens do not depend on micro-batches",
+    ),
+    Hook(
+        "tunix.rl.trainer:Trainer._post_process_eval_step",
+        micro_batches.wrap_post_process_eval_step,
+        ("aux",),
+        "the same of evaluation",
     ),
     Hook(
         "tunix.sft.peft_trainer:PeftTrainer.jit_train_and_eval_step",

@@ -63,6 +63,7 @@ def example_shapes(
     repeats: int,
     reference: bool,
     old: bool,
+    token_mean: bool,
     temperature: float,
     suppressed: tuple[int, ...],
 ) -> TrainExample:
@@ -74,6 +75,7 @@ def example_shapes(
         images: shapes of the images of every row, or None.
         repeats: completions of a prompt.
         reference, old: whether log-probabilities of the reference and the old policy are there.
+        token_mean: whether the loss is a mean over the tokens of the optimizer step.
         temperature: of sampling.
         suppressed: ids that are never drawn.
     """
@@ -90,6 +92,7 @@ def example_shapes(
         old_per_token_logps=floats if old else None,
         images=images,
         rollout_logps=floats,
+        loss_denominator=make(rows, dtype=jnp.float32) if token_mean else None,
         image_repeats=repeats if images is not None else 1,
         temperature=temperature,
         suppressed=suppressed,

@@ -19,7 +19,7 @@ from tunix.rl.rollout import base_rollout, vanilla_rollout
 from ..model.gemma4 import Gemma4ForConditionalGeneration
 from ..processor import Batch, Example, ImageSlots, Processor
 from ..sampling import generate, media_ids
-from .binding import bound
+from .binding import Draws, bound
 from .hooks import extends, overrides
 from .prompts import Prompt
 
@@ -46,7 +46,7 @@ class Rollout(vanilla_rollout.VanillaRollout):
         self.is_gemma4 = isinstance(model, Gemma4ForConditionalGeneration)
         self._config = model.config if self.is_gemma4 else None
         self._processor: Processor | None = None
-        self._step, self._draws, self._image_slots = 0, 0, ImageSlots()
+        self._draws, self._image_slots = Draws(), ImageSlots()
         self.seconds = 0.0  # spent generating, in all
 
     @property
@@ -85,8 +85,8 @@ class Rollout(vanilla_rollout.VanillaRollout):
         return tuple(dict.fromkeys([*np.ravel(eos).tolist(), self.eos_id()]))
 
     def begin(self, step: int) -> None:
-        """Starts the random numbers of a step: others in each, the same after a restart."""
-        self._step, self._draws = step, 0
+        """Starts the random numbers of a step outside a learner."""
+        self._draws = Draws(step)
 
     def images(self, examples: Sequence[Example]) -> np.ndarray | None:
         """Their images [B, I, M, C]; I never falls, so that few programs are compiled."""
@@ -123,7 +123,7 @@ class Rollout(vanilla_rollout.VanillaRollout):
             pad_id=self.pad_id(),
             suppress_ids=(self.pad_id(),),
             image_repeats=1 if batch.images is None else len(prompts) // len(batch.images),
-            seed=self._seed(rollout_config.seed),
+            **self._random_numbers(rollout_config.seed, len(prompts)),
         )
         output = self._output(batch, said, stops)
         self.seconds += time.perf_counter() - start
@@ -157,11 +157,17 @@ class Rollout(vanilla_rollout.VanillaRollout):
         """The ids of a prompt that already follows the chat template."""
         return self._sampler.tokenize(prompt)
 
-    def _seed(self, seed: int | jax.Array | None) -> int:
+    def _random_numbers(self, seed: int | jax.Array | None, count: int) -> dict[str, Any]:
+        """Of each completion by the run's seed, its rollout step and its place in that, alone.
+
+        So they are others for each, the same after a restart, and do not depend on how a step is
+        cut into calls.
+        """
         seed = 0 if seed is None else int(np.ravel(jax.device_get(seed))[-1])
-        self._draws += 1
-        mixed = np.random.SeedSequence([seed, self._step, self._draws])
-        return int(mixed.generate_state(1)[0] >> 1)
+        work = bound()
+        draws = self._draws if work is None else work.draws
+        mixed = np.random.SeedSequence([seed, draws.step]).generate_state(1)[0]
+        return {"seed": int(mixed >> 1), "places": draws.take(count)}
 
     def _output(self, batch: Batch, said: Any, stops: Sequence[int]) -> base_rollout.RolloutOutput:
         tokens, lengths, logps = jax.device_get((said.tokens, said.lengths, said.logps))
@@ -171,6 +177,7 @@ class Rollout(vanilla_rollout.VanillaRollout):
         if work is not None:
             work.completion_ids += rows
             work.rollout_logps += scores
+            work.truncated += [row[-1] not in stops for row in rows]
         spoken = [row[:-1] if row[-1] in stops else row for row in rows]
         return base_rollout.RolloutOutput(
             text=[self._sampler.tokenizer.decode(row.tolist()) for row in spoken],
@@ -179,6 +186,12 @@ class Rollout(vanilla_rollout.VanillaRollout):
             left_padded_prompt_tokens=batch.tokens,
             logprobs=[row.tolist() for row in scores],
         )
+
+
+def gemma4_rollout(rl_cluster: Any) -> Rollout | None:
+    """The cluster's rollout, if it is this one and samples from a Gemma 4."""
+    rollout = rl_cluster.rollout
+    return rollout if isinstance(rollout, Rollout) and rollout.is_gemma4 else None
 
 
 def wrap_vanilla_rollout(original: type) -> type:

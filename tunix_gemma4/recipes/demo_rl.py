@@ -237,7 +237,8 @@ def reinforce(
     rows = [dict.fromkeys(FIELDS, math.nan) | {"step": step} for step in range(result.steps + 1)]
     for name, metric in _METRICS.items():
         # Those of a rollout stand in the row of its first optimizer step.
-        every = config.updates_per_batch if metric.startswith("rewards/") else 1
+        once = metric.startswith(("rewards/", "actor/rollout_agreement/"))
+        every = config.updates_per_batch if once else 1
         for row, value in zip(rows[1::every], result.history(metric), strict=True):
             row[name] = value
     for row, value in zip(rows[1:], looks.seconds, strict=True):

@@ -281,7 +281,8 @@ def grpo_programs(
         images=shapes.images(rows, images, config.data.max_soft_tokens),
         repeats=config.num_generations,
         reference=bool(config.beta),
-        old=config.num_iterations > 1,
+        old=config.updates_per_batch > 1,
+        token_mean=config.loss_type == "dapo",
         temperature=config.temperature,
         suppressed=suppressed,
     )
@@ -289,7 +290,7 @@ def grpo_programs(
     logits = shapes.logits(rows * config.max_completion_length)
     runs = config.mini // config.micro
     found = [Program("step", shapes.mesh, resident, step, runs, logits, beside=resident.reference)]
-    if config.beta or config.num_iterations > 1:
+    if config.beta:
         found.append(_logps(config, shapes, model, resident, images, suppressed))
     if sampler is not None:
         # It has a copy of the policy, and nothing else.
@@ -300,7 +301,7 @@ def grpo_programs(
 
 
 def _logps(config, shapes, model, resident, images, suppressed) -> Program:
-    """Log-probabilities of the reference, or of the old policy, which has the same shapes."""
+    """Log-probabilities of the reference."""
     prompts = config.compute_logps_micro_batch_size or config.micro
     rows, repeats = prompts * config.num_generations, config.num_generations
     pictures = shapes.images(prompts, images, config.data.max_soft_tokens)
@@ -320,13 +321,12 @@ def _logps(config, shapes, model, resident, images, suppressed) -> Program:
             image_repeats=1 if pictures is None else repeats,
         )
 
-    times = config.mini // prompts * (bool(config.beta) + (config.num_iterations > 1))
     return Program(
         "log-probs",
         shapes.mesh,
         resident,
         trace,
-        times / config.num_iterations,
+        config.mini / prompts / config.num_iterations,
         shapes.logits(rows * config.max_completion_length),
         beside=resident.optimizer + resident.reference,
     )

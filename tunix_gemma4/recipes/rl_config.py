@@ -86,12 +86,12 @@ class GrpoRunConfig(TrainSettings):
         temperature: of sampling; the log-probabilities of training are taken at it too.
         top_p, top_k: restrict sampling; null: do not.
         max_completion_length: tokens of a completion; longer ones are cut.
-        batch_size: prompts of one rollout step.
+        batch_size: prompts of one rollout step, sampled from one policy.
         mini_batch_size: prompts of one optimizer step; null: `batch_size`.
         train_micro_batch_size: prompts of one forward and backward pass; null: `mini_batch_size`.
         rollout_micro_batch_size: prompts sampled at once; null: `train_micro_batch_size`.
-        compute_logps_micro_batch_size: prompts of one forward pass of the reference or of the old
-            policy; null: `train_micro_batch_size`.
+        compute_logps_micro_batch_size: prompts of one forward pass of the reference; null:
+            `train_micro_batch_size`.
         rollout_mesh: sample on other devices than those of `mesh`, at the same time; null: on the
             same, in turn.
         log_completions: print a few completions with their rewards along with each line.
