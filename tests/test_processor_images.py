@@ -45,6 +45,9 @@ FORMS = {
     "file_url": lambda array, path: f"file://{path}",
     "datasets_bytes": lambda array, path: {"bytes": png(array), "path": None},
     "data_url": lambda array, path: f"data:image/png;base64,{base64_of(array)}",
+    "data_url_in_lines": lambda array, path: (
+        "data:image/png;base64," + base64.encodebytes(png(array)).decode()
+    ),
     "data_url_in_percents": lambda array, path: "data:image/png," + quote(png(array)),
     "base64": lambda array, path: base64_of(array),
     "base64_in_lines": lambda array, path: base64.encodebytes(png(array)).decode(),

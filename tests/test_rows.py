@@ -215,9 +215,9 @@ def test_images_stand_at_their_marks_on_every_road(mark):
     pair = read_preference_pair(prompt | {"chosen": "A", "rejected": "B"})
     assert [side.images for side in pair.values()] == [["a.png"]] * 2
     assert pair["chosen"].messages == [placed[0], ANSWER]
-    for images in (["a.png"], list("abc"), []):
+    for images in (["a.png"], list("abc"), [], None):
         for read in (read_prompt, read_conversation):
-            with pytest.raises(ValueError, match=f"^{len(images)} images .* have 2 image parts"):
+            with pytest.raises(ValueError, match=f"^{len(images or [])} images .* have 2 image"):
                 read(row | {"images": images, "messages": [*row["messages"]]})
 
 

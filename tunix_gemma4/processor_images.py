@@ -74,13 +74,18 @@ def _from_base64(value: str) -> bytes | None:
     """The bytes that a string encodes; None: it is no base64 of an image."""
     if len(value) < _LEAST_BASE64 or not _BASE64.fullmatch(value):
         return None
-    text = re.sub(r"\s", "", value).translate(str.maketrans("-_", "+/")).rstrip("=")
     try:
-        content = base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+        content = _decoded(value)
         Image.open(io.BytesIO(content))
     except (binascii.Error, OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return None
     return content
+
+
+def _decoded(text: str) -> bytes:
+    """Of base64, also in lines, without padding or in the alphabet of addresses."""
+    text = re.sub(r"\s", "", text).translate(str.maketrans("-_", "+/")).rstrip("=")
+    return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
 
 
 def _from_data_url(value: str) -> bytes:
@@ -88,7 +93,7 @@ def _from_data_url(value: str) -> bytes:
     head, comma, body = value.partition(",")
     try:
         if comma and head.endswith(";base64"):
-            return base64.b64decode(urllib.parse.unquote(body), validate=True)
+            return _decoded(urllib.parse.unquote(body))
         if comma:
             return urllib.parse.unquote_to_bytes(body)
     except (binascii.Error, ValueError) as error:

@@ -299,12 +299,12 @@ def _arguments(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _beside(row: Mapping[str, Any]) -> list[Any] | None:
     """The images of the row's columns `images` and `image`, each one or a list; None: no column."""
-    found = None
-    for name in keys.IMAGES:
-        value = row.get(name)
+    named = [row[name] for name in keys.IMAGES if name in row]
+    found: list[Any] = []
+    for value in named:
         if value is not None:
-            found = (found or []) + (list(value) if is_list(value) else [value])
-    return found
+            found += list(value) if is_list(value) else [value]
+    return found if named else None
 
 
 def _place_images(
