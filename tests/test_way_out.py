@@ -10,6 +10,7 @@ import sys
 import threading
 from pathlib import Path
 
+import absl.logging
 import pytest
 from safetensors.numpy import load_file
 from small_models import ONE_DEVICE
@@ -224,6 +225,25 @@ def test_output_that_cannot_be_written_to_is_named(settings, tmp_path, capsys):
     for output, what in ((file, "is a file"), (file / "run", "cannot be made")):
         assert main(["sft", *settings(output, as_words=True)]) == 2
         assert f"output_dir: {output} {what}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("package", ["orbax", "other"])
+def test_tracebacks_that_orbax_logs_besides_raising_are_left_out(
+    package, settings, tmp_path, caplog
+):
+    code = compile("1 / 0", f"{tmp_path}/{package}/thread.py", "exec")
+
+    @one_way_out
+    def run(config):
+        try:
+            exec(code)
+        except ZeroDivisionError:
+            absl.logging.exception("in a thread")
+            raise
+
+    with pytest.raises(ZeroDivisionError):
+        run(settings(tmp_path / "run"))
+    assert ("in a thread" in caplog.text) == (package == "other")
 
 
 def test_second_ctrl_c_waits_for_no_thread(settings, tmp_path, monkeypatch, capsys):

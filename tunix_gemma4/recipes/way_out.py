@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import shutil
+import sys
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,13 +32,49 @@ def one_way_out(run: Callable) -> Callable:
     def guarded(config: TrainSettings, **kwargs: Any) -> Any:
         config.validate()
         with _own(Path(config.output_dir)), stop.handled():
+            undo = _quieten()
             try:
-                return run(config, **kwargs)
+                result = run(config, **kwargs)
+                undo()
+                return result
             except BaseException as error:
                 _say_what_is_kept(error, Path(config.output_dir))
                 raise
 
     return guarded
+
+
+def _quieten() -> Callable[[], None]:
+    """Leaves out what orbax's threads say besides the error that it raises; returns the undoing.
+
+    Behind a failed run it stays, because they go on for a while.
+    """
+    loggers, hook = [logging.getLogger(name) for name in ("absl", "asyncio")], sys.excepthook
+    hook = getattr(hook, "around", hook)  # One that an earlier failed run has left.
+    for logger in loggers:
+        logger.addFilter(_is_raised_nowhere_else)
+
+    def excepthook(kind: type, error: BaseException, trace: Any) -> None:
+        # Tensorstore's writes that come back to a save which was given up.
+        if not (kind is RuntimeError and str(error) == "Event loop is closed"):
+            hook(kind, error, trace)
+
+    excepthook.around = hook
+    sys.excepthook = excepthook
+
+    def undo() -> None:
+        for logger in loggers:
+            logger.removeFilter(_is_raised_nowhere_else)
+        sys.excepthook = hook
+
+    return undo
+
+
+def _is_raised_nowhere_else(record: logging.LogRecord) -> bool:
+    """False for the tracebacks that orbax's threads log of errors which it raises as well."""
+    trace = record.exc_info[2] if isinstance(record.exc_info, tuple) else None
+    files = (frame.f_code.co_filename for frame, _ in traceback.walk_tb(trace))
+    return not any("orbax" in Path(file).parts for file in files)
 
 
 @contextlib.contextmanager
