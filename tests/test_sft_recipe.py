@@ -12,6 +12,7 @@ from PIL import Image
 
 from tunix_gemma4.checkpoint import load_checkpoint
 from tunix_gemma4.config import ModelConfig
+from tunix_gemma4.host.optimizer import make_schedule
 from tunix_gemma4.lora import load_adapter, merge_lora
 from tunix_gemma4.recipes import common, sft
 from tunix_gemma4.recipes.run_config import DataConfig, LoraSettings, MeshConfig, RunConfig
@@ -220,6 +221,29 @@ def test_run_on_a_mesh_saves_what_a_single_device_loads(settings, tmp_path):
 def test_learning_rate_ends_with_the_steps_or_the_epochs(settings, limits, expected):
     config = settings(gradient_accumulation_steps=2, **limits)
     assert sft.total_steps(config, num_rows=20) == expected
+
+
+@pytest.mark.parametrize("check", [None, False])
+def test_learning_rate_is_planned_from_what_is_trained_on(settings, tmp_path, capsys, check):
+    # Half of the rows are too long; of the others a rest is left in each of two buckets.
+    lengths = [5, 30, 200, 200] * 5 + [200] * 2
+    rows = [
+        {"messages": [{"role": "user", "content": "a" * n}, {"role": "assistant", "content": "b"}]}
+        for n in lengths
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    data = DataConfig(path=str(path), max_length=48, bucket_lengths=[24, 48], check=check)
+    config = settings(data=data, max_steps=None, num_train_epochs=2, batch_size=2)
+    train_ds, _ = sft.make_datasets(config, common.make_processor(config))
+    sft.check_datasets(config, tmp_path, train_ds, None)
+    steps = sft.total_steps(config, train_ds.num_rows, train_ds.steps_per_epoch())
+    sft.say_of_estimate(config, train_ds)
+    assert ("data.check=all makes it exact" in capsys.readouterr().out) == (check is False)
+    if check is None:
+        assert steps == len(list(train_ds)) == 2 * 5
+        schedule = make_schedule("cosine", learning_rate=1.0, warmup_steps=0, total_steps=steps)
+        assert 0 < schedule(steps - 1) < 0.03 and schedule(steps) == 0
 
 
 def test_epochs_end_the_run(settings):
