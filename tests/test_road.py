@@ -359,18 +359,22 @@ def test_prompts_that_were_not_reached_may_be_taken_out(processor, tmp_path):
     found = PromptRows(file, processor, PromptConfig(), cache=cache)
     order = np.ravel([b["n"] for b in Batches(found, 2, seed=1, limit=8)]).tolist()
 
-    def goes_on_without(number):
-        left = [one for one in rows if one["n"] != number]
+    def goes_on_without(*numbers):
+        left = [one for one in rows if one["n"] not in numbers]
         before = checked_rows(cache)
-        found = PromptRows(write(file, left), processor, PromptConfig(), before=before)
+        found = PromptRows(
+            write(file, left), processor, PromptConfig(), cache=cache, key="later", before=before
+        )
         batches = Batches(found, 2, seed=1, start=4, limit=8)
         found.refuse_changed(batches, "checkpoints")
         return np.ravel([batch["n"] for batch in batches]).tolist()
 
     rest = goes_on_without(order[5])
     assert rest[:3] == [order[4], *order[6:]] and len(rest) == 4
-    with pytest.raises(ValueError, match=rf"checkpoints: 1 of .* row {order[2]}\. Put them back"):
-        goes_on_without(order[2])
+    assert goes_on_without(order[5]) == rest
+    for _ in range(2):
+        with pytest.raises(ValueError, match=rf"checkpoints: 1 of .* row {order[2]}\. Put them b"):
+            goes_on_without(order[5], order[2])
     write(file, [*rows, rows[0]])
     with pytest.raises(ValueError, match="it has rows that the run of the checkpoints did not"):
         PromptRows(file, processor, PromptConfig(), before=checked_rows(cache))

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import grain
+import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -123,7 +124,9 @@ class Checker:
         self._encoder, self._threads = encoder, threads
         self._log = log or (lambda text: None)
 
-    def run(self, how: How, cache: Path | None = None, key: str = "") -> Checked:
+    def run(
+        self, how: How, cache: Path | None = None, key: str = "", before: str | None = None
+    ) -> Checked:
         """See `data_pipeline.BatchDataset.check`."""
         rows = self._encoder.rows
         count = rows_to_check(how, len(rows))
@@ -131,7 +134,7 @@ class Checker:
         found = _read(cache, key)
         if found is None:
             found = self._check(count) if count else Checked(len(rows), 0)
-            _write(cache, key, found, rows.fingerprints)
+            _write(cache, key, found, before or fingerprints_text(rows.fingerprints))
         else:
             self._encoder.recall(found)
         if count:
@@ -217,6 +220,11 @@ def checked_rows(cache: Path) -> str | None:
         return None
 
 
+def keep_rows(cache: Path, rows: str | None) -> None:
+    """Keeps other fingerprints beside the result of a check."""
+    write_text(cache, json.dumps(json.loads(cache.read_text("utf-8")) | {"rows": rows}))
+
+
 def _read(cache: Path | None, key: str) -> Checked | None:
     """A result that was kept for the same data and settings."""
     if cache is None or not cache.is_file():
@@ -238,12 +246,11 @@ def _read(cache: Path | None, key: str) -> Checked | None:
         return None  # Broken, or of another version: the check is made again.
 
 
-def _write(cache: Path | None, key: str, found: Checked, rows: np.ndarray | None) -> None:
-    if cache is None:
+def _write(cache: Path | None, key: str, found: Checked, rows: str | None) -> None:
+    if cache is None or jax.process_index() != 0:
         return
     fields = dict(vars(found))
     for name in ("measures", "kept"):
         fields[name] = [[*measure, count] for measure, count in fields[name].items()]
     cache.parent.mkdir(parents=True, exist_ok=True)
-    content = {"key": key, "found": fields, "rows": fingerprints_text(rows)}
-    write_text(cache, json.dumps(content))
+    write_text(cache, json.dumps({"key": key, "found": fields, "rows": rows}))

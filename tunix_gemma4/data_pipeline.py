@@ -453,6 +453,7 @@ class BatchDataset(grain.IterDataset):
         log: Callable[[str], None] | None = None,
         cache: Path | None = None,
         key: str = "",
+        before: str | None = None,
     ) -> Checked:
         """Reads rows before the first step, so that what is wrong is said now.
 
@@ -463,12 +464,13 @@ class BatchDataset(grain.IterDataset):
             log: takes a summary.
             cache: a file that keeps the result for the next start.
             key: of all settings that the result depends on.
+            before: fingerprints that the file is to keep in place of those of the rows.
 
         Raises:
             RowError: naming the rows that cannot be used, unless such rows are skipped.
         """
         threads = _ENCODING_THREADS if self._plan.prefetch else 0
-        self.checked = Checker(self._plan.encoder, threads, log).run(how, cache, key)
+        self.checked = Checker(self._plan.encoder, threads, log).run(how, cache, key, before)
         return self.checked
 
     def steps_per_epoch(self) -> int | None:

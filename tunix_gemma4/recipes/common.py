@@ -42,10 +42,8 @@ def prepare_output(config: TrainSettings, fixed: Sequence[str]) -> Path:
     require_backend(config.report_to)
     output = Path(config.output_dir)
     settings = output / SETTINGS
-    # Supervised runs keep theirs in this directory, others in one of each model.
     checkpoints = output / CHECKPOINTS
-    steps = (*checkpoints.glob("*"), *checkpoints.glob("*/*"))
-    resumable = any(path.name.isdigit() for path in steps)
+    resumable = has_checkpoints(output)
     earlier = earlier_settings(settings) if resumable else None
     _refuse_finished(config, output, earlier if resumable else {})
     if resumable:
@@ -68,6 +66,14 @@ def prepare_output(config: TrainSettings, fixed: Sequence[str]) -> Path:
         except OSError as error:
             raise ValueError(f"output_dir: {output} cannot be written to ({error})") from error
     return output
+
+
+def has_checkpoints(output: Path) -> bool:
+    """Whether there is one to go on from."""
+    # Supervised runs keep theirs in this directory, others in one of each model.
+    checkpoints = output / CHECKPOINTS
+    steps = (*checkpoints.glob("*"), *checkpoints.glob("*/*"))
+    return any(path.name.isdigit() for path in steps)
 
 
 def _refuse_finished(config: TrainSettings, output: Path, earlier: dict[str, Any] | None) -> None:

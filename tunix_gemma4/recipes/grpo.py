@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from ..data_check import checked_rows
 from ..host.grpo import (
     RLCluster,
     Sizes,
@@ -104,7 +105,7 @@ def run(config: GrpoRunConfig, *, after_step: Callable[[Any], None] | None = Non
     say(f"{len(rows)} prompts in {config.data.path}. The first:\n{first_prompt(rows, processor)}")
 
     policy, reference = prepare_models(config, common.load_base(config, mesh))
-    record.settle()
+    record.settle(rows_are_known=rows.are_known)
     steps = total_steps(config, len(rows))
     cluster = make_cluster(
         *(policy, reference, processor),
@@ -131,6 +132,7 @@ def run(config: GrpoRunConfig, *, after_step: Callable[[Any], None] | None = Non
         directory = checkpoint_directory(output)
         if is_older:
             refuse_older(config, rows, directory)
+        rows.refuse_changed(train_batches(config, rows, trainer.train_steps), str(directory))
         say(f"Resuming after step {trainer.train_steps} from {directory}.")
     if trainer.train_steps < steps:
         say(compiling("sampling, log-probabilities and the training step"))
@@ -207,7 +209,12 @@ def prompt_rows(
     names = {
         name for spec in config.reward_functions for name in signature(load_reward(spec)).parameters
     }
-    rows = PromptRows(path, processor, data, log=say, cache=cache, key=key, names=names)
+    before = None
+    if cache is not None and name == "train" and common.has_checkpoints(output):
+        before = checked_rows(cache)
+    rows = PromptRows(
+        path, processor, data, log=say, cache=cache, key=key, names=names, before=before
+    )
     if rows.dropped:
         say(
             f"{path}: {rows.dropped} of {rows.looked_at} prompts are left out, longer "

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import processor_conversation
-from ..data_check import fingerprints_text
+from ..data_check import fingerprints_text, keep_rows
 from ..data_pipeline import BatchDataset, Plan, follow_rows
 from ..data_rows import Measure, Road
 from ..data_sources import Rows
@@ -121,11 +121,12 @@ class PromptRows:
         names: Collection[str] = (),
         before: str | None = None,
     ):
+        self._cache, self._before = cache, before
         self._road = PromptRoad(processor, config, names)
         rows, self._changed = _followed(Rows(path), before)
         self.plan = Plan(rows, self._road, 1, skip_bad_rows=config.skip_bad_rows)
         data = BatchDataset(self.plan)
-        self.checked = data.check(config.check, log=log, cache=cache, key=key)
+        self.checked = data.check(config.check, log=log, cache=cache, key=key, before=before)
         if not self.checked.examined:
             # A batch has the columns of all rows. What is wrong with one is said in its turn.
             for index in range(len(self.plan.rows)):
@@ -153,6 +154,11 @@ class PromptRows:
         return self.checked.examined or self.num_rows
 
     @property
+    def are_known(self) -> bool:
+        """Whether a run that goes on tells a row that has changed."""
+        return self._before is not None and self.plan.fingerprints is not None
+
+    @property
     def left_out(self) -> str:
         """What of the rows read so far could not be read; empty if all could."""
         return self.plan.encoder.bad_text()
@@ -177,6 +183,8 @@ class PromptRows:
         if self._changed:
             plan = batches.plan()
             plan.refuse_changed(self._changed, plan.position_after(batches.start), what)
+            if self._cache is not None:
+                keep_rows(self._cache, plan.fingerprints)
 
     def first(self) -> Asked:
         """The first prompt that is not left out."""
