@@ -7,13 +7,22 @@ import logging
 
 import numpy as np
 import pytest
-from test_data import SHORT_ENOUGH, FakeProcessor, dataset, mixed_rows, numbers, row, through_json
+from test_data import (
+    SHORT_ENOUGH,
+    FakeProcessor,
+    assert_same,
+    dataset,
+    mixed_rows,
+    numbers,
+    row,
+    through_json,
+)
 
 from tunix_gemma4 import data_sources, processor_conversation
 from tunix_gemma4.data import make_dataset
 from tunix_gemma4.data_check import checked_rows
 from tunix_gemma4.host.prompts import PromptReader
-from tunix_gemma4.processor import Processor
+from tunix_gemma4.processor import Example, Processor
 from tunix_gemma4.recipes import grpo, sft
 from tunix_gemma4.recipes.preferences import PreferenceBatches
 from tunix_gemma4.recipes.prompts import Batches, PromptRows
@@ -311,6 +320,40 @@ def test_a_row_that_was_not_reached_may_be_taken_out_or_corrected(tmp_path, kind
         iter(dataset(source(reached), **options)).set_state(state)
     with pytest.raises(ValueError, match="rows was 12, is 13.*skip_bad_rows"):
         iter(dataset(source([*rows, row(13)]), **options)).set_state(state)
+
+
+class Twice(FakeProcessor):
+    """Makes two examples of a row, the second longer and numbered from 100."""
+
+    def encode_all(self, read):
+        number, length = map(int, read.messages[0]["content"][-1]["text"].split())
+        examples = []
+        for first, size in ((number, length), (number + 100, length + 60)):
+            tokens = np.full(size, 7, np.int32)
+            tokens[0] = first + 1000
+            examples.append(Example(tokens, np.ones(size, np.int32), None))
+        return examples
+
+
+def test_a_position_counts_rows_that_make_several_examples():
+    rows = [row(i, 10 + 20 * i) for i in range(6)]
+    options = {"batch_size": 4, "gradient_accumulation_steps": 2, "num_epochs": 2}
+    data = dataset(rows, Twice(), **options)
+    assert data.check().examples == 11
+    iterator = iter(data)
+    states, batches = [through_json(iterator.get_state())], []
+    for batch in iterator:
+        batches.append(batch)
+        states.append(through_json(iterator.get_state()))
+    # The second of the last row has 170 tokens.
+    kept = [0, 1, 2, 3, 4, 5, 100, 101, 102, 103, 104]
+    assert sorted(numbers(batches)) == sorted(kept * 2)
+    assert len(batches) == 2 * 2 * data.steps_per_epoch()
+    assert (iterator.seen, iterator.dropped) == (12, 2)
+    for place, state in enumerate(states):
+        restored = iter(dataset(rows, Twice(), **options))
+        restored.set_state(state)
+        assert_same(list(restored), batches[place:])
 
 
 # ---- Prompts and preferences.

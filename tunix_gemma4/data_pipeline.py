@@ -128,8 +128,8 @@ class Plan:
             )
         if changed:
             logging.warning(
-                "%s: %d rows are gone or others since the checkpoint was written; none of them "
-                "had been trained on.",
+                "%s: rows that are gone or others since the checkpoint was written: %d. None of "
+                "them had been trained on.",
                 *(self.rows.name, len(changed)),
             )
 
