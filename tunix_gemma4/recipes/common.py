@@ -255,8 +255,17 @@ def save(config: TrainSettings, model: nnx.Module, output: Path) -> list[Path]:
     return [output / ADAPTER, output / MODEL]
 
 
-def say_done(config: TrainSettings, steps: int, saved: Sequence[Path]) -> None:
-    """Says that a run has ended well, where everything is and what shows its curves."""
+def say_done(config: TrainSettings, steps: int, saved: Sequence[Path], left_out: str = "") -> None:
+    """Says that a run has ended well, where everything is and what shows its curves.
+
+    Args:
+        config: the settings.
+        steps: optimizer steps taken.
+        saved: directories.
+        left_out: rows that could not be read.
+    """
+    if left_out:
+        say(f"{config.data.path}: {left_out}")
     say(f"{steps} steps done. Saved: {', '.join(map(str, saved))}")
     if config.report_to != "tensorboard":
         return

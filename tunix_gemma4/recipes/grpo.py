@@ -118,7 +118,6 @@ def run(config: GrpoRunConfig, *, after_step: Callable[[Any], None] | None = Non
         max_steps=steps,
         **{name: vars(config)[name] for name in _OUTPUT},
     )
-    trainer = cluster.actor_trainer
     Report(
         cluster,
         progress=Progress(steps, len(rows) * config.updates_per_batch / config.batch_size),
@@ -128,20 +127,15 @@ def run(config: GrpoRunConfig, *, after_step: Callable[[Any], None] | None = Non
         log_completions=config.log_completions,
         after_step=after_step,
     )
+    trainer = cluster.actor_trainer
     if trainer.train_steps:
-        directory = checkpoint_directory(output)
-        if is_older:
-            refuse_older(config, rows, directory)
-        rows.refuse_changed(train_batches(config, rows, trainer.train_steps), str(directory))
-        say(f"Resuming after step {trainer.train_steps} from {directory}.")
+        resume(config, rows, trainer.train_steps, is_older=is_older)
     if trainer.train_steps < steps:
         say(compiling("sampling, log-probabilities and the training step"))
         train(config, cluster, rows, eval_ds)
 
     saved = common.save(config, trainer.model, output)
-    if rows.left_out:
-        say(f"{config.data.path}: {rows.left_out}")
-    common.say_done(config, trainer.train_steps, saved)
+    common.say_done(config, trainer.train_steps, saved, rows.left_out)
     return Result(trainer.model, processor, trainer.train_steps, saved, trainer.metrics_logger)
 
 
@@ -226,6 +220,22 @@ def prompt_rows(
 def first_prompt(rows: PromptRows, processor: Processor) -> str:
     """The first prompt as the model sees it."""
     return processor.explain(processor.collate([rows.first().example], side="left"))
+
+
+def resume(config: GrpoRunConfig, rows: PromptRows, steps_done: int, *, is_older: bool) -> None:
+    """Says where a run goes on, unless its prompts are not those that it has trained on.
+
+    Args:
+        config: the settings.
+        rows: the prompts.
+        steps_done: optimizer steps.
+        is_older: whether nothing was kept with the checkpoints about the rows.
+    """
+    directory = checkpoint_directory(Path(config.output_dir))
+    if is_older:
+        refuse_older(config, rows, directory)
+    rows.refuse_changed(train_batches(config, rows, steps_done), str(directory))
+    say(f"Resuming after step {steps_done} from {directory}.")
 
 
 def refuse_older(config: GrpoRunConfig, rows: PromptRows, directory: Path) -> None:
