@@ -141,7 +141,8 @@ class Health:
         parts = trainer.config.get_with_default("gradient_accumulation_steps", 1)
         part = f", micro-batch {trainer.iter_steps % parts + 1} of {parts}" if parts > 1 else ""
         # Images would take memory, and are never the cause: they come from bytes.
-        inputs = inputs.replace(images=None) if hasattr(inputs, "images") else inputs
+        if hasattr(inputs, "images") and hasattr(inputs, "replace"):
+            inputs = inputs.replace(images=None)
         step = _Step(trainer.train_steps + 1, part, flags, result[0], result[-1], inputs)
         self._pending.append(step)
         self._look(self._ahead)
@@ -204,7 +205,10 @@ class Health:
         frozen = nonfinite_variables(trainer.model, nnx.Not(kind))
         if frozen:
             return f"The model's own weights hold NaN or infinity: {shown(frozen)}"
-        fields = vars(step.inputs) if dataclasses.is_dataclass(step.inputs) else {}
+        fields = step.inputs if isinstance(step.inputs, dict) else {}
+        if dataclasses.is_dataclass(step.inputs):
+            names = (field.name for field in dataclasses.fields(step.inputs))
+            fields = {name: getattr(step.inputs, name) for name in names}
         arrays = {name: value for name, value in fields.items() if _is_array(value)}
         inputs = nonfinite(arrays)
         said = f"The batch holds NaN or infinity ({shown(inputs)}). " if inputs else ""
