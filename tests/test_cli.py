@@ -87,8 +87,8 @@ def test_sft_with_a_shipped_config_trains_an_adapter_that_generate_uses(
     ]
     assert main(["sft", str(ROOT / "configs/sft/e2b_lora_image.yaml"), *overrides]) == 0
     assert (output / "adapter" / "adapter_model.safetensors").is_file()
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert re.fullmatch(rf"Curves: .*tensorboard --logdir {output / 'tensorboard'}", last)
+    curves = capsys.readouterr().out.splitlines()[-2]
+    assert re.fullmatch(rf"Curves: .*tensorboard --logdir {output / 'tensorboard'}", curves)
     assert list((output / "tensorboard").iterdir())
 
     arguments = ["--adapter", str(output / "adapter"), "--image", str(tmp_path / "scan.png")]

@@ -184,4 +184,4 @@ def test_the_end_of_a_run_says_what_shows_its_curves(without, capsys):
         assert capsys.readouterr().out == done
     common.say_done(RunConfig(output_dir="out"), 2, ["model"])
     curves = f"Curves: pip install tensorboard, then tensorboard --logdir {Path('out/tensorboard')}"
-    assert capsys.readouterr().out == f"{done}{curves}\n"
+    assert capsys.readouterr().out == f"{curves}\n{done}"

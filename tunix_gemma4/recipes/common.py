@@ -256,7 +256,7 @@ def save(config: TrainSettings, model: nnx.Module, output: Path) -> list[Path]:
 
 
 def say_done(config: TrainSettings, steps: int, saved: Sequence[Path], left_out: str = "") -> None:
-    """Says that a run has ended well, where everything is and what shows its curves.
+    """Says that a run has ended well, what shows its curves and, last, where everything is.
 
     Args:
         config: the settings.
@@ -266,13 +266,12 @@ def say_done(config: TrainSettings, steps: int, saved: Sequence[Path], left_out:
     """
     if left_out:
         say(f"{config.data.path}: {left_out}")
+    if config.report_to == "tensorboard":
+        viewer = f"tensorboard --logdir {Path(config.output_dir) / TENSORBOARD}"
+        if not is_installed("tensorboard"):
+            viewer = f"pip install tensorboard, then {viewer}"
+        say(f"Curves: {viewer}")
     say(f"{steps} steps done. Saved: {', '.join(map(str, saved))}")
-    if config.report_to != "tensorboard":
-        return
-    viewer = f"tensorboard --logdir {Path(config.output_dir) / TENSORBOARD}"
-    if not is_installed("tensorboard"):
-        viewer = f"pip install tensorboard, then {viewer}"
-    say(f"Curves: {viewer}")
 
 
 def say(text: str) -> None:
