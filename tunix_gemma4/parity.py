@@ -201,7 +201,10 @@ def _run_hooked(torch: Any, model: Any, config: ModelConfig, batch: Batch, sink:
         return record
 
     handles = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
-    logits = model(**_arguments(torch, config, batch), logits_to_keep=_LAST).logits
+    # Told so by `logits_to_keep`, transformers from 5.13 on cuts the last layers of E2B short too.
+    cut = model.lm_head.register_forward_pre_hook(lambda _, given: (given[0][:, -_LAST:],))
+    handles.append(cut)
+    logits = model(**_arguments(torch, config, batch)).logits
     sink("logits", logits.float().numpy()[real[:, -_LAST:]])
     for handle in handles:
         handle.remove()
@@ -221,7 +224,7 @@ def _arguments(torch: Any, config: ModelConfig, batch: Batch) -> dict[str, Any]:
         arguments["image_position_ids"] = images[..., -2:].long()
         if config.image_blocks_attend_both_ways:
             # Transformers 5.12 lets full layers look both ways too, and does not clip by the
-            # window; later versions and this package do neither.
+            # window; 5.24 clips the past alone. This package does as the authors' own code.
             arguments["attention_mask"] = _masks(torch, config, batch)
     return arguments
 
