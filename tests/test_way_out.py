@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What ends a run, and what is left then: signals, errors, other runs, broken-off ends."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -357,7 +358,8 @@ def recorded(tmp_path):
     config = RunConfig(model=str(tmp_path / "model"), output_dir="", batch_size=4)
     config.data.path = str(tmp_path / "data")
 
-    def make():
+    def make(**changes):
+        vars(config).update({"allow_changes": False} | changes)
         return Record(tmp_path, config, {"reward.py:f": tmp_path / "reward.py"})
 
     make().settle()
@@ -374,13 +376,17 @@ def recorded(tmp_path):
         ("reward.py", "reward.py:f"),
     ],
 )
-def test_changed_contents_are_named(name, called, recorded, tmp_path):
+def test_changed_contents_are_named(name, called, recorded, tmp_path, caplog):
     (tmp_path / name).write_text("something else")
     with pytest.raises(
         ValueError, match=rf"other contents of {called} \(\d+ bytes, SHA-256 \w+, now"
     ):
         recorded().settle()
     (tmp_path / name).write_text(name)
+    recorded().settle()
+    (tmp_path / name).write_text("something else")
+    recorded(allow_changes=True).settle()
+    assert "The run goes on all the same" in caplog.text
     recorded().settle()
 
 
@@ -418,6 +424,9 @@ def test_settings_are_compared_one_by_one(settings, tmp_path):
     with pytest.raises(ValueError, match=found) as raised:
         common.prepare_output(changed, ("data", "lora", "batch_size"))
     assert "emove" not in str(raised.value)
+    common.prepare_output(dataclasses.replace(changed, allow_changes=True), ("data", "lora"))
+    common.prepare_output(changed, ("data", "lora"))
+    common.prepare_output(config, ())
     for text in ("batch_size: [", "batch_size: 1"):  # Not YAML, and cut behind a digit.
         (tmp_path / "run" / "run_config.yaml").write_text(text)
         common.prepare_output(changed, ("data", "lora", "batch_size"))

@@ -25,7 +25,7 @@ from ..model.gemma4 import num_parameters
 from ..model.stacking import stack_layers, unstack_layers
 from ..processor import Processor
 from .load_config import to_yaml
-from .record import differences, earlier_settings
+from .record import differences, earlier_settings, refuse_change
 from .settings import MeshConfig, TrainSettings
 
 ADAPTER, MODEL, SETTINGS = "adapter", "model", "run_config.yaml"
@@ -54,10 +54,11 @@ def prepare_output(config: TrainSettings, fixed: Sequence[str]) -> Path:
             )
         changed = differences(earlier or {}, config, fixed)
         if changed:
-            raise ValueError(
+            refuse_change(
+                config,
                 f"{checkpoints}: they belong to a run with another {', '.join(changed)} (see "
-                f"{settings}): {'; '.join(changed.values())}. Choose another output_dir, or set "
-                "these back"
+                f"{settings}): {'; '.join(changed.values())}",
+                "set these back",
             )
     if jax.process_index() == 0:
         try:

@@ -37,7 +37,7 @@ class Record:
 
     def __init__(self, output: Path, config: TrainSettings, more: Mapping[str, Path] | None = None):
         self._path = output / CHECKPOINTS / _NAME
-        self._settings = plain(config)
+        self._config, self._settings = config, plain(config)
         self._files = {_DATA: Path(config.data.path), **(more or {})}
         model = Path(config.model)
         for path in sorted({path for pattern in _BASE for path in model.glob(pattern)}):
@@ -100,10 +100,21 @@ class Record:
             if was.get(name, {}).get("sha256") != is_now.get(name, {}).get("sha256")
         ]
         if changed:
-            raise ValueError(
-                f"{folder}: they belong to a run with other contents of {', '.join(changed)}. Put "
-                "these files back, or choose another output_dir"
+            refuse_change(
+                self._config,
+                f"{folder}: they belong to a run with other contents of {', '.join(changed)}",
+                "put these files back",
             )
+
+
+def refuse_change(config: TrainSettings, what: str, remedy: str) -> None:
+    """Raises ValueError for what a resumed run has otherwise, unless `allow_changes` is set."""
+    if not config.allow_changes:
+        raise ValueError(
+            f"{what}. Choose another output_dir, or {remedy}; allow_changes=true goes on all the "
+            "same"
+        )
+    logging.warning("%s. The run goes on all the same, as allow_changes says.", what)
 
 
 def _content(entry: Mapping[str, Any] | None) -> str:

@@ -86,6 +86,8 @@ class TrainSettings:
         save_total_limit: checkpoints that are kept, the newest.
         keep_steps: steps whose checkpoints are kept besides; each a multiple of `save_steps`.
         resume_from_checkpoint: go on from the latest checkpoint in `output_dir`, if there is one.
+        allow_changes: resume although settings or files that the checkpoints depend on are others
+            now, as after the correction of a reward function; says which.
         report_to: "tensorboard", "wandb" or "none".
         seed: of the data's order, of what is sampled and of the adapter's initial values.
         compilation_cache_dir: keeps compiled programs for the next start; null: keeps none. "auto"
@@ -121,6 +123,7 @@ class TrainSettings:
     save_total_limit: int = 3
     keep_steps: list[int] = dataclasses.field(default_factory=list)
     resume_from_checkpoint: bool = True
+    allow_changes: bool = False
     report_to: str = "tensorboard"
     seed: int = 0
     compilation_cache_dir: str | None = AUTO
