@@ -8,15 +8,16 @@ import itertools
 from absl import logging
 
 _STATISTICS = ("mean", "min", "max")
+_ADVANTAGES = ("advantages", "advantages/returns", "advantages/old_values")
 # What the host and these learners write themselves.
 _TAKEN = {
     *("prompts", "completions", "rewards/sum", "rewards/score/std"),
     *("rewards/groups_without_spread", "rewards/reward_kl_penalty", "completions/truncated"),
     *(f"rewards/{name}" for name in _STATISTICS),
-    *(f"{length}_length" for length in (f"completions/{name}" for name in _STATISTICS)),
+    *(f"{of}completions/{name}_length" for of in ("", "generation/") for name in _STATISTICS),
     *(
         f"{of}/{name}"
-        for of in ("rewards/score", "rewards/reward", "advantages", "advantages/returns")
+        for of in ("rewards/score", "rewards/reward", *_ADVANTAGES)
         for name in _STATISTICS
     ),
 }
