@@ -215,6 +215,10 @@ def test_rotary_names_reach_the_layers():
     layers = {spec.kind: spec for spec in config.layers}
     assert (layers["full"].rope_fraction, layers["full"].rope_factor) == (0.5, 8.0)
     assert (layers["sliding"].rope_theta, layers["full"].rope_theta) == (500, 700)
+    # What a config.json says of sliding layers beyond that, transformers does not read.
+    config.rope_parameters["sliding_attention"] |= {"factor": 8.0, "partial_rotary_factor": 0.5}
+    sliding = next(spec for spec in config.layers if spec.kind == "sliding")
+    assert (sliding.rope_fraction, sliding.rope_factor) == (1.0, 1.0)
 
 
 @pytest.mark.parametrize(

@@ -231,8 +231,9 @@ class ModelConfig(TunixNames):
                     num_kv_heads=kv_heads or self.num_key_value_heads,
                     window=None if full else self.sliding_window,
                     rope_theta=float(rope["rope_theta"]),
-                    rope_fraction=float(rope.get("partial_rotary_factor", 1.0)),
-                    rope_factor=float(rope.get("factor", 1.0)),
+                    # Of type "default", in sliding layers, transformers reads the theta alone.
+                    rope_fraction=float(rope.get("partial_rotary_factor", 1.0)) if full else 1.0,
+                    rope_factor=float(rope.get("factor", 1.0)) if full else 1.0,
                     mlp_dim=self.intermediate_size * (2 if double else 1),
                     k_eq_v=k_eq_v and not shared,
                     kv_from=last_of_kind[layer_type] if shared else index,

@@ -69,6 +69,8 @@ def _of_rope(kind: str, key: str, default: float, only: float | None = None) -> 
     """`key` of the rotary embedding of one kind of layer; `only` is all that it may be."""
 
     def read(self: Any) -> float:
+        if only is not None:
+            return only
         return self.rope_parameters.get(kind, DEFAULT_ROPE[kind]).get(key, default)
 
     def write(self: Any, value: float) -> None:

@@ -27,10 +27,11 @@ class Gemma4ForTokenScores(Gemma4Model):
     Args:
         config: what to build, as of a policy.
         rngs: source of the random initial weights of the body.
+        text_only: in place of the `text_only` of `config`, which decides if this is None.
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        super().__init__(config, rngs=rngs)
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, text_only: bool | None = None):
+        super().__init__(config, rngs=rngs, text_only=text_only)
         self.score = _head(config)
 
     @classmethod
