@@ -376,6 +376,7 @@ REFUSED = {
         [QUESTION, ANSWER | {"content": "<|channel>thought\na<channel|>"}],
         "an assistant turn is empty once the chat template has removed its thoughts",
     ),
+    "surrogate": ([QUESTION, ANSWER | {"content": "a\ud800"}], r".*'a\\ud800.*half of a surrogate"),
     "no_answer": ([QUESTION], "there is no assistant message to learn"),
     "template": ([QUESTION, SYSTEM, ANSWER], "the chat template refuses the conversation: .*turn"),
 }

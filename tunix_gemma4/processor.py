@@ -252,7 +252,13 @@ class Processor:
     ) -> tuple[list[int], list[int]]:
         """Ids, and 1 where one is supervised; `counts` are the images' soft tokens."""
         texts = [segment.text for segment in segments if not segment.special]
-        pieces = iter(self._text_tokenizer.encode_batch(texts, add_special_tokens=False))
+        try:
+            pieces = iter(self._text_tokenizer.encode_batch(texts, add_special_tokens=False))
+        except TypeError as error:
+            broken = next((text for text in texts if not _is_text(text)), "")
+            raise ValueError(
+                f"{broken!r:.80} holds half of a surrogate pair, which is no text; correct it"
+            ) from error
         soft = iter(counts)
         tokens, loss_mask = [], []
         for segment in segments:
@@ -458,6 +464,14 @@ class ImageSlots:
         most = max(0 if e.images is None else len(e.images) for e in examples)
         self._slots = max(self._slots, image_slots(most))
         return self._slots
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_one_conversation(conversations: Sequence[Any]) -> bool:
