@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reward functions: what earns how much, and how a setting names one."""
 
+import re
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 
@@ -178,6 +180,13 @@ def test_file_that_cannot_be_run_is_named(line, tmp_path):
     (tmp_path / "mine.py").write_text(line)
     with pytest.raises(ValueError, match=r"mine\.py: cannot be imported: \w+"):
         load_reward(f"{tmp_path / 'mine.py'}:f")
+
+
+def test_files_of_ones_own_functions_are_known(tmp_path):
+    mine = f"{tmp_path / 'mine.py'}:f"
+    found = rewards.source_files(["exact_answer", "matches(pattern='a:b')", mine, "re:match"])
+    assert found == {mine: tmp_path / "mine.py", "re:match": Path(re.__file__)}
+    assert rewards.source_files(["sys:exit"]) == {}
 
 
 def test_weighted_reward_keeps_name_and_signature():

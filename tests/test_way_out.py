@@ -223,7 +223,8 @@ def test_every_error_closes_what_is_open_and_has_one_message_last(
 def test_output_that_cannot_be_written_to_is_named(settings, tmp_path, capsys):
     file = tmp_path / "file"
     file.write_text("")
-    for output, what in ((file, "is a file"), (file / "run", "cannot be made")):
+    places = ((file, "is a file"), (file / "run", "cannot be made"))
+    for output, what in (*places, (tmp_path / ("a" * 300), "cannot be made (File name too long)")):
         assert main(["sft", *settings(output, as_words=True)]) == 2
         assert f"output_dir: {output} {what}" in capsys.readouterr().err
 

@@ -218,9 +218,12 @@ def source_files(specs: Sequence[str]) -> dict[str, Path]:
     files = {}
     for spec in specs:
         place, separator, _ = spec.rpartition(":")
-        if separator and "(" not in place:
-            source = inspect.getsourcefile(inspect.unwrap(load_reward(spec)))
-            files[spec] = Path(place if place.endswith(".py") or source is None else source)
+        if not separator or "(" in place:
+            continue
+        # A module of C, or of a namespace, has none.
+        file = place if place.endswith(".py") else getattr(_module(place), "__file__", None)
+        if file is not None:
+            files[spec] = Path(file)
     return files
 
 

@@ -83,11 +83,12 @@ def _own(output: Path) -> Iterator[None]:
     if jax.process_index() != 0:
         yield
         return
-    is_new = not output.exists()
     try:
+        is_new = not output.exists()
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        what = "is a file" if output.is_file() else f"cannot be made ({error})"
+        is_file = isinstance(error, FileExistsError)
+        what = "is a file" if is_file else f"cannot be made ({error.strerror})"
         raise ValueError(f"output_dir: {output} {what}; choose another") from error
     try:
         with locked(output):
