@@ -172,6 +172,11 @@ BROKEN = {
 }
 
 
+def test_a_column_that_is_not_trained_on_may_hold_what_no_tokenizer_takes(processor, tmp_path):
+    file = write(tmp_path / "rows.jsonl", [asking("fine") | {"source": "\ud800"}])
+    assert len(list(make_dataset(file, processor, batch_size=1, max_length=64, num_epochs=1))) == 1
+
+
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_malformed_row_is_named_on_every_road(processor, tmp_path, name):
     bad, message = BROKEN[name]

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .data_sources import Rows, field_name, walk
+from .data_sources import Rows, check_text, field_name, walk
 from .processor_conversation import Conversation
 from .processor_images import is_path
 
@@ -290,6 +290,11 @@ def _path_of(image: Any) -> Path | None:
 def _told(error: Exception, row: Any) -> str:
     """An error in words; of one that nobody wrote for the user, its kind and the field too."""
     text = str(error)
+    if isinstance(error, UnicodeError | TypeError):
+        try:
+            check_text(row)
+        except ValueError as found:
+            return str(found)
     if type(error) is not ValueError:
         text = f"{type(error).__name__}: {text}" if text else type(error).__name__
         field = _field_of(error, row)

@@ -52,14 +52,18 @@ class Rows:
         return len(self._records) if self._before is None else len(self._before)
 
     def __getitem__(self, index: int):
-        row = self._records[self._now(index)]
-        check_text(row)
+        row = self.raw(index)
+        check_depth(row)
         if self._folder is None:
             return row
         if not isinstance(row, Mapping):
             return _anchored(row, self._folder)
         images = {key: _with_paths(row[key], self._folder) for key in _IMAGES if key in row}
         return {**_anchored(row, self._folder), **images}
+
+    def raw(self, index: int):
+        """A row as the source has it."""
+        return self._records[self._now(index)]
 
     def place(self, index: int) -> str:
         """How messages to the user call row `index`."""
@@ -145,14 +149,19 @@ def field_name(path: tuple) -> str:
     return "".join(parts).lstrip(".") or "the row"
 
 
-def check_text(row) -> None:
-    """Raises ValueError naming the field of what no tokenizer can take or no reader can follow."""
-    for path, value in walk(row):
+def check_depth(row) -> None:
+    """Raises ValueError naming the field of what no reader can follow."""
+    for path, _ in walk(row):
         if len(path) > _DEEPEST:
             raise ValueError(
                 f"{field_name(path[:1])}: expected at most {_DEEPEST} levels of lists and objects "
                 "in each other, found more"
             )
+
+
+def check_text(row) -> None:
+    """Raises ValueError naming the field of what no tokenizer can take."""
+    for path, value in walk(row):
         if isinstance(value, str) and not value.isascii():
             _check_characters(path, value)
 
