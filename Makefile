@@ -33,9 +33,10 @@ parity: $(VENV)/.parity
 	$(PYTEST) $(PARALLEL) -m "parity and not slow and not aot and not accelerator"
 
 # The same against versions that google-tunix does not allow, in an environment without it. Files
-# in several parts are the same in all versions, and left to `make parity`.
+# in several parts are the same in all versions, and left to `make parity`. What is compared is the
+# working tree, whatever of it was installed.
 parity-latest: $(LATEST)/.made
-	$(LATEST)/bin/python -m pytest $(PYTEST_ARGS) $(PARALLEL) \
+	PYTHONPATH=$(CURDIR) $(LATEST)/bin/python -m pytest $(PYTEST_ARGS) $(PARALLEL) \
 		-m "parity and not slow and not aot and not accelerator" -k "not several" tests/parity
 
 slow: $(VENV)/.parity

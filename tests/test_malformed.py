@@ -616,7 +616,7 @@ def read_settings(folder, load, changes):
     ("load", "field", "value"),
     cases(
         ((load_run_config, *case) for case in field_cases(SETTINGS | SUPERVISED)),
-        ((load_grpo_config, *case) for case in field_cases(SETTINGS | REWARDED)),
+        ((load_grpo_config, *case) for case in field_cases(REWARDED)),
     ),
 )
 def test_a_setting(tmp_path, load, field, value):
