@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from tunix.rl import algo_core, common, function_registry
+from tunix.rl import algo_core, common, function_registry, rl_cluster
 from tunix.rl.grpo.grpo_learner import TrainExample
 from tunix.rl.ppo import ppo_learner
 from tunix.sft.dpo import dpo_trainer
@@ -20,6 +20,7 @@ from tunix.sft.dpo import dpo_trainer
 import tunix_gemma4
 from tunix_gemma4.host import learner as hooks
 from tunix_gemma4.host import micro_batches
+from tunix_gemma4.host.binding import Bound, bind
 from tunix_gemma4.host.grpo import KL_ESTIMATORS, make_algorithm
 from tunix_gemma4.model.gemma4 import Gemma4Model
 
@@ -260,6 +261,25 @@ def test_ppo_whitens_and_averages_over_the_mini_batch(size):
     assert_is(over_micro_batches(grpo_loss, config, batch, size), policy_formula, LOGPS)
     moved = VALUES + np.random.default_rng(7).choice([-0.4, -0.1, 0.1, 0.4], VALUES.shape)
     assert_is(over_micro_batches(value_loss, config, batch, size), value_formula, moved)
+
+
+def test_a_mean_over_a_piece_of_what_is_sampled_counts_by_its_rows():
+    cluster = object.__new__(rl_cluster.RLCluster)
+    cluster._buffered_train_metrics, cluster._buffered_eval_metrics = [], []
+    cluster.global_steps = 0
+    mode = rl_cluster.Mode.EVAL
+    cluster.buffer_metrics({}, mode=rl_cluster.Mode.TRAIN)
+    for count, value in ((3, 1.0), (1, 5.0)):
+        with bind(Bound(count=count)):
+            told = {"mean": (value, np.mean), "most": (value, np.max), "said": ("yes", None)}
+            cluster.buffer_metrics(told, mode=mode)
+    (buffer,) = cluster._buffered_eval_metrics
+    assert {name: len(values) for name, (values, _) in buffer.metrics.items()} == {
+        "mean": 4,
+        "most": 2,
+        "said": 2,
+    }
+    assert np.mean(buffer.metrics["mean"][0]) == 2
 
 
 # ---- Preferences. Rows 0 and 1 are chosen, 2 and 3 the answers rejected for them.

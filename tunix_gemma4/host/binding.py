@@ -45,6 +45,7 @@ class Bound:
         image_repeats: n, the completions of one prompt.
         temperature: of the rollout; used wherever the host forgets to pass it on.
         suppressed: ids that the sampler never draws, so that no policy gives them probability.
+        count: completions in a learner's piece of a rollout step; 0 within a loss.
         draws: of the rollout step.
         off_policy: whether there are updates on these rows after the first, by then of a policy
             that has moved since it sampled.
@@ -62,6 +63,7 @@ class Bound:
     image_repeats: int = 1
     temperature: float = 1.0
     suppressed: tuple[int, ...] = ()
+    count: int = 0
     draws: Draws = dataclasses.field(default_factory=Draws)
     off_policy: bool = False
     score_rows: int | None = None

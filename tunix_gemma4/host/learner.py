@@ -211,11 +211,12 @@ def wrap_compute_rewards(original: Callable) -> Callable:
         require_sums(found)
         rewards = without_abstained(found, groups=self._num_generations() > 1)
         groups = [group[~np.isnan(group)] for group in found.reshape(-1, self._num_generations())]
-        # One by one, so that neither depends on how many pieces a step comes in.
         for reward in np.concatenate(groups):
+            # One by one, so that it is the spread of the step, in how many pieces it may come.
             self.rl_cluster.buffer_metrics({"rewards/score/std": (reward, np.std)}, mode=mode)
-        for group in groups if self._num_generations() > 1 else ():
-            metric = {"rewards/groups_without_spread": (without_spread(group), np.mean)}
+        if self._num_generations() > 1:
+            flat = np.mean([without_spread(group) for group in groups])
+            metric = {"rewards/groups_without_spread": (flat, np.mean)}
             self.rl_cluster.buffer_metrics(metric, mode=mode)
         return rewards
 
@@ -276,6 +277,7 @@ def wrap_generate_and_compute_advantage(original: Callable) -> Callable:
             temperature=_rollout_config(self.rl_cluster, mode).temperature or 1.0,
             # The host's packed examples could not tell the loss.
             suppressed=() if packs(self) else rollout.suppressed,
+            count=len(prompts),
             draws=_draws(self, mode),
             off_policy=mode == Mode.TRAIN and rollout_step(self).updates > 1,
             score_rows=self._compute_logps_micro_batch_size,

@@ -16,8 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from tunix.rl import algo_core
+from tunix.rl.rl_cluster import Mode
 
 from ..model.gemma4 import Gemma4Model
+from .binding import bound
 
 AGREEMENT = "rollout_agreement"
 # Beside the metrics of a micro-batch: how many tokens they are means over.
@@ -102,6 +104,24 @@ def wrap_post_process_eval_step(original: Callable) -> Callable:
         _record(self, self._buffered_eval_metrics, aux, fresh=True)
 
     return post_process_eval_step
+
+
+def wrap_cluster_buffer_metrics(original: Callable) -> Callable:
+    """A mean over a piece of a rollout step or an evaluation counts as often as it has rows."""
+
+    @functools.wraps(original)
+    def buffer_metrics(self, metrics: dict[str, Any], mode: Mode = Mode.TRAIN) -> None:
+        original(self, metrics, mode)
+        work = bound()
+        if work is None or not work.count:
+            return
+        is_train = mode == Mode.TRAIN
+        buffers = self._buffered_train_metrics if is_train else self._buffered_eval_metrics
+        for name, (value, combine) in metrics.items():
+            if combine in (np.mean, np.nanmean) and np.ndim(value) == 0:
+                buffers[-1].metrics[name][0].extend([value] * (work.count - 1))
+
+    return buffer_metrics
 
 
 def _record(trainer: Any, buffer: Any, aux: dict[str, Any], *, fresh: bool) -> None:

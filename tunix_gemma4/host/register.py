@@ -254,6 +254,12 @@ HOOKS: tuple[Hook, ...] = (
         "likewise of a critic",
     ),
     Hook(
+        "tunix.rl.rl_cluster:RLCluster.buffer_metrics",
+        micro_batches.wrap_cluster_buffer_metrics,
+        ("metrics", "mode"),
+        "a mean over a piece of what is sampled counts by its rows",
+    ),
+    Hook(
         "tunix.rl.rl_cluster:RLCluster.close",
         rollout_step.wrap_close,
         (),
