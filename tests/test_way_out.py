@@ -184,7 +184,7 @@ class FakeTrainer:
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [
-        (ValueError("wrong"), 2, "tunix-gemma4 sft: wrong\n"),
+        (ValueError("wrong"), 2, "tunix-gemma4 sft: wrong\nBesides, "),
         (OSError(28, "No space left on device", "file"), 1, "[Errno 28] No space left"),
         (OSError("the disk is gone"), 1, "The run writes to "),
         (NonFiniteError("step 3"), 1, "tunix-gemma4 sft: step 3"),
@@ -199,6 +199,7 @@ def test_every_error_closes_what_is_open_and_has_one_message_last(
     error, code, message, settings, tmp_path, monkeypatch, capsys
 ):
     trainer = FakeTrainer(problem=OSError("disk full"))
+    error.add_note("A library's remark")
     output = tmp_path / "run"
 
     @one_way_out

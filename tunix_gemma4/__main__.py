@@ -70,7 +70,7 @@ def _message(error: BaseException, *, anew: bool = False) -> str:
         said = f"{type(error).__name__}: {said.strip().partition(chr(10))[0]}"
     elif isinstance(error, OSError) and error.filename is None:
         said = f"{type(error).__name__}: {said}"
-    notes = () if anew else getattr(error, "__notes__", ())
+    notes = () if anew else getattr(error, "of_run", ())
     return "\n".join([said or "stopped", *notes])
 
 

@@ -121,13 +121,19 @@ def training(trainer: Any) -> Iterator[None]:
             try:
                 part.close()
             except Exception as second:  # What ended the run is what is raised.
-                error.add_note(f"Besides, {type(part).__name__} did not close: {second}")
+                _note(error, f"Besides, {type(part).__name__} did not close: {second}")
         raise
+
+
+def _note(error: BaseException, text: str) -> None:
+    """Adds to what the error says, apart from what libraries add to it (grain does)."""
+    error.add_note(text)
+    vars(error).setdefault("of_run", []).append(text)
 
 
 def _say_what_is_kept(error: BaseException, output: Path) -> None:
     if isinstance(error, OSError) and error.filename is None:
-        error.add_note(f"The run writes to {output}.")
+        _note(error, f"The run writes to {output}.")
     checkpoints = output / CHECKPOINTS
     steps = [
         int(path.name)
@@ -135,7 +141,8 @@ def _say_what_is_kept(error: BaseException, output: Path) -> None:
         if path.name.isdigit()
     ]
     if steps:
-        error.add_note(
+        _note(
+            error,
             f"The checkpoint of step {max(steps)} is kept in {checkpoints}; the same command goes "
-            "on from there."
+            "on from there.",
         )
