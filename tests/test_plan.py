@@ -141,7 +141,7 @@ def test_a_compiler_that_is_not_installed_is_an_error_that_names_the_extra(monke
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"libtpu, which is not installed; pip install .*\[aot\]"):
         hardware("v5e:2x4").devices()
-    with pytest.raises(ValueError, match=r"jax_cuda12_plugin is not .*\[aot-gpu\]"):
+    with pytest.raises(ValueError, match=r"jax_cuda12_plugin, which is not .*\[aot-gpu\]"):
         hardware("h200:8").devices()
 
 
