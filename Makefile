@@ -18,7 +18,7 @@ PIP := $(BIN)/python -m pip
 PYTEST := $(BIN)/python -m pytest $(PYTEST_ARGS)
 PACKAGING := setup.cfg pyproject.toml
 
-.PHONY: demo demo-rl test parity parity-latest slow aot bench bench-quick wheel lint format clean
+.PHONY: demo demo-rl test parity parity-latest slow aot bench bench-quick tunix wheel lint format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/tunix-gemma4 demo $(DEMO_ARGS)
@@ -53,6 +53,10 @@ bench: $(VENV)/.aot-gpu
 
 bench-quick: $(VENV)/.aot
 	$(BIN)/python benchmarks/memory.py --quick --check
+
+# By hand: losses on the Tunix in the folder TUNIX_CHECKOUT, beside those of the installed one.
+tunix: $(VENV)/.test
+	$(BIN)/python tests/tunix_versions.py
 
 # Builds the wheel, and uses it in an environment outside of this folder.
 wheel: $(VENV)/.build

@@ -13,7 +13,8 @@ from tunix.rl import algo_core, common, rl_learner
 import tunix_gemma4
 from tunix_gemma4.host import register, version
 from tunix_gemma4.host.hooks import Hook, Installed
-from tunix_gemma4.host.register import EXTENDED, HOOKS, TESTED, status
+from tunix_gemma4.host.register import EXTENDED, HOOKS, status
+from tunix_gemma4.host.version import TESTED
 
 MISSING = object()
 
@@ -187,7 +188,7 @@ def test_versions_that_do_not_do_are_refused_by_name(tmp_path):
     # A checkout on the path is not what pip says is installed.
     (tmp_path / "tunix").mkdir()
     (tmp_path / "tunix" / "__init__.py").write_text("")
-    (tmp_path / "pyproject.toml").write_text('[project]\nversion = "0.1.8"\n')
+    (tmp_path / "pyproject.toml").write_text('[project]\nversion = "0.1.5"\n')
     program = "import tunix_gemma4; tunix_gemma4.register()"
     path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[1])])
     run = subprocess.run(
@@ -198,8 +199,23 @@ def test_versions_that_do_not_do_are_refused_by_name(tmp_path):
         check=False,
     )
     last = run.stderr.splitlines()[-1]
-    assert f"RuntimeError: google-tunix 0.1.8 (from {tmp_path}) does not go" in last
+    assert f"RuntimeError: google-tunix 0.1.5 (from {tmp_path}) does not go" in last
     assert last.endswith(f"Take {tmp_path} off the path and pip install google-tunix==0.1.7")
+
+
+def test_what_is_known_of_a_newer_version_is_said():
+    assert version.doubt(version.found()) is None
+    tried = version.doubt(version.Found("0.1.8", Path("there")))
+    assert "google-tunix 0.1.8 (from there): commit c7d8950f" in tried
+    assert "SFT, GRPO and DPO" in tried
+
+
+def test_by_hand_comparison_says_what_it_needs():
+    script = Path(__file__).with_name("tunix_versions.py")
+    environment = {name: value for name, value in os.environ.items() if name != "TUNIX_CHECKOUT"}
+    run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    assert run.returncode == 2
+    assert "TUNIX_CHECKOUT: expected the folder of a checkout of google/tunix" in run.stdout
 
 
 def test_the_gate_of_a_newer_host_is_replaced_and_put_back(monkeypatch):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tunix_gemma4 import ModelConfig
-from tunix_gemma4.host import learner, register, rl_report
+from tunix_gemma4.host import learner, register, rl_report, version
 from tunix_gemma4.recipes import rewards
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -19,7 +19,7 @@ def test_the_table_of_hooks_is_that_of_register():
     expected = [f"| `{hook.target}` | {hook.why} |" for hook in register.HOOKS]
     # Paste these where they differ.
     assert rows == expected, "\n".join(expected)
-    assert f"tested is {' and '.join(register.TESTED)}." in page
+    assert f"tested is {' and '.join(version.TESTED)}." in page
 
 
 def reported():

@@ -59,14 +59,7 @@ class Kept(ocp.checkpoint_managers.PreservationPolicy):
         return [step in kept for step in steps]
 
 
-@extends(
-    __init__=(
-        "root_directory",
-        "options",
-    ),
-    latest_step=(),
-    close=(),
-)
+@extends(__init__=("root_directory", "options"))
 class CheckpointManager(checkpoint_manager.CheckpointManager):
     """Restores every array to where its counterpart lies, from the newest checkpoint that is whole.
 
@@ -82,7 +75,11 @@ class CheckpointManager(checkpoint_manager.CheckpointManager):
     position: str | None = None
 
     def __init__(self, root_directory: str | None = None, options: Any = None):
-        super().__init__(root_directory, options)
+        super().__init__(None, options)
+        if hasattr(self, "_checkpoint_manager"):
+            super().__init__(root_directory, options)
+        else:  # Newer hosts write through another interface; the files stay the same.
+            self._checkpoint_manager = _manager(root_directory, options)
         self._root = root_directory
         policy = getattr(options, "preservation_policy", None)
         self._tested = policy.finite if isinstance(policy, Kept) else set()
@@ -111,10 +108,32 @@ class CheckpointManager(checkpoint_manager.CheckpointManager):
         if due:
             require_finite_state(model, optimizer)
             self._tested.add(step)
-            super().save(step, model, optimizer, save_only_lora_params, True, custom_metadata)
+            self._write(step, _states(model, optimizer, save_only_lora_params), custom_metadata)
         if stopping:
             self._stop(step, stopping)
         return due
+
+    def _write(self, step: int, states: dict[str, Any], metadata: dict[str, Any] | None) -> None:
+        items = {
+            name: ocp.args.PyTreeSave(
+                item=state, save_args=jax.tree.map(lambda _: ocp.SaveArgs(), state)
+            )
+            for name, state in states.items()
+        }
+        self._checkpoint_manager.save(
+            step, args=ocp.args.Composite(**items), custom_metadata=metadata or {}, force=True
+        )
+
+    @overrides()
+    def latest_step(self) -> int | None:
+        """The newest step there is; None if there is none."""
+        return None if self._checkpoint_manager is None else self._checkpoint_manager.latest_step()
+
+    @overrides()
+    def close(self) -> None:
+        """Waits for what is being written."""
+        if self._checkpoint_manager is not None:
+            self._checkpoint_manager.close()
 
     def _stopping(self, step: int) -> int | None:
         """The signal that ends the run after this step."""
@@ -213,6 +232,18 @@ class CheckpointManager(checkpoint_manager.CheckpointManager):
             if jax.process_count() > 1:
                 multihost_utils.sync_global_devices("damaged checkpoints")
             self._checkpoint_manager.reload()
+
+
+def _manager(directory: str | None, options: Any) -> ocp.CheckpointManager | None:
+    """As Tunix 0.1.7 makes it."""
+    if directory is None:
+        return None
+    handlers = {
+        "model_params": ocp.PyTreeCheckpointHandler(),
+        "optimizer_state": ocp.PyTreeCheckpointHandler(),
+        "custom_metadata": ocp.JsonCheckpointHandler(),
+    }
+    return ocp.CheckpointManager(directory, item_handlers=handlers, options=options)
 
 
 def _states(

@@ -93,9 +93,13 @@ def strict(trainer: peft_trainer.PeftTrainer) -> Callable:
     @functools.wraps(loss_fn)
     def loss(model: nnx.Module, *args: Any, **kwargs: Any) -> Any:
         out = loss_fn(model, *args, **kwargs)
-        value = out[0] if has_aux else out
         # What the loss is made of may hide it from the gradient, as `where` does.
         trained = jax.tree.leaves(nnx.state(model, kind))[0].ravel()[0]
+        if hasattr(out, "primary_loss"):  # Newer hosts divide by the number of tokens later.
+            total = out.primary_loss.unreduced_sum
+            total += jnp.where(jnp.isfinite(out.primary_loss.compute()), 0, jnp.nan) * trained
+            return out.replace(primary_loss=out.primary_loss.replace(unreduced_sum=total))
+        value = out[0] if has_aux else out
         value += jnp.where(jnp.isfinite(value), 0, jnp.nan) * trained
         return (value, *out[1:]) if has_aux else value
 
@@ -306,7 +310,8 @@ def wrap_save(original: Callable) -> Callable:
 
     @functools.wraps(original)
     def save(self, step: int, model: Any, optimizer: Any = None, *args: Any, **kwargs: Any) -> bool:
-        manager = self._checkpoint_manager
+        # Newer hosts have another name for it.
+        manager = vars(self).get("_checkpoint_manager", vars(self).get("_checkpointer"))
         if manager is not None and isinstance(model, Gemma4Model):
             force = kwargs.get("force", args[1] if len(args) > 1 else False)
             if force or manager.should_save(step):

@@ -24,7 +24,8 @@ class Hook:
     Attributes:
         target: "module:attribute" or "module:Class.method".
         wrap: from the original to its wrapper, which passes everything else on.
-        parameters: parameters of the original that the wrapper relies on.
+        parameters: parameters of the original that the wrapper relies on; "a|b" is one of two
+            names.
         why: one sentence, for `register.status` and the documentation.
         optional: the host may lack the target. `wrap` then gets None, and the name goes away again
             with the hook.
@@ -52,11 +53,12 @@ class Extension:
 
     Attributes:
         kind: ours; its first base is the host's.
-        calls: methods of the host that ours call, and all of their parameters.
+        calls: methods of the host that ours call, and all of their parameters; or a set of such,
+            of several versions.
     """
 
     kind: type
-    calls: dict[str, tuple[str, ...]]
+    calls: dict[str, tuple[str, ...] | set[tuple[str, ...]]]
 
     def problems(self) -> list[str]:
         """What is not there, or has other parameters; under another name it is never called."""
@@ -73,6 +75,8 @@ class Extension:
                 found = _parameters(base, name)
                 if found is None:
                     problems.append(f"{target}: gone; {self.kind.__name__} {verb} it")
+                elif isinstance(expected, set) and found in expected:
+                    continue
                 elif found != expected:
                     problems.append(
                         f"{target}: its parameters are {_listed(found)}; {self.kind.__name__} "
@@ -94,7 +98,7 @@ def overrides(*parameters: str) -> Callable[[Any], Any]:
     return mark
 
 
-def extends(**calls: tuple[str, ...]) -> Callable[[Class], Class]:
+def extends(**calls: tuple[str, ...] | set[tuple[str, ...]]) -> Callable[[Class], Class]:
     """Marks a class of ours with methods that `overrides` marks; see `Extension.calls`."""
 
     def mark(kind: Class) -> Class:
@@ -172,7 +176,7 @@ def _problem(hook: Hook) -> str | None:
     if not hook.parameters:
         return None
     found = inspect.signature(original).parameters
-    lost = [parameter for parameter in hook.parameters if parameter not in found]
+    lost = [one for one in hook.parameters if not set(one.split("|")) & set(found)]
     if lost:
         return f"{hook.target}: no parameter {', '.join(lost)}; it has {', '.join(found)}"
     return None
@@ -184,5 +188,7 @@ def _parameters(kind: type, name: str) -> tuple[str, ...] | None:
     return tuple(inspect.signature(method).parameters)[1:] if callable(method) else None
 
 
-def _listed(parameters: tuple[str, ...]) -> str:
+def _listed(parameters: tuple[str, ...] | set[tuple[str, ...]]) -> str:
+    if isinstance(parameters, set):
+        return " or ".join(sorted(map(_listed, parameters)))
     return f"({', '.join(parameters)})"

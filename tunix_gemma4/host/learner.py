@@ -78,6 +78,8 @@ def wrap_init(original: Callable) -> Callable:
     @functools.wraps(original)
     def init(self, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
+        if hasattr(self, "rl_engine"):  # As newer hosts call it.
+            self.rl_cluster = self.rl_engine
         if gemma4_rollout(self.rl_cluster) is None:
             return
         manager = self.reward_manager
@@ -364,11 +366,22 @@ def _with_images(loss_fn: Callable) -> Callable:
             suppressed=train_example.suppressed,
         )
         with bind(batch):
-            value, aux = loss_fn(model, train_example, *args, **kwargs)
+            value, aux = _computed(loss_fn(model, train_example, *args, **kwargs))
         aux = aux | _agreement(batch, train_example)
         return step_mean(value, train_example), aux | {TOKENS: train_example.completion_mask.sum()}
 
     return loss
+
+
+def _computed(out: Any) -> tuple[Any, dict[str, Any]]:
+    """A loss and its metrics; newer hosts leave their divisions for later."""
+    if isinstance(out, tuple):
+        return out
+    metrics = {
+        name: value.compute() if hasattr(value, "compute") else value
+        for name, value in out.aux_metrics.items()
+    }
+    return out.primary_loss.compute(), metrics
 
 
 def _agreement(batch: Bound, example: Any) -> dict[str, Any]:

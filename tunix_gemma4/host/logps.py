@@ -149,8 +149,10 @@ def _logps(call: dict[str, Any], *, temperature_given: bool) -> Any:
         batch.logps, batch.entropy = logps, entropy
     if call["stop_gradient"]:
         logps, entropy = jax.lax.stop_gradient((logps, entropy))
-    # In place of logits goes what they are asked for: see `wrap_compute_entropy_from_logits`.
-    return (logps, entropy) if call["return_logits"] else logps
+    # In place of logits goes what they are asked for: see `wrap_compute_entropy_from_logits`. Newer
+    # hosts ask for it by its name.
+    wanted = call.get("return_logits") or call.get("return_entropy")
+    return (logps, entropy) if wanted else logps
 
 
 def _placed(images: Any) -> Any:
@@ -208,8 +210,10 @@ def chunked_logps(
     return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (1, 0))), result) if packed else result
 
 
-def wrap_compute_entropy_from_logits(original: Callable) -> Callable:
+def wrap_compute_entropy_from_logits(original: Callable | None) -> Callable | None:
     """Lets entropies [B, T] through, which Gemma 4 has in place of logits [B, T, V]."""
+    if original is None:  # Newer hosts need none.
+        return None
 
     @functools.wraps(original)
     def compute_entropy_from_logits(logits: jax.Array) -> jax.Array:

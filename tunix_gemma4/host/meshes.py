@@ -20,6 +20,7 @@ from tunix.rl.rl_cluster import Role
 
 from ..model.gemma4 import Gemma4Model
 from ..sharding import param_shardings, shard_model
+from .train_step import gradient_sums
 
 
 def wrap_cluster_init(original: Callable) -> Callable:
@@ -105,8 +106,16 @@ def wrap_shard_optimizer(original: Callable) -> Callable:
     def shard_optimizer(self, mesh: Any) -> None:
         if not isinstance(self.model, Gemma4Model) or mesh.empty:
             return original(self, mesh)
-        state = nnx.state(self.optimizer, nnx.optimizer.OptState)
-        nnx.update(self.optimizer, jax.device_put(state, param_shardings(state, mesh)))
+        place_optimizer(self, mesh)
         return None
 
     return shard_optimizer
+
+
+def place_optimizer(trainer: Any, mesh: Any) -> None:
+    """Puts the state of a trainer's optimizer, and its sums of gradients, where parameters lie."""
+    sums = gradient_sums(trainer)
+    states = [(trainer.optimizer, nnx.state(trainer.optimizer, nnx.optimizer.OptState))]
+    states += [] if sums is None else [(sums, nnx.state(sums))]
+    for holder, state in states:
+        nnx.update(holder, jax.device_put(state, param_shardings(state, mesh)))

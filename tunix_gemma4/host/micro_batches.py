@@ -20,6 +20,7 @@ from tunix.rl.rl_cluster import Mode
 
 from ..model.gemma4 import Gemma4Model
 from .binding import bound
+from .train_step import gradient_sums
 
 AGREEMENT = "rollout_agreement"
 # Beside the metrics of a micro-batch: how many tokens they are means over.
@@ -164,13 +165,16 @@ def wrap_train_step(original: Callable) -> Callable:
     """The norm of what the optimizer gets, which is the mean over micro-batches, for Gemma 4."""
 
     @functools.wraps(original)
-    def train_step(self, model: Any, optimizer: Any, inputs: Any) -> tuple[Any, Any, Any]:
-        if not isinstance(model, Gemma4Model):
-            return original(self, model, optimizer, inputs)
+    def train_step(
+        self, model: Any, optimizer: Any, *inputs: Any, **more: Any
+    ) -> tuple[Any, Any, Any]:
+        # Newer hosts give the optimizer the mean alone.
+        if not isinstance(model, Gemma4Model) or gradient_sums(self) is not None:
+            return original(self, model, optimizer, *inputs, **more)
         plain = optimizer.tx
         optimizer.tx = watched = _Watched(plain)
         try:
-            loss, aux, _ = original(self, model, optimizer, inputs)
+            loss, aux, _ = original(self, model, optimizer, *inputs, **more)
         finally:
             optimizer.tx = plain
         return loss, aux, watched.norm

@@ -29,7 +29,12 @@ def wrap_dpo_loss_fn(original: Callable) -> Callable:
     def dpo_loss_fn(
         model: Any, train_example: Any, algorithm: str = "dpo", *args: Any, **kwargs: Any
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        if algorithm == "orpo" and isinstance(model, Gemma4Model):
+        # Newer hosts take means themselves, and say so.
+        if (
+            algorithm == "orpo"
+            and isinstance(model, Gemma4Model)
+            and "average_log_prob_orpo" not in kwargs
+        ):
             return _orpo_loss(model, train_example, *args, **kwargs)
         return original(model, train_example, algorithm, *args, **kwargs)
 

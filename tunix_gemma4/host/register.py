@@ -29,11 +29,17 @@ from . import (
     trainer,
 )
 from .hooks import Hook, Installed
-from .version import TESTED, found
+from .version import doubt, found
 
 _LOGPS_ARGUMENTS = (
     *("graphdef", "state", "prompt_tokens", "completion_tokens", "pad_id", "eos_id", "images"),
-    *("stop_gradient", "return_logits", "segment_ids", "segment_positions", "temperature"),
+    *(
+        "stop_gradient",
+        "return_logits|return_entropy",
+        "segment_ids",
+        "segment_positions",
+        "temperature",
+    ),
 )
 
 _PREPARE_ARGUMENTS = (
@@ -126,6 +132,7 @@ HOOKS: tuple[Hook, ...] = (
         logps.wrap_compute_entropy_from_logits,
         ("logits",),
         "the entropy comes with the chunked log-probabilities",
+        optional=True,
     ),
     Hook(
         "tunix.rl.common:compute_score",
@@ -178,7 +185,7 @@ HOOKS: tuple[Hook, ...] = (
     Hook(
         "tunix.rl.rl_learner:RLLearner.__init__",
         learner.wrap_init,
-        ("rl_cluster", "reward_fns", "metric_fns"),
+        ("rl_cluster|rl_engine", "reward_fns", "metric_fns"),
         "a reward that goes wrong stops the run and names the sample",
     ),
     Hook(
@@ -338,11 +345,9 @@ def register() -> None:
     if _INSTALLED:
         return
     _INSTALLED.install(HOOKS)
-    host = found()
-    if host.version not in TESTED:
-        warnings.warn(
-            f"{host} is untested with tunix_gemma4; tested: {', '.join(TESTED)}", stacklevel=2
-        )
+    doubtful = doubt(found())
+    if doubtful is not None:
+        warnings.warn(doubtful, stacklevel=2)
     try:
         automodel.probe()
     except Exception:

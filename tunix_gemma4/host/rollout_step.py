@@ -102,6 +102,9 @@ def padded_logps(batch: Bound, shape: tuple[int, ...]) -> np.ndarray:
 
 def with_old_logps(learner: Any, example: Any, batch: Bound) -> Any:
     """`example`, which has the old policy's log-probabilities wherever they are needed."""
+    if not batch.off_policy and hasattr(learner.algo_config, "use_rollout_logps"):
+        # Newer hosts take the sampler's even so, and its rounding with them.
+        return dataclasses.replace(example, old_per_token_logps=None)
     if not batch.off_policy or example.old_per_token_logps is not None:
         return example
     old = learner.rl_cluster.get_old_per_token_logps(

@@ -22,8 +22,15 @@ from .health import Health, flags_of, forget_skipped, strict, watch
 from .optimizer import SkipState, find
 
 
+def gradient_sums(trainer: peft_trainer.PeftTrainer) -> nnx.Module | None:
+    """Where newer hosts sum the gradients of micro-batches; 0.1.7 does so in the optimizer."""
+    return getattr(trainer, "grad_accumulator", None)
+
+
 class TrainStep:
     """`function(model, optimizer, inputs)`, compiled; called with `inputs` alone.
+
+    With `sums` it is `function(model, optimizer, sums, inputs, **more)`, called with the last two.
 
     The function gives the loss first and the gradient's norm last, as the host's does.
 
@@ -39,6 +46,7 @@ class TrainStep:
         model: nnx.Module,
         optimizer: nnx.Optimizer,
         health: Health | None = None,
+        sums: nnx.Module | None = None,
     ):
         self._health = health
         # As the host chooses what its optimizer is for.
@@ -46,17 +54,19 @@ class TrainStep:
         # These hold the model's and the optimizer's own variables, whose values are always the
         # latest; to search both for them at every step takes longer than to start it.
         model_graph, self._parameters, self._frozen = nnx.split(model, trained, ...)
-        optimizer_graph, self._optimizer_state = nnx.split(optimizer)
+        held = optimizer if sums is None else (optimizer, sums)
+        optimizer_graph, self._optimizer_state = nnx.split(held)
         shardings = _shardings((self._parameters, self._optimizer_state))
 
         @functools.partial(jax.jit, donate_argnums=2)
-        def step(parameters, frozen, optimizer_state, inputs):
+        def step(parameters, frozen, optimizer_state, inputs, **more):
             model = nnx.merge(model_graph, parameters, frozen)
-            optimizer = nnx.merge(optimizer_graph, optimizer_state)
-            result = function(model, optimizer, inputs)
+            held = nnx.merge(optimizer_graph, optimizer_state)
+            optimizer, *others = (held,) if sums is None else held
+            result = function(model, optimizer, *others, inputs, **more)
             forget_skipped(optimizer)
             flags = flags_of(nnx.state(model, trained), optimizer, result[0], result[-1])
-            new = _constrained((nnx.state(model, trained), nnx.state(optimizer)), shardings)
+            new = _constrained((nnx.state(model, trained), nnx.state(held)), shardings)
             return *new, result, flags
 
         self.jitted_fn = step
@@ -70,8 +80,8 @@ class TrainStep:
         """What the compiled step takes before `inputs`."""
         return self._parameters, self._frozen, self._optimizer_state
 
-    def __call__(self, inputs: Any) -> Any:
-        *new, result, flags = self.jitted_fn(*self.arguments(), inputs)
+    def __call__(self, inputs: Any, **more: Any) -> Any:
+        *new, result, flags = self.jitted_fn(*self.arguments(), inputs, **more)
         for old, values in zip((self._parameters, self._optimizer_state), new, strict=True):
             jax.tree.map(nnx.Variable.update_from_state, old, values, is_leaf=is_variable)
         if self._health is not None:
@@ -113,7 +123,9 @@ def wrap_jit_train_and_eval_step(original: Callable) -> Callable:
             if find(self.optimizer.opt_state, SkipState) is not None:
                 self.loss_fn = strict(self)
             function = self.create_train_step_fn()
-            train_step = TrainStep(function, self.model, self.optimizer, watch(self))
+            train_step = TrainStep(
+                function, self.model, self.optimizer, watch(self), gradient_sums(self)
+            )
             self._jitted_train_step_fn = train_step
         return train_step, eval_step
 

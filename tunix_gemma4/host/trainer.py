@@ -25,15 +25,15 @@ from ..config_domains import require_fields
 from ..data import BatchDataset
 from ..losses import next_token_loss
 from ..processor import Batch
-from ..sharding import param_shardings
 from . import stop
 from .checkpoints import CheckpointManager
 from .health import NonFiniteError, evaluation_text, settle, state_is_finite
 from .hooks import check_host, extends, overrides
+from .meshes import place_optimizer
 from .metrics import StepMetrics, supervised_tokens
 from .optimizer import SkipState, StepRecord, find
 from .progress import NoBar, Progress
-from .train_step import wrap_jit_train_and_eval_step
+from .train_step import gradient_sums, wrap_jit_train_and_eval_step
 
 TrainingConfig = peft_trainer.TrainingConfig
 Mode = metrics_logger.Mode
@@ -98,11 +98,10 @@ class PositionedData(hooks.DataHooks):
         "perf_tracer",
         "perf_tracer_v2",
     ),
-    _train_step=(
-        "model",
-        "optimizer",
-        "inputs",
-    ),
+    _train_step={
+        ("model", "optimizer", "inputs"),
+        ("model", "optimizer", "grad_accumulator", "inputs", "is_update_step"),
+    },
     _switch_mode=("mode",),
     with_loss_fn=(
         "loss_fn",
@@ -278,13 +277,20 @@ class Gemma4Trainer(peft_trainer.PeftTrainer):
     def create_train_step_fn(self) -> Callable[..., Any]:
         """The host's step, which also returns the optimizer's record of it and of what it skips."""
 
-        def train_step(model, optimizer, inputs):
-            loss, _, gradient_norm = self._train_step(model, optimizer, inputs)
+        def recorded(model, optimizer, *inputs):
+            loss, _, gradient_norm = self._train_step(model, optimizer, *inputs)
             record, skips = (find(optimizer.opt_state, kind) for kind in (StepRecord, SkipState))
             skipped = None if skips is None else skips.skipped
             return loss, nnx.as_pure((record, skipped)), gradient_norm
 
-        return train_step
+        # The host looks for the names.
+        def train_step(model, optimizer, inputs):
+            return recorded(model, optimizer, inputs)
+
+        def summing_step(model, optimizer, grad_accumulator, inputs, is_update_step):
+            return recorded(model, optimizer, grad_accumulator, inputs, is_update_step)
+
+        return train_step if gradient_sums(self) is None else summing_step
 
     @overrides("skip_jit", "cache_nnx_graph")
     def jit_train_and_eval_step(self, *args: Any, **kwargs: Any) -> tuple[Callable, Callable]:
@@ -299,8 +305,7 @@ class Gemma4Trainer(peft_trainer.PeftTrainer):
         Without this the first step would move it, and the second compile anew.
         """
         if mesh is not None and not mesh.empty:
-            state = nnx.state(self.optimizer, nnx.optimizer.OptState)
-            nnx.update(self.optimizer, jax.device_put(state, param_shardings(state, mesh)))
+            place_optimizer(self, mesh)
 
     # ---- Metrics and evaluation.
 

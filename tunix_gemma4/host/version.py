@@ -11,13 +11,8 @@ from pathlib import Path
 
 NAME = "google-tunix"
 TESTED = ("0.1.7",)
-# Seen to differ too much; reasons in words. Versions before the tested ones are refused as well.
-_REFUSED = {
-    "0.1.8": (
-        "its trainer accumulates gradients outside of the optimizer, its checkpoints are written "
-        "through another interface of orbax, and its learners call the cluster an engine"
-    ),
-}
+# Of these, a commit of Tunix's main branch gave 0.1.7's losses; see tests/tunix_versions.py.
+TRIED = {"0.1.8": "c7d8950f"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,12 +76,26 @@ def found() -> Found:
 
 def refusal(host: Found) -> str | None:
     """Why this one cannot be used; None where that is not known."""
-    reason = _REFUSED.get(host.version)
-    if reason is None and _number(host.version) and _number(host.version) < _number(TESTED[0]):
-        reason = f"it is older than {TESTED[0]}, whose functions are hooked into"
-    if reason is None:
+    number = _number(host.version)
+    if not number or number >= _number(TESTED[0]):
         return None
-    return f"{host} does not go with this tunix_gemma4: {reason}. {host.advice()}"
+    return (
+        f"{host} does not go with this tunix_gemma4: it is older than {TESTED[0]}, whose functions "
+        f"are hooked into. {host.advice()}"
+    )
+
+
+def doubt(host: Found) -> str | None:
+    """What is to be said of one that can be used; None of one that was tested."""
+    if host.version in TESTED and host.checkout is None:
+        return None
+    if host.version in TRIED:
+        return (
+            f"{host}: commit {TRIED[host.version]} of Tunix's main branch was tried with "
+            "tunix_gemma4, and SFT, GRPO and DPO with images gave the losses of "
+            f"{TESTED[-1]}; nothing else was"
+        )
+    return f"{host} is untested with tunix_gemma4; tested: {', '.join(TESTED)}"
 
 
 def _number(version: str) -> tuple[int, ...]:
