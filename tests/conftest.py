@@ -5,6 +5,7 @@ import gc
 import importlib.metadata
 import importlib.util
 import os
+import signal
 import sys
 
 # Read by JAX when its backend starts, so they are set before any test imports it. A caller's own
@@ -23,6 +24,10 @@ for _flag in _flags:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}".strip()
 
 import pytest  # noqa: E402
+
+# A shell that starts a command in the background has it ignore Ctrl-C, which runs then do too.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _HAS_TORCH = importlib.util.find_spec("torch") is not None
 # Without torch these files cannot even be imported; the report's header says so.
