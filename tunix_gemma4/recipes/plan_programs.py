@@ -196,6 +196,7 @@ def sft_programs(config: RunConfig, shapes: Shapes, images: int) -> list[Program
         padding_mask=tokens,
         images=shapes.images(count, images, config.data.max_soft_tokens),
         loss_denominator=shapes.rows(count, dtype=jnp.float32),
+        rows=shapes.rows(count),
     )
     step = _step(trainer.create_train_step_fn(), model, optimizer, batch)
     runs, logits = config.gradient_accumulation_steps, shapes.logits(count * length)
