@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Thoughts, tools, prompts that are templated already: which tokens come, and which are learnt."""
 
+import json
 import shutil
 from itertools import groupby
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tunix_gemma4.processor import Processor
 from tunix_gemma4.processor_conversation import read_preference_pair, read_prompt
+from tunix_gemma4.recipes.preferences import read_preference
 
 USER, ANSWER = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
 THOUGHT = "<|channel>thought\nT\n<channel|>"
@@ -82,6 +85,10 @@ THOUGHTS = {
     "thinking": ANSWER | {"thinking": "T"},
     "channel": ANSWER | {"content": f"{THOUGHT}A"},
     "part": ANSWER | {"content": [{"type": "thinking", "thinking": "T"}, "A"]},
+    "mistral": ANSWER
+    | {"content": [{"type": "thinking", "thinking": [{"type": "text", "text": "T"}]}, "A"]},
+    "part of text": ANSWER | {"content": [{"type": "thinking", "text": "T"}, "A"]},
+    "reasoning part": ANSWER | {"content": [{"type": "reasoning", "content": "T"}, "A"]},
     "both": ANSWER | {"content": f"{THOUGHT}A", "reasoning": "T"},
 }
 
@@ -160,6 +167,32 @@ def test_a_call_is_learnt_and_what_the_tool_answers_is_not(processor):
     assert learnt(processor, {"tools": TOOLS, "messages": [USER, CALL]}) == [CALLED]
     end = processor.encode({"messages": [USER, CALL]}).tokens[-1]
     assert end in processor.stop_ids
+
+
+def test_the_model_does_not_learn_to_open_the_answer_of_a_second_tool(processor, small):
+    """Of two answers only the token that ends the calls is the model's."""
+    calls = [CALL["tool_calls"][0] | {"id": name} for name in "12"]
+    results = [RESULT | {"tool_call_id": name} for name in "12"]
+    row = [USER, {"role": "assistant", "tool_calls": calls}, *results, ANSWER]
+    expected = [CALLED.removesuffix("<|tool_response>") + CALLED, "A<turn|>"]
+    assert learnt(processor, row) == expected
+    two_rounds = [*row, USER, CALL, RESULT, CALL, RESULT, ANSWER]
+    assert learnt(small, two_rounds) == [*expected, CALLED, CALLED, "A<turn|>"]
+
+
+def test_nulls_of_tables_are_absent_in_calls_at_every_depth(small):
+    nested = {"a": None, "b": {"c": None, "d": [{"e": None, "f": 1}, None]}}
+    for arguments, written in (
+        (nested, "b:{d:[{f:1},null]}"),
+        (json.dumps(nested), "a:null,b:{c:null,d:[{e:null,f:1},null]}"),
+        ("", ""),
+    ):
+        called = {"role": "assistant", "tool_calls": [{"name": "f", "arguments": arguments}]}
+        assert f"call:f{{{written}}}<tool_call|>" in learnt(small, [USER, called])[0]
+        if arguments:
+            said = {"role": "tool_call", "content": json.dumps(called["tool_calls"][0])}
+            own = "a:null,b:{c:null,d:[{e:null,f:1},null]}"
+            assert f"call:f{{{own}}}" in learnt(small, [USER, said])[0]
 
 
 def test_a_prompt_goes_on_behind_what_the_tool_answered(small):
@@ -271,8 +304,30 @@ def test_a_templated_prompt_gives_the_tokens_of_its_messages(small, start):
         assert runs(small, example) == [(PROMPT, 0), ("A<turn|>", 1)]
     pair = read_preference_pair(row | {"chosen": "B", "rejected": "W"})
     assert [learnt(small, side) for side in pair.values()] == [["B<turn|>"], ["W<turn|>"]]
-    with pytest.raises(ValueError, match="does not end where an answer begins"):
-        small.encode({"prompt": "<|turn>user\nQ<turn|>\n", "completion": "A"})
+    for text in ("<|turn>user\nQ<turn|>\n", PROMPT + "A<turn|>\n", PROMPT + "<|turn>user\nmodel\n"):
+        for encode in (
+            lambda row: small.encode(row | {"completion": "A"}),
+            lambda row: small.encode(row, add_generation_prompt=True),
+            lambda row: small.encode(read_prompt(row), add_generation_prompt=True),
+            lambda row: read_preference(row | {"chosen": "B", "rejected": "W"}, small),
+        ):
+            with pytest.raises(ValueError, match="does not end where an answer begins"):
+                encode({"prompt": text})
+
+
+def test_settings_that_a_templated_prompt_cannot_take_are_refused(tiny_dir, with_template):
+    row = {"prompt": PROMPT, "completion": "A"}
+    thinking = Processor.from_pretrained(tiny_dir, thinking=True)
+    with pytest.raises(ValueError, match="already follows .* enable_thinking .*data.thinking"):
+        thinking.encode(row)
+    shown = "<bos><|turn>system\n<|think|>\n<turn|>\n" + PROMPT.removeprefix("<bos>")
+    assert learnt(thinking, row | {"prompt": shown}) == ["A<turn|>"]
+    other = with_template(
+        ("{{- bos_token -}}", "{{- bos_token -}}{{- own or '' -}}"),
+        chat_template_kwargs={"own": "x"},
+    )
+    with pytest.raises(ValueError, match="already follows .* own .*data.chat_template_kwargs"):
+        other.encode(row)
 
 
 def test_a_templated_prompt_has_its_images_at_their_places(small):
@@ -296,6 +351,24 @@ def test_placeholders_in_an_answer_are_not_learnt(small):
     assert np.isin(example.tokens, names).sum() == 66
     assert not example.loss_mask[np.isin(example.tokens, names)].any()
     assert "".join(learnt(small, row)) == "ahere<turn|>"
+
+
+def test_an_image_may_be_an_object_that_holds_it(small, tmp_path):
+    Image.new("RGB", (9, 9), "red").save(tmp_path / "a.png")
+    path = str(tmp_path / "a.png")
+    expected = small.encode({"messages": [USER, ANSWER], "images": [path]})
+    for given in (
+        {"image": path},
+        {"url": path},
+        {"path": path, "bytes": None},
+        {"bytes": (tmp_path / "a.png").read_bytes(), "path": "gone.png"},
+        {"type": "image_url", "image_url": {"url": path}},
+    ):
+        found = small.encode({"messages": [USER, ANSWER], "images": [given, None], "image": ""})
+        np.testing.assert_array_equal(found.images, expected.images)
+        np.testing.assert_array_equal(found.tokens, expected.tokens)
+    with pytest.raises(ValueError, match="image 0: expected an object with 'url', .*'size'"):
+        small.encode({"messages": [USER, ANSWER], "images": [{"size": 3}]})
 
 
 def test_budget_and_transparency_are_settings_of_the_processor(tiny_dir):

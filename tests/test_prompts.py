@@ -64,7 +64,7 @@ def test_prompt_column_and_system_prompt_are_used(read):
     )
     assert rows[0]["prompts"] == [{"role": "system", "content": "be short"}, user("how?")]
     assert rows[1]["prompts"] == own
-    assert rows.columns == ()
+    assert (rows.columns, rows[0]["prompt"]) == (("prompt",), "not this")
 
 
 def test_images_become_a_column_of_lists_with_paths_below_the_file(read, tmp_path):

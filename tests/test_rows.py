@@ -26,6 +26,7 @@ USER, ANSWER = {"role": "user", "content": "Q"}, {"role": "assistant", "content"
 TALK = [USER, ANSWER]
 SYSTEM = {"role": "system", "content": "S"}
 IMAGE = {"type": "image"}
+NAN = float("nan")
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": "1"}}}
 RESULT = {"role": "tool", "name": "f", "content": "R"}
 TOOL = {"type": "function", "function": {"name": "f", "description": "", "parameters": {}}}
@@ -93,6 +94,22 @@ FORMS = {
         ],
         ROUND,
     ),
+    "a table of two forms": (
+        {
+            "messages": [],
+            "prompt": NAN,
+            "conversations": [
+                {"from": "human", "value": "Q", "role": None, "content": None},
+                {"from": "gpt", "value": "A", "role": "", "content": "", "weight": NAN},
+            ],
+            "system": "",
+            "system_prompt": "S",
+            "image": "",
+            "images": [None],
+        },
+        [SYSTEM, *TALK],
+    ),
+    "anthropic system": ({"system": [text("S")], "messages": TALK}, [SYSTEM, *TALK]),
     "question, answer": ({"question": "Q", "answer": "A"}, TALK),
     "prompt, response": ({"prompt": "Q", "response": "A"}, TALK),
     "pygmalion": (
@@ -221,6 +238,34 @@ def test_images_stand_at_their_marks_on_every_road(mark):
                 read(row | {"images": images, "messages": [*row["messages"]]})
 
 
+@pytest.mark.parametrize(
+    ("row", "left"),
+    [
+        ({"messages": [USER, ANSWER | {"content": "A <image> B"}], "images": ["a"]}, []),
+        ({"messages": [user(IMAGE), ANSWER | {"content": [IMAGE]}], "images": ["a", "b"]}, ["a"]),
+        ({"prompt": "Q", "completion": "A <image>", "images": ["a"]}, []),
+        ({"prompt": "<image>Q", "answer": "A <image>", "images": ["a", "b"]}, ["a"]),
+        ({"prompt": "Q", "answer": ["A"], "output": 3, "images": ["a"]}, ["a"]),
+        ({"prompt": "Q", "answer": [{"id": "A"}], "images": ["a"]}, ["a"]),
+    ],
+)
+def test_an_image_of_the_answer_is_none_of_the_prompt(row, left):
+    asked = read_prompt(row)
+    assert asked.images == left
+    parts = [p for m in asked.messages if isinstance(m["content"], list) for p in m["content"]]
+    assert parts.count(IMAGE) == len(left)
+    if "prompt" in row:
+        assert read_conversation(row, prompt_only=True).images == left
+
+
+def test_a_mark_in_a_thought_is_refused():
+    row = {"messages": said(ANSWER, reasoning="see <image>"), "images": ["a"]}
+    for read in (read_conversation, read_prompt):
+        with pytest.raises(ValueError, match="a thought has the mark '<image>'"):
+            read(row)
+    assert read_conversation(row["messages"]).messages[1]["reasoning_content"] == "see <image>"
+
+
 def test_a_mark_beside_image_parts_is_text():
     messages = [user(IMAGE, text("an <image> tag")), ANSWER]
     assert read_conversation({"messages": messages, "image": "a.png"}).messages == messages
@@ -246,6 +291,18 @@ def test_history_is_learnt_as_llama_factory_does_and_a_prompts_answers_are_not()
     row = {"instruction": "Q", "output": "A", "history": [["Q", "A"]]}
     assert read_conversation(row).trained == [True, True]
     assert read_conversation({"prompt": [*TALK, USER], "completion": "A"}).trained == [False, True]
+
+
+@pytest.mark.parametrize("key", ["weight", "train", "loss", "loss_scale"])
+def test_a_switch_that_is_on_is_honoured_in_a_prompt_or_refused(key):
+    prompt = [USER, ANSWER | {key: 1}, USER, ANSWER, USER]
+    assert read_conversation({"prompt": prompt, "completion": "A"}).trained == [True, False, True]
+    assert read_prompt({"prompt": prompt}).trained == [False, False]
+    with pytest.raises(ValueError, match="message 1: its loss switch is on, and in preferences"):
+        read_preference_pair({"prompt": prompt, "chosen": "B", "rejected": "W"})
+    answer = ANSWER | {key: 1}
+    pair = read_preference_pair({"prompt": "Q", "chosen": answer, "rejected": [USER, answer]})
+    assert [side.trained for side in pair.values()] == [[True], [True]]
 
 
 # ---- Tools.
@@ -280,6 +337,17 @@ def test_results_are_named_after_their_calls():
         {"role": "tool", "tool_call_id": "1", "content": "first"},
     ]
     assert [m["name"] for m in read_prompt(row).messages[2:]] == ["g", "f"]
+    named = [{"role": "function", "name": name, "content": name} for name in "gf"]
+    assert [m["name"] for m in read_prompt([*row[:2], *named]).messages[2:]] == ["g", "f"]
+    for wrong in (
+        [row[2] | {"tool_call_id": "zzz"}],
+        [row[2] | {"name": "f"}],
+        [row[2], row[2]],
+        [named[0] | {"name": "other"}],
+        [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "3", "content": ""}]}],
+    ):
+        with pytest.raises(ValueError, match="message [23]: it answers the call .*f \\(1\\)"):
+            read_prompt([*row[:2], *wrong])
 
 
 # ---- Template arguments.
@@ -289,6 +357,9 @@ def test_template_arguments_of_a_row():
     row = {"prompt": "Q", "completion": "A", "chat_template_kwargs": {"a": 1, "b": None}}
     assert read_conversation(row).arguments == {"a": 1}
     assert read_prompt(row | {"enable_thinking": True}).arguments["enable_thinking"] is True
+    twice = {"enable_thinking": True, "chat_template_kwargs": {"enable_thinking": False}}
+    with pytest.raises(ValueError, match="'enable_thinking' and 'chat_template_kwargs' contradict"):
+        read_conversation(row | twice)
 
 
 # ---- Preferences.
@@ -367,6 +438,18 @@ REFUSED = {
         {"messages": [SYSTEM, *TALK], "system": "other", "prompt": None},
         "'system' and the conversation's system message differ",
     ),
+    "two systems beside": (
+        {"system": "S", "system_prompt": "T"},
+        "'system' and 'system_prompt' mean the same and differ",
+    ),
+    "two lists of tools": (
+        {"tools": [TOOL], "functions": [{"name": "g"}]},
+        "'tools' and 'functions' mean the same and differ",
+    ),
+    "history beside a prompt of messages": (
+        {"prompt": [USER], "history": [["a", "b"]]},
+        "'history' stands beside",
+    ),
     "history beside messages": ({"messages": TALK, "history": [["a", "b"]]}, "'history' stands"),
     "history": ({"history": [["a"]]}, "'history': expected pairs of two strings"),
     "system": ({"system": ["a"]}, "'system': expected a string, found list"),
@@ -374,7 +457,20 @@ REFUSED = {
     "tool without name": ({"tools": [{}]}, "'tools': expected definitions with a 'name'"),
     "chat_template_kwargs": ({"chat_template_kwargs": 3}, "'chat_template_kwargs': expected an"),
     "enable_thinking": ({"enable_thinking": "yes"}, "'enable_thinking': expected true or false"),
-    "another template": ({"prompt": "<start_of_turn>user\nQ"}, "in another model's chat template"),
+    **{
+        f"template {start}": ({"prompt": start + "Q"}, "in another model's chat template")
+        for start in (
+            *("<start_of_turn>user\n", "<bos><start_of_turn>user\n", "<bos>", "<|turn>user "),
+            *("<|im_start|>user\n", "<|begin_of_text|><|start_header_id|>", "<|start_header_id|>"),
+            *(
+                "<|user|>\n",
+                "<｜begin▁of▁sentence｜><｜User｜>",
+                "<|start|>user<|message|>",
+                "[INST] ",
+            ),
+            *("<s>[INST]", "<s> <|user|>", "[gMASK]<sop><|user|>", "<BOS_TOKEN><|START_OF_TURN_"),
+        )
+    },
 }
 
 
@@ -405,6 +501,34 @@ MESSAGES = {
     "refusal": (said(ANSWER, refusal="no"), "message 1: 'refusal'"),
     "message audio": (said(ANSWER, audio={"id": "a"}), "message 1: 'audio'"),
     "message images": ([USER | {"images": ["a"]}, ANSWER], "message 0: 'images'"),
+    "a thought behind a text": (
+        said(ANSWER, content=[text("A"), {"type": "thinking", "thinking": "T"}, text("B")]),
+        "message 1: a thought stands behind what it says",
+    ),
+    "a text behind a call": (
+        said(ANSWER, content=[{"type": "tool_use", "name": "f", "input": {}}, text("A")]),
+        "message 1: a part of text stands behind a call",
+    ),
+    "a result behind a text": (
+        [*ROUND[:2], user(text("A"), {"type": "tool_result", "content": "R"})],
+        "message 2: a tool_result stands behind a text",
+    ),
+    "a thought of no text": (
+        said(ANSWER, content=[{"type": "thinking", "signature": "a"}, text("A")]),
+        "message 1: a thinking part needs a string 'thinking'",
+    ),
+    "a thought that is no text": (
+        said(ANSWER, content=[{"type": "thinking", "thinking": [IMAGE]}, text("A")]),
+        "message 1: 'thinking': expected a string, found list",
+    ),
+    "an open thought": (
+        said(ANSWER, content="<|channel>thought\nhm\nC"),
+        "message 1: its thought is left open",
+    ),
+    "two contents": ([USER | {"value": "other"}, ANSWER], "'content' and 'value' mean the same"),
+    "two roles": ([USER | {"from": "gpt"}, ANSWER], "'role' and 'from' contradict"),
+    "another role": ([{"role": "bot", "content": "a"}], "no role 'bot'; expected .* human, .* gpt"),
+    "an image in a text": ([user(text("a") | {"image": "b"}), ANSWER], "a text part has 'image'"),
     "two thoughts": (
         said(ANSWER, reasoning="a", thinking="b"),
         "message 1: it has two thoughts that differ",
@@ -450,6 +574,11 @@ def test_messages_that_would_lose_something_are_refused(messages, error):
     [
         ({"prompt": "Q", "chosen": "B", "rejected": "W"}, "'chosen', 'rejected' make it a row of"),
         ({"chosen": [USER, ANSWER], "rejected": "W"}, "it is a row of preferences"),
+        (
+            {"input": {"messages": TALK}, "messages": TALK},
+            "'messages' stands in 'input' and beside it",
+        ),
+        ({"instruction": "Q", "input": {"a": 1}, "output": "A"}, "'input': expected a string"),
         ({"text": "plain"}, r"found an object with \['text'\]; plain texts are not trained on"),
     ],
 )
@@ -470,6 +599,65 @@ def test_every_other_key_is_a_column_of_every_road():
     assert others.items() <= pair["chosen"].columns.items()
     message = USER | {"tree_id": "a", "name": None}
     assert read_conversation([message, ANSWER]).unread == ("tree_id",)
+    named = [USER | {"name": "Ann"}, ANSWER | {"id": "1"}]
+    assert read_conversation(named).unread == ("name", "id")
+
+
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        ({"instruction": "I", "messages": TALK}, {"instruction": "I"}),
+        ({"prompt": "P", "messages": TALK, "completion": "Z"}, {"prompt": "P", "completion": "Z"}),
+        ({"conversations": TALK, "messages": TALK}, {"conversations": TALK}),
+        (
+            {"prompt": "P", "instruction": "I", "input": "x", "output": "A"},
+            {"instruction": "I", "input": "x"},
+        ),
+        ({"messages": TALK, "rejected_images": ["a"]}, {"rejected_images": ["a"]}),
+        ({"messages": TALK, "prompt": "", "instruction": None, "system_prompt": NAN}, {}),
+    ],
+)
+def test_a_second_form_is_a_column(row, columns):
+    found = read_conversation(row).columns
+    assert found == columns
+    asked = read_prompt(row).columns
+    assert columns.items() <= asked.items() and asked.keys() <= {*columns, "answer", "output"}
+    if "rejected_images" not in row:
+        asking = row | ({"messages": [USER]} if "messages" in row else {})
+        pair = read_preference_pair(asking | {"chosen": "B", "rejected": "W"})
+        assert columns.items() <= pair["chosen"].columns.items()
+
+
+@pytest.mark.parametrize(
+    ("row", "error"),
+    [
+        (
+            {"chosen": "B", "chosen_response": "C", "rejected": "W"},
+            "'chosen' and 'chosen_response'",
+        ),
+        (
+            {"messages": [USER, BETTER], "rejected_response": "W", "rejected_messages": [WORSE]},
+            "'rejected_response' and 'rejected_messages' mean the same and differ",
+        ),
+        (
+            {"conversations": TALK, "chosen": "B", "rejected": "W"},
+            "'conversations' ends in an answ",
+        ),
+    ],
+)
+def test_preferences_that_say_a_thing_twice_are_refused(row, error):
+    with pytest.raises(ValueError, match=error):
+        read_preference_pair(row)
+
+
+def test_the_answer_that_is_left_out_of_a_prompt_is_a_column():
+    call = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    assert read_prompt([USER, call]).columns == {"answer": call}
+    assert read_prompt({"messages": TALK, "answer": ""}).columns == {"answer": "A"}
+    assert read_prompt({"messages": TALK, "answer": "own"}).columns == {"answer": "own"}
+    assert read_prompt([USER, ANSWER | {"content": ""}]).columns == {}
+    with pytest.raises(ValueError, match="'prompt' ends in an assistant message"):
+        read_prompt({"prompt": TALK})
 
 
 def test_a_key_that_a_reward_names_is_its_column_whatever_it_means():
@@ -491,8 +679,32 @@ def test_a_templated_prompt_is_recognised_on_every_road():
         assert read_prompt(row).given == start
         assert read_conversation(row | {"completion": "A"}).text == start
         assert read_preference_pair(row | {"chosen": "B", "rejected": "W"})["chosen"].text == start
-        with pytest.raises(ValueError, match="already follows the chat template"):
-            read_prompt(row | {"system": "S"})
+        beside = {"system": "S", "system_prompt": "S", "tools": [TOOL], "functions": [TOOL]}
+        beside |= {"enable_thinking": True, "chat_template_kwargs": {"a": 1}}
+        beside |= {"history": [["a", "b"]]}
+        for key, value in beside.items():
+            for read, answers in (
+                (read_prompt, {}),
+                (read_conversation, {"completion": "A"}),
+                (read_preference_pair, {"chosen": "B", "rejected": "W"}),
+            ):
+                with pytest.raises(ValueError, match=f"already follows .* that '{key}' cannot be"):
+                    read(row | answers | {key: value})
+        empty = {"system": "", "tools": [], "enable_thinking": None, "chat_template_kwargs": {}}
+        assert read_conversation(row | empty | {"completion": "A"}).columns == {}
+        with pytest.raises(ValueError, match="already follows .* data.system_prompt cannot be"):
+            read_prompt(row, system="S")
+    own = "<|turn>system\nS<turn|>\n<|turn>user\nQ<turn|>\n<|turn>model\n"
+    assert read_prompt({"prompt": own}, system="T").given == own
+
+
+ORDINARY = ("<|image|>Q", "<|vision_start|><|image_pad|><|vision_end|>Q", "<image>Q", "[1] Q")
+ORDINARY += ("What is <|im_start|>?", "<| is F#, |> too", "<s>struck</s>", "<|> is an operator")
+
+
+@pytest.mark.parametrize("prompt", ORDINARY)
+def test_ordinary_text_is_no_template(prompt):
+    assert read_prompt({"prompt": prompt}).messages[0]["content"] == prompt
 
 
 # ---- Images.

@@ -18,6 +18,7 @@ import numpy as np
 from .data_sources import Rows, check_text, field_name, walk
 from .processor_conversation import Conversation
 from .processor_images import is_path
+from .processor_keys import image_in
 
 _LONGEST_TEXT = 400  # characters of an error that may hold a whole row
 _HELD_BYTES = 256 << 20  # of examples that were read before their turn
@@ -279,8 +280,7 @@ class Encoder:
 
 
 def _path_of(image: Any) -> Path | None:
-    if isinstance(image, Mapping):
-        image = None if image.get("bytes") else image.get("path")
+    image = image_in(image)
     if not isinstance(image, str | Path):
         return None
     text = str(image).removeprefix("file://")
@@ -290,7 +290,7 @@ def _path_of(image: Any) -> Path | None:
 def _told(error: Exception, row: Any) -> str:
     """An error in words; of one that nobody wrote for the user, its kind and the field too."""
     text = str(error)
-    if isinstance(error, UnicodeError | TypeError):
+    if isinstance(error, UnicodeError | TypeError) or isinstance(error.__cause__, UnicodeError):
         try:
             check_text(row)
         except ValueError as found:

@@ -310,7 +310,7 @@ def _anchored(value, folder: Path):
 def _with_paths(value, folder: Path):
     """An image, or several, whose strings are paths unless they are addresses or base64."""
     if isinstance(value, str):
-        return str(folder / value) if is_path(value) else value
+        return str(folder / value) if value and is_path(value) else value
     if isinstance(value, Mapping):
         return {
             key: part if key in _NO_PATHS else _with_paths(part, folder)

@@ -256,7 +256,7 @@ class Processor:
             pieces = iter(self._text_tokenizer.encode_batch(texts, add_special_tokens=False))
         except TypeError as error:
             broken = next((text for text in texts if not _is_text(text)), "")
-            raise ValueError(
+            raise UnicodeError(
                 f"{broken!r:.80} holds half of a surrogate pair, which is no text; correct it"
             ) from error
         soft = iter(counts)
@@ -296,14 +296,10 @@ class Processor:
 
     def _encode_text(self, read: Conversation, *, add_generation_prompt: bool) -> Example:
         """A prompt that already follows the template, and the answer that goes on with it."""
+        self.chat.check_templated(read.text)
         prompt = self.encode_templated(read.text, read.images)
         if add_generation_prompt:
             return prompt
-        if self.chat.header not in read.text.rpartition(self.chat.turn_start)[2]:
-            raise ValueError(
-                "the prompt follows the chat template and does not end where an answer begins; "
-                f"expected {self.chat.turn_start + self.chat.header!r} at its end"
-            )
         if [message["role"] for message in read.messages] != ["assistant"]:
             raise ValueError(
                 "the prompt follows the chat template, so that its answer has to be one text; "

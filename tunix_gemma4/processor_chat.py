@@ -7,6 +7,7 @@ model turn and what a generation prompt puts before the answer are found by rend
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ _GRAMMAR = (
     *("<|tool_response>", "<tool_response|>", '<|"|>'),
 )
 _TOOL_RESPONSE = ("<|tool_response>", "<tool_response|>")
+_CALL_END = "<tool_call|>"
 _CHANNEL = ("<|channel>", "<channel|>")
 _QUESTION = [{"role": "user", "content": "question"}]
 # Arguments of `apply_chat_template` that are not the template's.
@@ -186,6 +188,37 @@ class ChatFormat:
                     f"'chat_template_kwargs': the chat template has no argument {name!r}; remove it"
                 )
 
+    def check_templated(self, text: str) -> None:
+        """Refuses a text in the template's form that no answer can go on with.
+
+        Raises:
+            ValueError: also where it has no sign of what the template was told to write.
+        """
+        last = text.rpartition(self.turn_start)[2]
+        if not last.startswith(self.header) or self.turn_end in last:
+            raise ValueError(
+                "the prompt follows the chat template and does not end where an answer begins; "
+                f"expected {self.turn_start + self.header!r} at its end"
+            )
+        lost = [name for name in self._arguments if name != "enable_thinking"]
+        written = set(self._special.findall(text))
+        if self._arguments["enable_thinking"] and not self._signs <= written:
+            lost = ["enable_thinking", *lost]
+        if lost:
+            raise ValueError(
+                f"the prompt already follows the chat template, so that {', '.join(lost)} (data."
+                "thinking, data.chat_template_kwargs) cannot be put into it; give its messages"
+            )
+
+    @functools.cached_property
+    def _signs(self) -> set[str]:
+        """Special tokens that a prompt has where the model is told to think, and else not."""
+        on, off = (
+            set(self._special.findall(self.render(_QUESTION, arguments={"enable_thinking": value})))
+            for value in (True, False)
+        )
+        return on - off
+
     def _writes_tools(self) -> bool:
         """Whether the template writes definitions of tools."""
         if self._has_tools is None:
@@ -334,12 +367,17 @@ def _check_written(turn: Turn, number: int, body: list[Segment]) -> None:
 
 
 def _learnt(body: list[Segment]) -> list[Segment]:
-    """All of a turn but what a tool answered: that stands in it and is not the model's."""
-    result, quoted = [], False
+    """All of a turn but what tools answered: that stands in it and is not the model's.
+
+    The token that opens an answer is the model's where it ends its calls, not between two answers.
+    """
+    result, quoted, called = [], False, False
     for piece in body:
-        result.append(piece._replace(supervised=not quoted))
+        opens = piece == Segment(_TOOL_RESPONSE[0], True)
+        result.append(piece._replace(supervised=not quoted and (called or not opens)))
         if piece.special and piece.text in _TOOL_RESPONSE:
-            quoted = piece.text == _TOOL_RESPONSE[0]
+            quoted, called = opens, False
+        called = called or piece == Segment(_CALL_END, True)
     return result
 
 

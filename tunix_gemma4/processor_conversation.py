@@ -11,9 +11,18 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from . import processor_keys as keys
-from .processor_keys import first_of, is_empty, is_list
+from .processor_keys import first_of, is_empty, is_list, one_of
 from .processor_messages import ROLES, Message, join, read_messages
-from .processor_rows import PROMPTS, Conversation, Row, form_of, read_row, text_of, with_system
+from .processor_rows import (
+    PROMPTS,
+    Conversation,
+    Row,
+    form_of,
+    read_row,
+    text_of,
+    with_default_system,
+    with_system,
+)
 
 __all__ = ["Conversation", "read_conversation", "read_preference_pair", "read_prompt"]
 
@@ -32,10 +41,9 @@ def read_conversation(row: Any, *, prompt_only: bool = False) -> Conversation:
     Raises:
         ValueError: saying what cannot be read, or is not supported.
     """
-    read = read_row(row)
+    read = read_row(row, asked=prompt_only)
     history, completion = read.messages, read.completion or []
     if prompt_only:
-        completion = []
         if history and history[-1].role == "assistant":
             raise ValueError(
                 "add_generation_prompt=True asks for an answer, and the conversation ends in one "
@@ -43,9 +51,14 @@ def read_conversation(row: Any, *, prompt_only: bool = False) -> Conversation:
             )
     elif not completion and (not history or history[-1].role != "assistant"):
         _refuse_preference(read)
-    trained = [read.whole and not prompt_only] * len(history) + [True] * len(completion)
-    conversation = read.view([*history, *completion], trained)
-    if completion:
+    # In a prompt a switch has the last word: what is not learnt by itself may be asked for.
+    trained = [read.whole or bool(message.trained) for message in history]
+    if prompt_only:
+        trained = [False] * len(history)
+    conversation = read.view([*history, *completion], trained + [not prompt_only] * len(completion))
+    if prompt_only:
+        conversation = conversation.before(len(join(history)))
+    elif completion:
         conversation.columns.pop(read.answer, None)
     _check(conversation)
     return conversation
@@ -62,19 +75,30 @@ def read_prompt(
         system: put before a conversation that has no system message.
         names: of reward functions' parameters: such a key is a column too, whatever it means.
     """
-    read = read_row(row, column=column, names=names, expected=PROMPTS)
-    history = list(read.messages)
-    said = []
-    while history and history[-1].role == "assistant":
-        said.append(history.pop())
-    if said:
-        (answer,) = join(said[::-1])
-        read.columns.setdefault("answer", answer.text())
-    if system is not None and history and history[0].role != "system":
-        history.insert(0, Message("system", system))
-    conversation = read.view(history, [False] * len(history))
+    read = read_row(row, column=column, names=names, asked=True, expected=PROMPTS)
+    history = read.messages if system is None else with_default_system(read, system)
+    completion = read.completion or []
+    if read.form in keys.PROMPTS and history and history[-1].role == "assistant":
+        raise ValueError(
+            f"{read.form!r} ends in an assistant message, and to go on with one is not supported; "
+            "leave it out, or name the whole 'messages'"
+        )
+    # Marks are those of the whole row; what the answer holds goes with it.
+    whole = read.view([*history, *completion], [False] * (len(history) + len(completion)))
+    end = len(whole.messages) if not completion else len(join(history))
+    if not completion and end and whole.messages[-1]["role"] == "assistant":
+        end -= 1
+        answer = _answer_of(whole.messages[end])
+        if answer and is_empty(read.columns.get("answer")):
+            read.columns["answer"] = answer
+    conversation = whole.before(end)
     _check(conversation)
     return conversation
+
+
+def _answer_of(message: Mapping[str, Any]) -> str | dict[str, Any]:
+    """What an answer says, as rewards compare it: its text, or the whole of one with calls."""
+    return dict(message) if message.get("tool_calls") else text_of(message["content"])
 
 
 def read_preference_pair(row: Any) -> dict[str, Conversation]:
@@ -83,15 +107,15 @@ def read_preference_pair(row: Any) -> dict[str, Conversation]:
     Only the answers are learnt.
     """
     names = [
-        first_of(row, found) if isinstance(row, Mapping) else None
+        one_of(row, found) if isinstance(row, Mapping) else None
         for found in (keys.CHOSEN, keys.REJECTED)
     ]
     pictures = None
     if isinstance(row, Mapping):
         pictures = row.get("rejected_images")
-        pictures = (
-            None if is_empty(pictures) else list(pictures) if is_list(pictures) else [pictures]
-        )
+        pictures = list(pictures) if is_list(pictures) else [pictures]
+        pictures = [picture for picture in pictures if not keys.is_blank(picture)] or None
+        row = {key: value for key, value in row.items() if key != "rejected_images"}
     if names[0] is None and (names[1] is not None or pictures):
         return _answers_of_one(row, names[1], pictures)  # The chosen answer ends the messages.
     if None in names:
@@ -101,7 +125,7 @@ def read_preference_pair(row: Any) -> dict[str, Conversation]:
     for side, name in zip(("chosen", "rejected"), names, strict=True):
         try:
             prompt, answer, read = _side(row, name)
-            learnt = [False] * len(prompt) + [True] * len(answer)
+            learnt = _learnt(prompt, answer)
             images = pictures if side == "rejected" else None
             sides[side] = read.view([*prompt, *answer], learnt, images)
             _check(sides[side])
@@ -118,16 +142,22 @@ def _side(row: Mapping[str, Any], name: str) -> tuple[list[Message], list[Messag
         answer = read_messages([answer] if isinstance(answer, Mapping) else answer, name)
     rest = {key: row[key] for key in row if key not in (*keys.CHOSEN, *keys.REJECTED)}
     # Messages that end in an answer are no prompt: ultrafeedback_binarized has both.
-    rest = {key: v for key, v in rest.items() if key not in keys.CONVERSATIONS or not _ended(v)}
-    if form_of(rest, answered=True) is None:
-        if isinstance(answer, str) or len(answer) < 2:
+    ended = {key: v for key, v in rest.items() if key in keys.CONVERSATIONS and _ended(v)}
+    rest = {key: value for key, value in rest.items() if key not in ended}
+    form = form_of(rest, answered=True)
+    is_whole = not isinstance(answer, str) and len(answer) > 1
+    if form is None or (is_empty(rest[form]) and is_whole):
+        if not is_whole:
+            hint = f"; {next(iter(ended))!r} ends in an answer: remove that" if ended else ""
             raise ValueError(
                 "without 'prompt' it has to be a whole conversation, the prompt's messages and "
-                "the answer"
+                f"the answer{hint}"
             )
         read = read_row(rest | {"messages": row[name]})
+        read.columns.update(ended)
         return read.messages[:-1], read.messages[-1:], read
     read = read_row(rest, answered=True)
+    read.columns.update(ended)
     if isinstance(answer, str):
         return read.messages, [Message("assistant", answer)], read
     if len(answer) > 1 and _repeats(answer[:-1], read):
@@ -140,7 +170,8 @@ def _side(row: Mapping[str, Any], name: str) -> tuple[list[Message], list[Messag
 
 def _ended(messages: Any) -> bool:
     last = messages[-1] if is_list(messages) and len(messages) else None
-    role = last.get("role", last.get("from")) if isinstance(last, Mapping) else None
+    key = first_of(last, ("role", "from")) if isinstance(last, Mapping) else None
+    role = None if key is None else last[key]
     return isinstance(role, str) and ROLES.get(role) == "assistant"
 
 
@@ -185,11 +216,21 @@ def _answers_of_one(
         ("chosen", (prompt, chosen), None),
         ("rejected", worse, pictures),
     ):
-        learnt = [False] * len(before) + [True] * len(answer)
-        sides[side] = read.view([*before, *answer], learnt, images)
+        sides[side] = read.view([*before, *answer], _learnt(before, answer), images)
         _check(sides[side])
         _check_answer(sides[side])
     return sides
+
+
+def _learnt(prompt: Sequence[Message], answer: Sequence[Message]) -> list[bool]:
+    """Which messages of a side are learnt: the answer's."""
+    for index, message in enumerate(prompt):
+        if message.trained:
+            raise ValueError(
+                f"message {index}: its loss switch is on, and in preferences only the two answers "
+                "are learnt; remove it"
+            )
+    return [False] * len(prompt) + [True] * len(answer)
 
 
 def _check_answer(conversation: Conversation) -> None:

@@ -8,7 +8,6 @@ import binascii
 import io
 import re
 import urllib.parse
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from PIL import Image, ImageOps
 
 from .config_json import read_json
 from .config_parts import VisionConfig
+from .processor_keys import image_in
 
 SOFT_TOKEN_BUDGETS = (70, 140, 280, 560, 1120)
 _DEFAULT_BUDGET = 280
@@ -102,7 +102,7 @@ def _from_data_url(value: str) -> bytes:
 
 
 def to_rgb(value: Any, *, transformers_alpha: bool = False) -> Image.Image:
-    """An RGB image from a PIL image, path, encoded bytes, `{"bytes", "path"}` or array.
+    """An RGB image from a PIL image, path, encoded bytes, array or an object that holds one.
 
     Arrays are [height, width] (grey) or [height, width, channels], uint8 or floats in [0, 1].
     Strings may also be `data:` URLs or base64.
@@ -112,8 +112,7 @@ def to_rgb(value: Any, *, transformers_alpha: bool = False) -> Image.Image:
         transformers_alpha: drop transparency; otherwise what is transparent becomes white, as
             where models are served.
     """
-    if isinstance(value, Mapping):
-        value = value.get("bytes") or value.get("path")
+    value = image_in(value)
     if isinstance(value, str | Path | bytes | bytearray | memoryview | Image.Image):
         image = _decode(value)
     else:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-# Where the conversation may stand, the first that is there counting.
+# Where the conversation may stand: the first that says something counts, others are columns.
 CONVERSATIONS = ("messages", "conversations", "conversation")
 # A prompt on its own, and the words for one that are so common that an answer must stand beside.
 PROMPTS = ("prompt", "instruction")
@@ -23,20 +23,15 @@ REJECTED = ("rejected", "rejected_response", "non_preferred_output", "rejected_m
 SYSTEMS = ("system", "system_prompt")
 TOOLS = ("tools", "functions")
 IMAGES = ("images", "image")
-# Types of a message's parts that are images.
+# Types of a message's parts that are images, and keys of an object that may hold an image.
 IMAGE_PARTS = ("image", "image_url", "input_image")
+IMAGE_KEYS = ("image", "bytes", "base64", "data", "path", "url", "image_url", "source")
 TEMPLATE = ("chat_template_kwargs", "enable_thinking")
 
-# What is read here and is no column. Answers are columns: they are no part of a prompt.
-CONSUMED = (
-    *CONVERSATIONS,
-    *PROMPTS,
-    *SYSTEMS,
-    *TOOLS,
-    *IMAGES,
-    *TEMPLATE,
-    *("history", "rejected_images"),
-)
+# What the template writes around a conversation's messages. These are never columns.
+BESIDE = (*SYSTEMS, *TOOLS, *TEMPLATE, "history")
+# What has a meaning here. Answers are columns all the same: they are no part of a prompt.
+CONSUMED = (*CONVERSATIONS, *PROMPTS, *BESIDE, *IMAGES, "rejected_images")
 
 
 def is_list(value: Any) -> bool:
@@ -48,14 +43,53 @@ def is_list(value: Any) -> bool:
 
 def is_empty(value: Any) -> bool:
     """Whether a key says nothing: readers of tables fill missing keys with such values."""
-    if value is None or (isinstance(value, float) and value != value):
-        return True
-    return isinstance(value, str | list | tuple | Mapping) and len(value) == 0
+    return is_blank(value) or ((isinstance(value, Mapping) or is_list(value)) and len(value) == 0)
+
+
+def is_blank(value: Any) -> bool:
+    """Whether it is nothing at all or an empty string: a cell of a table without a value."""
+    return is_null(value) or (isinstance(value, str) and not value)
+
+
+def is_null(value: Any) -> bool:
+    """Whether it is nothing at all: None or NaN."""
+    return value is None or (isinstance(value, float | np.floating) and value != value)
 
 
 def first_of(row: Mapping[str, Any], names: Collection[str]) -> str | None:
-    """The first of `names` that the row has a value for."""
-    return next((name for name in names if row.get(name) is not None), None)
+    """The first of `names` that says something; where none does, the first that is no null."""
+    there = [name for name in names if not is_null(row.get(name))]
+    return next((name for name in there if not is_empty(row[name])), there[0] if there else None)
+
+
+def one_of(row: Mapping[str, Any], names: Collection[str]) -> str | None:
+    """The one of several words for one thing that the row has: `first_of` that allows no second.
+
+    Raises:
+        ValueError: where two of them say different things, of which one would be lost.
+    """
+    found = first_of(row, names)
+    for name in names:
+        if not is_empty(row.get(name)) and repr(row[name]) != repr(row[found]):
+            raise ValueError(f"{found!r} and {name!r} mean the same and differ; keep one of them")
+    return found
+
+
+def image_in(value: Any) -> Any:
+    """An image without the objects around it: `{"bytes", "path"}`, `{"url"}`, `{"image"}`, ...
+
+    Raises:
+        ValueError: for an object that holds none.
+    """
+    while isinstance(value, Mapping):
+        key = first_of(value, IMAGE_KEYS)
+        if key is None:
+            raise ValueError(
+                f"expected an object with 'url', 'path', 'bytes' or another of {IMAGE_KEYS}, "
+                f"found {value!r:.80}"
+            )
+        value = value[key]
+    return value
 
 
 def _given(row: Mapping[str, Any], key: str) -> bool:
@@ -109,6 +143,18 @@ def refuse(row: Mapping[str, Any], names: Collection[str] = ()) -> None:
             raise ValueError(f"{key!r} {why}")
 
 
-def columns(row: Mapping[str, Any], consumed: Collection[str]) -> dict[str, Any]:
-    """What is left of a row once `consumed` is taken out."""
-    return {key: value for key, value in row.items() if key not in consumed}
+def columns(
+    row: Mapping[str, Any], consumed: Collection[str], names: Collection[str]
+) -> dict[str, Any]:
+    """What is left of a row: every key that was not read.
+
+    Args:
+        row: of any form.
+        consumed: what was read of it. A key of another form is a column, unless it is empty.
+        names: keys that are columns all the same.
+    """
+    return {
+        key: value
+        for key, value in row.items()
+        if key in names or (key not in consumed and not (key in CONSUMED and is_empty(value)))
+    }

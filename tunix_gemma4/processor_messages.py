@@ -9,7 +9,19 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from .processor_keys import IMAGE_PARTS, first_of, is_empty, is_list
+import numpy as np
+
+from .processor_keys import (
+    IMAGE_KEYS,
+    IMAGE_PARTS,
+    first_of,
+    image_in,
+    is_blank,
+    is_empty,
+    is_list,
+    is_null,
+    one_of,
+)
 
 ROLES = {
     "system": "system",
@@ -29,15 +41,19 @@ ROLES = {
 }
 # Roles whose content is a call in JSON.
 _CALLING = ("function_call", "tool_call")
-_IMAGE_KEYS = ("image", "path", "url", "bytes", "base64", "image_url", "source")
 _TEXTS = ("text", "input_text", "output_text")
+_TEXT_KEYS = ("text", "content", "value")
+# Types of parts that are thoughts, and where their texts stand.
+THINKING_PARTS = ("thinking", "reasoning")
+_THINKING_KEYS = (*THINKING_PARTS, *_TEXT_KEYS)
 _SWITCHES = ("weight", "train", "loss", "loss_scale")
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 _CHANNEL = re.compile(r"\s*<\|channel>thought\n?(.*?)<channel\|>", re.DOTALL)
 _READ = {
     *("role", "from", "content", "value", "tool_calls", "function_call", "tool_responses"),
-    *("name", "tool_call_id", "id", *_SWITCHES, *_THOUGHTS),
+    *(*_SWITCHES, *_THOUGHTS),
 }
+_READ_OF_TOOLS = _READ | {"name", "tool_call_id"}
 _REFUSED = {
     "train_detail": "parts of a text cannot be trained on by themselves; remove it",
     "refusal": "a refusal is not supported; give it as the message's content",
@@ -99,21 +115,15 @@ def read_messages(given: Any, name: str) -> list[Message]:
 def _read(given: Any) -> Iterator[Message]:
     if not isinstance(given, Mapping):
         raise ValueError(f"expected an object with 'role' and 'content', found {given!r:.80}")
-    said = given.get("role", given.get("from"))
-    if not isinstance(said, str) or said not in ROLES:
-        raise ValueError(
-            f"there is no role {said!r:.80}; expected system, developer, user, assistant, model or "
-            "tool"
-        )
+    said = _role(given)
     for key, why in _REFUSED.items():
         if not is_empty(given.get(key)):
             raise ValueError(f"{key!r}: {why}")
     role = ROLES[said]
-    content = given.get("content", given.get("value"))
-    message = Message(role, content, _switch(given, role))
-    message.unread = tuple(
-        key for key in given if key not in _READ | set(_REFUSED) and not is_empty(given[key])
-    )
+    key = one_of(given, ("content", "value"))
+    message = Message(role, None if key is None else given[key], _switch(given, role))
+    read = (_READ_OF_TOOLS if role == "tool" else _READ) | set(_REFUSED)
+    message.unread = tuple(key for key in given if key not in read and not is_empty(given[key]))
     if role != "assistant":
         own = [key for key in ("tool_calls", "function_call", *_THOUGHTS) if _is_given(given, key)]
         if own:
@@ -122,11 +132,11 @@ def _read(given: Any) -> Iterator[Message]:
         yield _result(message, given)
         return
     if said in _CALLING:
-        message.calls, message.content = _calls(_parsed(content, said), said), ""
-        yield message
-        return
+        message.calls, message.content = _calls(message.content, said), ""
+        if not message.calls:
+            raise ValueError(f"{said}: expected a call as JSON, found nothing")
     if role == "assistant":
-        message.calls = _calls(given.get("tool_calls"), "tool_calls")
+        message.calls += _calls(given.get("tool_calls"), "tool_calls")
         message.calls += _calls(given.get("function_call"), "function_call")
     results = [*_split_parts(message), *_native_results(given)]
     if role == "assistant":
@@ -137,6 +147,17 @@ def _read(given: Any) -> Iterator[Message]:
         yield from results
         if message.content or not results:
             yield message
+
+
+def _role(given: Mapping[str, Any]) -> str:
+    """The word for who speaks."""
+    said = [given[key] for key in ("role", "from") if not is_empty(given.get(key))] or [None]
+    for word in said:
+        if not isinstance(word, str) or word not in ROLES:
+            raise ValueError(f"there is no role {word!r:.80}; expected one of {', '.join(ROLES)}")
+    if len({ROLES[word] for word in said}) > 1:
+        raise ValueError(f"'role' and 'from' contradict each other: {said[0]!r}, {said[1]!r}")
+    return said[0]
 
 
 def _is_given(given: Mapping[str, Any], key: str) -> bool:
@@ -157,7 +178,7 @@ def split_thought(text: str) -> tuple[str, str]:
 
 def _flag(given: Mapping[str, Any], keys: Sequence[str]) -> bool | None:
     """What switches say: 0, false: not to be learnt; 1, true: to be learnt."""
-    found = {key: given[key] for key in keys if given.get(key) is not None}
+    found = {key: given[key] for key in keys if not is_blank(given.get(key))}
     for key, value in found.items():
         if isinstance(value, str) or value not in (0, 1):
             raise ValueError(
@@ -183,16 +204,13 @@ def _think(message: Message, given: Mapping[str, Any]) -> None:
     """Takes thoughts out of the content and the keys that may hold them."""
     thoughts = [message.thought] if message.thought else []
     for key in _THOUGHTS:
-        value = given.get(key)
-        if is_list(value):
-            value = "".join(part["text"] for part in map(_text_part, value))
-        if not is_empty(value):
-            if not isinstance(value, str):
-                raise ValueError(f"{key!r}: expected a string, found {type(value).__name__}")
-            thoughts.append(value)
+        if _is_given(given, key):
+            thoughts.append(text_in(given[key], repr(key)))
     content = message.content
     first = content if isinstance(content, str) else content[0].get("text", "") if content else ""
     said, rest = split_thought(first)
+    if rest.lstrip().startswith("<|channel>") and "<channel|>" not in rest:
+        raise ValueError("its thought is left open: write <channel|> between it and the answer")
     if rest != first:
         thoughts.append(said)
         if isinstance(content, str):
@@ -222,20 +240,33 @@ def _split_parts(message: Message) -> list[Message]:
             "expected its content to be a string or a list of parts, found "
             f"{type(message.content).__name__}"
         )
-    parts, results, flags = [], [], []
+    parts, results, flags, thoughts, calls = [], [], [], [], []
     for part in message.content:
         kind = part.get("type") if isinstance(part, Mapping) else "text"
         if kind == "tool_result" and message.role == "user":
+            if parts:
+                raise ValueError("a tool_result stands behind a text; put it before")
             result = Message("tool", part.get("content"), call_id=part.get("tool_use_id"))
             results.append(_result(result, {}))
         elif kind == "tool_use" and message.role == "assistant":
             call = {"id": part.get("id"), "name": part.get("name"), "arguments": part.get("input")}
-            message.calls += _calls([call], "tool_use")
-        elif kind == "thinking" and message.role == "assistant":
-            message.thought += str(part.get("thinking") or "")
+            calls += _calls([call], "tool_use")
+        elif kind in THINKING_PARTS and message.role == "assistant":
+            thought = _thought_of(part)
+            if thought.strip() and (parts or calls):
+                raise ValueError(
+                    "a thought stands behind what it says or calls; a turn has one thought, "
+                    "before its text"
+                )
+            thoughts.append(thought.strip("\n"))
         else:
-            parts.append(_part(part))
+            read = _part(part)
+            if calls and (read["type"] != "text" or read["text"].strip()):
+                raise ValueError(f"a part of {read['type']} stands behind a call; put it before")
+            parts.append(read)
             flags.append(_flag(part, _SWITCHES) if isinstance(part, Mapping) else None)
+    message.calls += calls
+    message.thought = "\n".join(thought for thought in thoughts if thought.strip())
     said = {flag for flag in flags if flag is not None}
     if said and (len(set(flags)) > 1 or message.trained not in (None, *said)):
         raise ValueError("its parts differ in their loss switches; only whole messages are learnt")
@@ -245,11 +276,24 @@ def _split_parts(message: Message) -> list[Message]:
     return results
 
 
-def _text_part(part: Any) -> dict[str, Any]:
-    part = _part(part)
-    if part["type"] != "text":
-        raise ValueError(f"expected parts of text, found one of {part['type']}")
-    return part
+def text_in(value: Any, what: str) -> str:
+    """A text that is given as a string or as a list of parts of text."""
+    if is_list(value) and all(isinstance(part, Mapping) for part in value):
+        parts = [_part(part) for part in value]
+        if all(part["type"] == "text" for part in parts):
+            return "".join(part["text"] for part in parts)
+    if not isinstance(value, str):
+        raise ValueError(
+            f"{what}: expected a string, found {type(value).__name__}; parts of text are taken too"
+        )
+    return value
+
+
+def _thought_of(part: Mapping[str, Any]) -> str:
+    key = first_of(part, _THINKING_KEYS)
+    if key is None:
+        raise ValueError(f"a {part['type']} part needs a string 'thinking', found {part!r:.80}")
+    return text_in(part[key], repr(key))
 
 
 def _part(part: Any) -> dict[str, Any]:
@@ -260,26 +304,24 @@ def _part(part: Any) -> dict[str, Any]:
         raise ValueError(f"expected each part to be an object, found {part!r:.80}")
     kind = part.get("type")
     if kind in _TEXTS:
-        key = first_of(part, ("text", "content", "value"))
+        key = one_of(part, _TEXT_KEYS)
+        shown = first_of(part, ("image", "image_url"))
+        if shown is not None and not is_empty(part[shown]):
+            raise ValueError(f"a text part has {shown!r}; give the image a part of its own")
         if key is None or not isinstance(part[key], str):
             raise ValueError(f"a text part needs a string 'text', found {part!r:.80}")
         return {"type": "text", "text": part[key]}
     if kind in IMAGE_PARTS:
-        key = first_of(part, _IMAGE_KEYS)
-        return {"type": "image"} | ({} if key is None else {"image": _image(part[key], key)})
+        key = first_of(part, IMAGE_KEYS)
+        if key is None or is_blank(part[key]):
+            return {"type": "image"}
+        try:
+            return {"type": "image", "image": image_in(part[key])}
+        except ValueError as error:
+            raise ValueError(f"{key!r}: {error}") from error
     if kind in ("audio", "audio_url", "input_audio", "video", "video_url"):
         raise ValueError(f"{kind!r} parts are not supported; supported: text and image")
     raise ValueError(f"unknown part type {kind!r:.80}; expected 'text' or 'image'")
-
-
-def _image(value: Any, key: str) -> Any:
-    """The image of a part; OpenAI and Anthropic put it one level down."""
-    if key not in ("image_url", "source") or not isinstance(value, Mapping):
-        return value
-    inner = first_of(value, ("url", "data", "path"))
-    if inner is None:
-        raise ValueError(f"{key!r}: expected an object with 'url' or 'data', found {value!r:.80}")
-    return value[inner]
 
 
 # ---- Tools.
@@ -296,28 +338,27 @@ def _parsed(value: Any, what: str) -> Any:
 
 def _calls(given: Any, what: str) -> list[dict[str, Any]]:
     """Calls of tools, whose arguments are an object or JSON of one."""
-    given = _parsed(given, what)
-    if is_empty(given):
+    if is_empty(given) or is_empty(read := _parsed(given, what)):
         return []
     result = []
-    for call in given if is_list(given) else [given]:
-        call = _parsed(call, what)
+    for written in read if is_list(read) else [read]:
+        call = _parsed(written, what)
         function = call.get("function") if isinstance(call, Mapping) else None
         function = call if function is None else function
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise ValueError(f"{what}: expected calls with a 'name', found {call!r:.80}")
-        arguments = _parsed(function.get("arguments"), f"{what}: 'arguments'")
+        arguments = function.get("arguments")
+        arguments = None if is_empty(arguments) else _parsed(arguments, f"{what}: 'arguments'")
         arguments = {} if arguments is None else arguments
         if not isinstance(arguments, Mapping):
             raise ValueError(
                 f"{what}: expected 'arguments' to be an object or JSON of one, found "
                 f"{arguments!r:.80}"
             )
-        # Tables give every object the keys of all; JSON in a string has its own nulls.
-        if not isinstance(function.get("arguments"), str):
-            arguments = {key: value for key, value in arguments.items() if value is not None}
-        call_id = call.get("id")
-        identity = {} if call_id is None else {"id": call_id}
+        # JSON in a string has nulls of its own.
+        if not any(isinstance(v, str) for v in (given, written, function.get("arguments"))):
+            arguments = _without_none(arguments)
+        identity = {} if is_empty(call.get("id")) else {"id": call["id"]}
         function = {"name": function["name"], "arguments": dict(arguments)}
         result.append(identity | {"type": "function", "function": function})
     return result
@@ -325,10 +366,13 @@ def _calls(given: Any, what: str) -> list[dict[str, Any]]:
 
 def _result(message: Message, given: Mapping[str, Any]) -> Message:
     """What a tool answered: text, parts or an object."""
-    message.name = given.get("name")
-    message.call_id = given.get("tool_call_id", message.call_id)
+    message.name = given["name"] if _is_given(given, "name") else None
+    if _is_given(given, "tool_call_id"):
+        message.call_id = given["tool_call_id"]
     if is_list(message.content):
         message.content = [_part(part) for part in message.content]
+    elif isinstance(message.content, Mapping):
+        message.content = _without_none(message.content)
     elif not isinstance(message.content, str | Mapping):
         raise ValueError(
             "expected what a tool answered to be a string, parts or an object, found "
@@ -360,10 +404,23 @@ def _name_results(messages: list[Message]) -> None:
         elif not calls:
             raise ValueError(f"message {index}: it answers a call, and none precedes it")
         else:
-            ids = [call.get("id") for call in calls]
-            known = message.call_id is not None and message.call_id in ids
-            call = calls.pop(ids.index(message.call_id) if known else 0)
-            message.name = message.name or call["function"]["name"]
+            place = _answered(calls, message)
+            if place is None:
+                called = ", ".join(f"{c['function']['name']} ({c.get('id')})" for c in calls)
+                raise ValueError(
+                    f"message {index}: it answers the call {message.name or ''} "
+                    f"({message.call_id}), and those without an answer before it are: {called}"
+                )
+            message.name = calls.pop(place)["function"]["name"]
+
+
+def _answered(calls: Sequence[Mapping[str, Any]], result: Message) -> int | None:
+    """Which call a result answers: by its id and name, as far as both have them; None: none."""
+    for place, call in enumerate(calls):
+        same_id = result.call_id is None or call.get("id", result.call_id) == result.call_id
+        if same_id and result.name in (None, call["function"]["name"]):
+            return place
+    return None
 
 
 def _follows(messages: list[Message], index: int) -> bool:
@@ -398,9 +455,11 @@ def read_tools(given: Any, what: str) -> list[dict[str, Any]] | None:
 
 
 def _without_none(value: Any) -> Any:
-    """Tables give every object the keys of all; in a definition null means nothing."""
+    """An object without its nulls, at every depth: tables give every object the keys of all."""
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
     if isinstance(value, Mapping):
-        return {key: _without_none(part) for key, part in value.items() if part is not None}
+        return {key: _without_none(part) for key, part in value.items() if not is_null(part)}
     return [_without_none(part) for part in value] if is_list(value) else value
 
 

@@ -9,25 +9,28 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from . import processor_keys as keys
-from .processor_keys import first_of, is_empty, is_list
-from .processor_messages import Message, join, read_messages, read_tools
+from .processor_keys import first_of, is_empty, is_list, one_of
+from .processor_messages import Message, join, read_messages, read_tools, text_in
 
 PROMPTS = "'prompt' or 'messages', or data.prompt_column to name the column of the prompts"
 _FORMS = (
     "a list of messages, or an object with 'messages', with 'conversations' (from, value), or "
     "with 'prompt' and 'completion'"
 )
-# A string that a chat template has written already, ours or another's.
-_TEMPLATED = re.compile(r"\s*(<bos>\s*)*<\|turn>\w+\n")
-_FOREIGN = re.compile(
-    r"\s*(<bos>|<s>)?\s*(<start_of_turn>|<\|im_start\|>|<\|begin_of_text\|>|\[INST\])"
-)
+# A string that a chat template has written already.
+_TEMPLATED = re.compile(r"\s*(<bos>\s*)*<\|turn>(\w+)\n")
 # Words of other tools for an image's place; the longest first, for one contains another.
 _MARKS = (
     *("<|vision_start|><|image_pad|><|vision_end|>", "<start_of_image>", "<image_soft_token>"),
     *("<|image|>", "<|image_pad|>", "<image>"),
 )
 _MARK = re.compile("|".join(map(re.escape, _MARKS)))
+# How strings begin that another template has written: with a special token, as all families write
+# them, or with one of a few words in brackets; marks of images are neither.
+_FOREIGN = re.compile(
+    rf"\s*(<s>\s*)?(?!{_MARK.pattern})(<\|[^\s|<>]+\|>|<｜[^\s｜<>]+｜>|<\|turn>|<bos>"
+    r"|<BOS_TOKEN>|<start_of_turn>|\[INST\]|\[SYSTEM_PROMPT\]|\[AVAILABLE_TOOLS\]|\[gMASK\])"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +64,17 @@ class Conversation:
     def given(self) -> str | list[dict[str, Any]]:
         """The prompt as reward functions get it."""
         return self.messages if self.text is None else self.text
+
+    def before(self, end: int) -> Conversation:
+        """Its first `end` messages with their images; a text keeps its own."""
+        messages, images = self.messages[:end], self.images
+        if self.text is None:
+            parts = [p for m in messages if is_list(m["content"]) for p in m["content"]]
+            images = images[: sum(part["type"] == "image" for part in parts)]
+        answers = sum(message["role"] == "assistant" for message in messages)
+        return dataclasses.replace(
+            self, messages=messages, images=images, trained=self.trained[:answers]
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +140,7 @@ def read_row(
     column: str | None = None,
     names: Collection[str] = (),
     answered: bool = False,
+    asked: bool = False,
     expected: str = _FORMS,
 ) -> Row:
     """The one reading of a row of any form.
@@ -135,6 +150,7 @@ def read_row(
         column: that of the prompt; None: where the forms have it.
         names: keys that are columns too, whatever they mean.
         answered: answers stand elsewhere, so that words such as "question" are a prompt.
+        asked: answers are columns, which may be anything.
         expected: what an error says of a row of no form.
     """
     if is_list(row):
@@ -144,21 +160,20 @@ def read_row(
     row = _unpacked(row)
     keys.refuse(row, names)
     form = form_of(row, answered=answered) if column is None else column
-    if column is not None and row.get(column) is None:
+    if column is not None and keys.is_null(row.get(column)):
         raise ValueError(f"it has no column {column!r}, which data.prompt_column names")
     if form is None:
         _refuse_form(row, expected)
-    consumed = {*keys.CONSUMED, form, *(("input",) if form == "instruction" else ())}
+    consumed = {form, *keys.BESIDE, *keys.IMAGES}
     text, completion, answer = None, None, None
     if form in keys.CONVERSATIONS:
-        messages = read_messages(_pairs(row[form]), form)
-        if not is_empty(row.get("history")):
-            raise ValueError(f"'history' stands beside {form!r}; put it into the messages")
+        messages = _listed(_pairs(row[form]), row, form)
     else:
         messages, text = _prompt(row, form)
+        consumed |= {"input"} if form == "instruction" and isinstance(row[form], str) else set()
         if column is None and not answered:
             answer = first_of(row, keys.ANSWERS)
-            completion = None if answer is None else _completion(row[answer], answer)
+            completion = None if answer is None else _completion(row[answer], answer, asked)
     return Row(
         form,
         with_system(messages, row, text),
@@ -169,7 +184,7 @@ def read_row(
         _beside(row),
         _tools(row),
         _arguments(row),
-        keys.columns(row, consumed - set(names)),
+        keys.columns(row, consumed, names),
     )
 
 
@@ -177,21 +192,24 @@ def _unpacked(row: Mapping[str, Any]) -> Mapping[str, Any]:
     """OpenAI's preferences have prompt and tools one level down, in `input`."""
     inner = row.get("input")
     if isinstance(inner, Mapping) and is_list(inner.get("messages")):
+        twice = [key for key in inner if key != "input" and not is_empty(row.get(key))]
+        if twice:
+            raise ValueError(f"{twice[0]!r} stands in 'input' and beside it; keep one of them")
         return {key: value for key, value in row.items() if key != "input"} | dict(inner)
     return row
 
 
 def form_of(row: Mapping[str, Any], *, answered: bool) -> str | None:
     """The key under which the conversation stands."""
-    form = first_of(row, (*keys.CONVERSATIONS, *keys.PROMPTS))
-    if form is None and (answered or first_of(row, keys.ANSWERS) is not None):
-        form = first_of(row, keys.PROMPTS_WITH_ANSWER)
-    return form
+    names = (*keys.CONVERSATIONS, *keys.PROMPTS)
+    if answered or first_of(row, keys.ANSWERS) is not None:
+        names += keys.PROMPTS_WITH_ANSWER
+    return first_of(row, names)
 
 
 def _refuse_form(row: Mapping[str, Any], expected: str) -> None:
     hint = ""
-    if any(row.get(key) is not None for key in keys.CHOSEN):
+    if first_of(row, keys.CHOSEN) is not None:
         hint = "; it is a row of preferences, which DPO and ORPO train on"
     elif isinstance(row.get("text"), str):
         hint = "; plain texts are not trained on: give 'messages', or 'prompt' and 'completion'"
@@ -213,20 +231,28 @@ def _pairs(given: Any) -> Any:
 def _prompt(row: Mapping[str, Any], form: str) -> tuple[list[Message], str | None]:
     """The messages before the answer, or the text that the template has written of them."""
     prompt = row[form]
-    if is_list(prompt):
-        return read_messages(prompt, form), None
-    if isinstance(prompt, Mapping):
-        return read_messages([prompt], form), None
+    if is_list(prompt) or isinstance(prompt, Mapping):
+        return _listed([prompt] if isinstance(prompt, Mapping) else prompt, row, form), None
     if not isinstance(prompt, str):
         raise ValueError(
             f"{form!r}: expected a string or a list of messages, found {type(prompt).__name__}"
         )
-    if form == "instruction" and isinstance(row.get("input"), str) and row["input"]:
+    if form == "instruction" and not is_empty(row.get("input")):
+        if not isinstance(row["input"], str):
+            raise ValueError(f"'input': expected a string, found {type(row['input']).__name__}")
         prompt = f"{prompt}\n{row['input']}" if prompt else row["input"]
-    if _FOREIGN.match(prompt):
+    if _TEMPLATED.match(prompt):
+        lost = [name for name in keys.BESIDE if not is_empty(row.get(name))]
+        if lost:
+            raise ValueError(
+                f"{form!r} already follows the chat template, so that {', '.join(map(repr, lost))} "
+                "cannot be put into it; give its messages"
+            )
+        return [], prompt
+    if found := _FOREIGN.match(prompt):
         raise ValueError(
-            f"{form!r} is written in another model's chat template ({prompt[:30]!r}); give its "
-            "messages"
+            f"{form!r} begins with {found[0].strip()!r}, as strings do that are written in another "
+            "model's chat template; give its messages"
         )
     history = [] if is_empty(row.get("history")) else row["history"]
     if not is_list(history):
@@ -236,23 +262,38 @@ def _prompt(row: Mapping[str, Any], form: str) -> tuple[list[Message], str | Non
         if not is_list(pair) or len(pair) != 2 or not all(isinstance(s, str) for s in pair):
             raise ValueError(f"'history': expected pairs of two strings, found {pair!r:.80}")
         messages += [Message("user", pair[0]), Message("assistant", pair[1])]
-    if _TEMPLATED.match(prompt):
-        if messages or first_of(row, keys.SYSTEMS) is not None or not is_empty(row.get("tools")):
-            raise ValueError(
-                f"{form!r} already follows the chat template, so that history, system and tools "
-                "cannot be put into it; give its messages"
-            )
-        return [], prompt
     return [*messages, Message("user", prompt)], None
 
 
-def _completion(given: Any, name: str) -> list[Message] | None:
+def _listed(given: Any, row: Mapping[str, Any], form: str) -> list[Message]:
+    if not is_empty(row.get("history")):
+        raise ValueError(f"'history' stands beside the messages of {form!r}; put it into them")
+    return read_messages(given, form)
+
+
+def with_default_system(read: Row, system: str) -> list[Message]:
+    """The messages of a row behind a system message for those that have none."""
+    if read.text is not None:
+        if _TEMPLATED.match(read.text)[2] != "system":
+            raise ValueError(
+                f"{read.form!r} already follows the chat template, so that data.system_prompt "
+                "cannot be put into it; give its messages"
+            )
+        return read.messages
+    has_one = not read.messages or read.messages[0].role == "system"
+    return read.messages if has_one else [Message("system", system), *read.messages]
+
+
+def _completion(given: Any, name: str, asked: bool) -> list[Message] | None:
     if isinstance(given, str):
         return [Message("assistant", given)]
     if isinstance(given, Mapping) and ("role" in given or "from" in given):
         given = [given]
-    if not is_list(given):
-        if name == "answer":
+    is_talk = is_list(given) and all(
+        isinstance(m, Mapping) and ("role" in m or "from" in m) for m in given
+    )
+    if not is_list(given) or (asked and not is_talk):
+        if name == "answer" or asked:
             return None  # A column, such as the number that a problem has for its solution.
         raise ValueError(f"{name!r}: expected a string or messages, found {type(given).__name__}")
     return read_messages(given, name)
@@ -260,22 +301,21 @@ def _completion(given: Any, name: str) -> list[Message] | None:
 
 def with_system(messages: list[Message], row: Mapping[str, Any], text: str | None) -> list[Message]:
     """The messages behind the system column's, if it has one."""
-    name = first_of(row, keys.SYSTEMS)
+    name = one_of(row, keys.SYSTEMS)
     if name is None or text is not None or is_empty(row[name]):
         return messages
-    if not isinstance(row[name], str):
-        raise ValueError(f"{name!r}: expected a string, found {type(row[name]).__name__}")
+    system = text_in(row[name], repr(name))
     if messages and messages[0].role == "system":
-        if messages[0].text().strip() == row[name].strip():
+        if messages[0].text().strip() == system.strip():
             return messages
         raise ValueError(
             f"the column {name!r} and the conversation's system message differ; keep one of them"
         )
-    return [Message("system", row[name]), *messages]
+    return [Message("system", system), *messages]
 
 
 def _tools(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-    name = next((name for name in keys.TOOLS if not is_empty(row.get(name))), None)
+    name = one_of(row, keys.TOOLS)
     return None if name is None else read_tools(row[name], name)
 
 
@@ -285,12 +325,13 @@ def _arguments(row: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(
             f"'chat_template_kwargs': expected an object, found {type(given).__name__}"
         )
-    given = {} if is_empty(given) else {k: v for k, v in given.items() if v is not None}
+    given = {} if is_empty(given) else {k: v for k, v in given.items() if not keys.is_null(v)}
     thinking = row.get("enable_thinking")
-    if thinking is not None:
+    if not keys.is_blank(thinking):
         if not isinstance(thinking, bool):
             raise ValueError(f"'enable_thinking': expected true or false, found {thinking!r:.80}")
-        given["enable_thinking"] = thinking
+        if given.setdefault("enable_thinking", thinking) != thinking:
+            raise ValueError("'enable_thinking' and 'chat_template_kwargs' contradict each other")
     return given
 
 
@@ -302,8 +343,8 @@ def _beside(row: Mapping[str, Any]) -> list[Any] | None:
     named = [row[name] for name in keys.IMAGES if name in row]
     found: list[Any] = []
     for value in named:
-        if value is not None:
-            found += list(value) if is_list(value) else [value]
+        found += list(value) if is_list(value) else [value]
+    found = [image for image in found if not keys.is_blank(image)]
     return found if named else None
 
 
@@ -317,6 +358,11 @@ def _place_images(
         part["type"] == "image" for m in messages if is_list(m.content) for part in m.content
     )
     if beside is not None and not has_parts:
+        marked = [mark[0] for m in messages if (mark := _MARK.search(m.thought))]
+        if marked:
+            raise ValueError(
+                f"a thought has the mark {marked[0]!r}, and holds no images; remove it"
+            )
         messages = [_at_marks(message) for message in messages]
         if beside and not any(part["type"] == "image" for m in messages for part in _parts(m)):
             messages = _put_first(messages, len(beside))

@@ -149,20 +149,13 @@ def each_turn(conversation: Conversation) -> list[Conversation]:
     for (start, end), learnt in _spans(conversation):
         if not learnt:
             continue
-        messages = conversation.messages[:end]
-        parts = [part for m in messages if isinstance(m["content"], list) for part in m["content"]]
-        result.append(
-            dataclasses.replace(
-                conversation,
-                messages=messages,
-                images=conversation.images[: sum(part["type"] == "image" for part in parts)],
-                trained=[
-                    index >= start
-                    for index, message in enumerate(messages)
-                    if message["role"] == "assistant"
-                ],
-            )
-        )
+        part = conversation.before(end)
+        trained = [
+            index >= start
+            for index, message in enumerate(part.messages)
+            if message["role"] == "assistant"
+        ]
+        result.append(dataclasses.replace(part, trained=trained))
     return result
 
 
