@@ -86,6 +86,13 @@ def test_unknown_key_of_the_file_names_the_file(write):
         ("num_train_epochs=null", r"max_steps, num_train_epochs: both are null"),
         ("merge=true", r"merge: true needs lora"),
         ("batch_size", r"'batch_size': expected key=value"),
+        ("lora..rank=3", r"'lora\.\.rank=3': expected key=value"),
+        ("lora.rank=[1", r"'lora\.rank=\[1': its value is not readable as YAML"),
+        ("data.foo=1", r"unknown key 'data\.foo'; known are data\.path, data\.eval_path"),
+        ("model=''", r"model: expected a path, found ''"),
+        ("data.path=''", r"data\.path: expected a path, found ''"),
+        ("seed=99999999999999999999", r"seed: expected .*at most 4294967295, found 9999"),
+        ("max_grad_norm=1e-50", r"max_grad_norm: expected at least 0, found 1e-50"),
     ],
 )
 def test_wrong_value_is_named(write, override, message):
@@ -104,6 +111,11 @@ def test_the_models_config_gets_what_the_settings_say(write):
 def test_what_must_be_given_is_named(write):
     with pytest.raises(ValueError, match=r"data\.path, model must be given, .* data\.path=\.\.\."):
         load_run_config(write("output_dir: out\n"))
+
+
+def test_recipe_of_another_command_is_named():
+    with pytest.raises(ValueError, match="e2b_gsm8k_1gpu is a recipe of `grpo`, and this is `sft`"):
+        load_run_config("e2b_gsm8k_1gpu")
 
 
 def test_missing_file_and_broken_yaml_are_named(write, tmp_path):

@@ -231,6 +231,7 @@ def _parity(options: argparse.Namespace) -> int:
 
 def _generate(options: argparse.Namespace) -> int:
     from .checkpoint import load_checkpoint
+    from .config_domains import require
     from .lora import load_adapter
     from .lora_peft import check_adapter
     from .processor import Processor
@@ -238,6 +239,7 @@ def _generate(options: argparse.Namespace) -> int:
 
     sampling = (options.temperature, options.top_k, options.top_p)
     check_settings(options.max_new_tokens, *sampling)
+    require(seed=options.seed)
     if options.adapter is not None:
         check_adapter(options.adapter)
     processor = Processor.from_pretrained(

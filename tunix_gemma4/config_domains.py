@@ -39,8 +39,11 @@ class Domain:
             if not isinstance(value, numbers.Integral):
                 return False
         else:
+            given = value
             with np.errstate(over="ignore"):
-                value = float(np.float32(value))  # 1e39 is infinite and 1e-50 is 0 in a step.
+                value = float(np.float32(value))  # 1e39 is infinite in a step,
+            if value == 0 != given:  # and 1e-50 is 0, which is not what it says.
+                return False
         above = value > self.low if self.low_open else value >= self.low
         below = value < self.high if self.high_open else value <= self.high
         return abs(value) < math.inf and above and below
@@ -50,7 +53,8 @@ class Domain:
         if self.low > -math.inf:
             parts.append(f"{'above' if self.low_open else 'at least'} {self.low:g}")
         if self.high < math.inf:
-            parts.append(f"{'below' if self.high_open else 'at most'} {self.high:g}")
+            high = self.high if self.whole else f"{self.high:g}"
+            parts.append(f"{'below' if self.high_open else 'at most'} {high}")
         return " and ".join(parts) or f"a {'whole' if self.whole else 'finite'} number"
 
 
@@ -106,7 +110,7 @@ DOMAINS: dict[str, Domain] = {
     "max_prompt_length": _COUNT,
     "max_response_length": _COUNT,
     "max_seq_token_per_tpu": _COUNT,
-    "seed": _COUNT_OR_NONE,
+    "seed": Domain(low=0, high=2**32 - 1, whole=True),
     # Sampling and rewards.
     "num_generations": Domain(low=2, whole=True),
     "num_iterations": _COUNT,

@@ -9,6 +9,7 @@ import json
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -39,6 +40,8 @@ class Rows:
     def __init__(self, source: str | Path | Sequence):
         self._before: np.ndarray | None = None
         self._sums_before: np.ndarray | None = None
+        if isinstance(source, str) and "://" in source:
+            raise ValueError(f"{source}: it is an address; download the file and give its path.")
         self.path = Path(source) if isinstance(source, str | Path) else None
         if self.path is not None:
             path = self.path
@@ -219,7 +222,7 @@ class _JsonLines:
 
     def _parse(self, line: bytes, number: int):
         try:
-            return json.loads(line)
+            return json.loads(line, object_pairs_hook=_once)
         except (ValueError, RecursionError) as error:
             raise ValueError(
                 f"{self._path}, line {number}: expected one JSON object, found something "
@@ -265,9 +268,19 @@ class _ParquetTable:
         return (self[index] for index in range(len(self)))
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON whose keys stand there once; readers differ in which of two they take."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} stands in one object twice")
+    return found
+
+
 def _json_list(path: Path) -> list:
     try:
-        rows = json.loads(path.read_bytes())
+        rows = json.loads(path.read_bytes(), object_pairs_hook=_once)
     except json.JSONDecodeError as error:
         raise ValueError(
             f"{path}, line {error.lineno}: not JSON ({error.msg}). "
@@ -277,6 +290,8 @@ def _json_list(path: Path) -> list:
         raise ValueError(f"{path}: expected UTF-8 text ({error}).") from error
     except RecursionError as error:
         raise ValueError(f"{path}: its lists and objects stand too deep in each other.") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}.") from error
     if not isinstance(rows, list):
         raise ValueError(f"{path}: expected a list of rows, found {type(rows).__name__}.")
     return rows

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from .settings import TrainSettings
-from .shipped import find_recipe
+from .shipped import command_of, find_recipe
 
 Settings = TypeVar("Settings", bound=TrainSettings)
 
@@ -57,22 +57,29 @@ _SYNONYMS = {
 }
 
 
-def load_config(kind: type[Settings], path: str | Path, overrides: Sequence[str] = ()) -> Settings:
+def load_config(
+    kind: type[Settings],
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    command: str | None = None,
+) -> Settings:
     """Reads a YAML file and applies overrides such as `data.max_length=1024`.
 
     Args:
         kind: the dataclass, with a method `validate`.
         path: of the file, or the name of a shipped recipe; see `shipped.find_recipe`.
         overrides: each key=value.
+        command: that is to run it, for shipped recipes of another.
 
     Raises:
         ValueError: an unknown key, with the nearest known one; a value of the wrong type; a key
             without a value that needs one; no such file.
     """
     path = find_recipe(path)
-    for override in overrides:
-        if "=" not in override:
-            raise ValueError(f"{override!r}: expected key=value, such as learning_rate=1e-4")
+    own = command_of(path)
+    if command is not None and own not in (None, command):
+        raise ValueError(f"{path.stem} is a recipe of `{own}`, and this is `{command}`")
     config = OmegaConf.structured(kind)
     try:
         given = OmegaConf.load(path)
@@ -81,7 +88,7 @@ def load_config(kind: type[Settings], path: str | Path, overrides: Sequence[str]
     if not isinstance(given, DictConfig):
         raise ValueError(f"{path}: expected keys and values, found a list")
     config = _merge(kind, config, given, str(path))
-    config = _merge(kind, config, OmegaConf.from_dotlist(list(overrides)), "the command line")
+    config = _merge(kind, config, _parsed(overrides), "the command line")
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise ValueError(
@@ -122,6 +129,22 @@ def _merge(kind: type, config: DictConfig, given: DictConfig, source: str) -> Di
         raise ValueError(f"{source}: {key}{reason}") from error
 
 
+def _parsed(overrides: Sequence[str]) -> DictConfig:
+    """The overrides as one tree."""
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals or not all(part.strip() for part in key.split(".")):
+            raise ValueError(f"{override!r}: expected key=value, such as learning_rate=1e-4")
+        try:
+            OmegaConf.from_dotlist([override])
+        except Exception as error:  # As above.
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"{override!r}: its value is not readable as YAML: {reason}"
+            ) from error
+    return OmegaConf.from_dotlist(list(overrides))
+
+
 def _unknown(kind: type, key: str) -> str:
     """`key` is unknown; the nearest key that is known."""
     known = list(_keys(kind))
@@ -130,8 +153,14 @@ def _unknown(kind: type, key: str) -> str:
     if nearest is None or nearest not in known:
         # A key may be right but stand at the wrong level.
         at_other_level = [name for name in known if name.split(".")[-1] == last]
-        close = at_other_level or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-        nearest = close[0] if close else None
+        section = key.removesuffix(last)
+        within = [name for name in known if name == section + name.split(".")[-1]]
+        ends = difflib.get_close_matches(last, [name.split(".")[-1] for name in within], n=1)
+        close = at_other_level or [section + end for end in ends]
+        close = close or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        # The section itself is no help.
+        nearest = close[0] if close and not key.startswith(f"{close[0]}.") else None
+        known = within or known
     hint = f"did you mean {nearest!r}?" if nearest else f"known are {', '.join(known)}"
     return f"unknown key {key!r}; {hint}"
 

@@ -208,4 +208,4 @@ _MICRO = ("train_micro_batch_size", "rollout_micro_batch_size", "compute_logps_m
 
 def load_grpo_config(path: str | Path, overrides: Sequence[str] = ()) -> GrpoRunConfig:
     """Reads a YAML file; see `load_config`."""
-    return load_config(GrpoRunConfig, path, overrides)
+    return load_config(GrpoRunConfig, path, overrides, command="grpo")

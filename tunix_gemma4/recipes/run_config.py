@@ -94,4 +94,4 @@ class RunConfig(TrainSettings):
 
 def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a YAML file; see `load_config`."""
-    return load_config(RunConfig, path, overrides)
+    return load_config(RunConfig, path, overrides, command="sft")

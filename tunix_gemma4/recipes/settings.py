@@ -133,6 +133,10 @@ class TrainSettings:
         if self.max_steps is None and self.num_train_epochs is None:
             raise ValueError("max_steps, num_train_epochs: both are null; give at least one")
         require_fields(self)
+        places = {"model": self.model, "output_dir": self.output_dir, "data.path": self.data.path}
+        for name, place in places.items():
+            if not place.strip():
+                raise ValueError(f"{name}: expected a path, found {place!r}")
         RematConfig.parse(self.remat)
         one_of("attention_implementation", self.attention_implementation, ATTENTION_IMPLEMENTATIONS)
         one_of("dtype", self.dtype, (None, "bfloat16", "float32"))

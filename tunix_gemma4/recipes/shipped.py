@@ -47,6 +47,11 @@ def find_recipe(where: str | Path) -> Path:
     )
 
 
+def command_of(path: Path) -> str | None:
+    """The command that runs a shipped recipe, "sft" or "grpo"; None for a file of one's own."""
+    return path.parent.name if path in _files() else None
+
+
 def _near(asked: str) -> str:
     """The names that come nearest to what was asked for."""
     last = asked.split("/")[-1]
