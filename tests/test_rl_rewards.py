@@ -68,6 +68,10 @@ def test_prompts_are_those_of_the_data_set():
         (["1.0", 0.0, 0.0], "found '1.0'\nsample 0"),
         ({0.0, 1.0, 2.0}, "expected a list of 3 numbers, found set"),
         (b"abc", "expected a list of 3 numbers, found bytes"),
+        (np.array(1.0), "expected a list of 3 numbers, found ndarray"),
+        (np.array([1, 1j, 0]), "expected a finite number.*sample 0"),
+        (np.array(["2020"] * 3, "datetime64[Y]"), "expected a finite number.*sample 0"),
+        (np.ma.array([1.0, 2.0, 3.0], mask=[0, 1, 0]), "expected a finite number.*sample 1"),
         ({"p0": 1.0, "p1": 1.0, "p2": 1.0}, "expected a list of 3 numbers, found dict"),
         (["a", 0.0, 0.0], "found 'a'\nsample 0"),
         ([[1.0, 2.0], 0.0, 0.0], "sample 0"),
@@ -214,6 +218,26 @@ def test_images_are_opened_once_each(tmp_path):
         return [1.0] * 3
 
     assert call(sees, images=[[path], [path], None], image=[held] * 3) == [1.0] * 3
+
+
+def test_what_a_function_does_to_its_lists_is_its_own_affair():
+    def empties(prompts, completions, answer):
+        completions.clear()
+        answer.sort(reverse=True)
+        return []
+
+    answer = [1, 2, 3]
+    with pytest.raises(RewardError, match="empties: expected 3 rewards, one per completion"):
+        call(empties, answer=answer)
+    assert answer == [1, 2, 3]
+
+
+def test_pictures_that_cannot_be_opened_name_function_and_sample():
+    def sees(prompts, completions, images):
+        return [1.0] * 3
+
+    with pytest.raises(RewardError, match="(?s)sees raised ValueError.*nowhere.png.*sample 0"):
+        call(sees, images=[["nowhere.png"]] * 3)
 
 
 @pytest.fixture

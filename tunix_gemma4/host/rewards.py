@@ -70,9 +70,10 @@ def checked(reward_fn: RewardFn) -> Callable[..., list[float]]:
         given = {"prompts": prompts, "completions": said, **columns}
         if not takes_all:
             given = {name: value for name, value in given.items() if name in names}
-        given |= {name: _pictures(given[name]) for name in IMAGE_COLUMNS if name in given}
         try:
-            found = call(given)
+            given |= {name: _pictures(given[name]) for name in IMAGE_COLUMNS if name in given}
+            # Lists of its own, so that one that sorts or empties them harms no other.
+            found = call({name: _copied(value) for name, value in given.items()})
         except RewardTimeout as error:
             first = _sample(0, prompts, said)
             raise RewardError(
@@ -88,6 +89,10 @@ def checked(reward_fn: RewardFn) -> Callable[..., list[float]]:
 
     reward.__name__ = called
     return reward
+
+
+def _copied(value: Any) -> Any:
+    return list(value) if isinstance(value, list) else value
 
 
 def _answer(prompt: Any, completion: str) -> Any:
@@ -142,7 +147,8 @@ def _hint(error: Exception, completions: list[Any]) -> str:
 
 
 def _numbers(called: str, found: Any, prompts: list[Any], completions: list[Any]) -> list[float]:
-    if isinstance(found, str | bytes | Mapping | Set) or not hasattr(found, "__len__"):
+    scalar = np.ndim(found) == 0 if isinstance(found, np.ndarray) else not hasattr(found, "__len__")
+    if scalar or isinstance(found, str | bytes | Mapping | Set):
         raise RewardError(
             f"reward function {called}: expected a list of {len(completions)} numbers, found "
             f"{type(found).__name__}"
@@ -170,7 +176,9 @@ def _numbers(called: str, found: Any, prompts: list[Any], completions: list[Any]
 
 def _number(value: Any) -> float:
     """The number that `value` is, NaN where it is none."""
-    if isinstance(value, str | bytes) or np.ndim(value):
+    if isinstance(value, str | bytes) or np.ndim(value) or value is np.ma.masked:
+        return math.nan
+    if np.asarray(value).dtype.kind in "cmM":  # Complex numbers, dates, spans of time.
         return math.nan
     try:
         return float(np.asarray(value, dtype=float))
