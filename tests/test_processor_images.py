@@ -48,6 +48,7 @@ FORMS = {
     "data_url_in_lines": lambda array, path: (
         "data:image/png;base64," + base64.encodebytes(png(array)).decode()
     ),
+    "data_url_in_capitals": lambda array, path: f"DATA:image/png;BASE64,{base64_of(array)}",
     "data_url_in_percents": lambda array, path: "data:image/png," + quote(png(array)),
     "base64": lambda array, path: base64_of(array),
     "base64_in_lines": lambda array, path: base64.encodebytes(png(array)).decode(),

@@ -7,6 +7,8 @@ better and a worse answer: `read_preference_pair`)
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -88,7 +90,7 @@ def read_prompt(
     end = len(whole.messages) if not completion else len(join(history))
     if not completion and end and whole.messages[-1]["role"] == "assistant":
         end -= 1
-        answer = _answer_of(whole.messages[end])
+        answer = _answer_of(whole.messages[end], read.messages)
         if answer and is_empty(read.columns.get("answer")):
             read.columns["answer"] = answer
     conversation = whole.before(end)
@@ -96,9 +98,13 @@ def read_prompt(
     return conversation
 
 
-def _answer_of(message: Mapping[str, Any]) -> str | dict[str, Any]:
-    """What an answer says, as rewards compare it: its text, or the whole of one with calls."""
-    return dict(message) if message.get("tool_calls") else text_of(message["content"])
+def _answer_of(message: Mapping[str, Any], given: Sequence[Message]) -> str | dict[str, Any]:
+    """The answer that ends `given`, for rewards: its text, or the whole of one with calls."""
+    if message.get("tool_calls"):
+        return dict(message)
+    said = itertools.takewhile(lambda one: one.role == "assistant", reversed(given))
+    (answer,) = join([dataclasses.replace(one, trained=None) for one in said][::-1])
+    return answer.text()
 
 
 def read_preference_pair(row: Any) -> dict[str, Conversation]:

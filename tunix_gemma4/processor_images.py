@@ -67,7 +67,11 @@ def soft_tokens_of(directory: str | Path, given: int | None = None) -> int:
 
 def is_path(value: str) -> bool:
     """Whether a string names a file: it is no address and no encoded image."""
-    return "://" not in value and not value.startswith("data:") and _from_base64(value) is None
+    return "://" not in value and not _is_data_url(value) and _from_base64(value) is None
+
+
+def _is_data_url(value: str) -> bool:
+    return value[:5].lower() == "data:"
 
 
 def _from_base64(value: str) -> bytes | None:
@@ -92,7 +96,7 @@ def _from_data_url(value: str) -> bytes:
     """The bytes of `data:image/png;base64,...`."""
     head, comma, body = value.partition(",")
     try:
-        if comma and head.endswith(";base64"):
+        if comma and head.lower().endswith(";base64"):
             return _decoded(urllib.parse.unquote(body))
         if comma:
             return urllib.parse.unquote_to_bytes(body)
@@ -146,7 +150,7 @@ def _decode(value: Any) -> Image.Image:
 
 def _opened(value: str) -> tuple[str, Any]:
     """What errors call an image that is given as a string, and where its bytes are."""
-    if value.startswith("data:"):
+    if _is_data_url(value):
         return f"{value[:40]!r}...", io.BytesIO(_from_data_url(value))
     name = value.removeprefix("file://")
     if "://" in name:

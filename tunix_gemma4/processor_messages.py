@@ -45,6 +45,7 @@ _TEXTS = ("text", "input_text", "output_text")
 _TEXT_KEYS = ("text", "content", "value")
 # Types of parts that are thoughts, and where their texts stand.
 THINKING_PARTS = ("thinking", "reasoning")
+_OF_IMAGES = (*IMAGE_KEYS, "type", "media_type")
 _THINKING_KEYS = (*THINKING_PARTS, *_TEXT_KEYS)
 _SWITCHES = ("weight", "train", "loss", "loss_scale")
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
@@ -243,6 +244,7 @@ def _split_parts(message: Message) -> list[Message]:
     parts, results, flags, thoughts, calls = [], [], [], [], []
     for part in message.content:
         kind = part.get("type") if isinstance(part, Mapping) else "text"
+        message.unread += _unread(part)
         if kind == "tool_result" and message.role == "user":
             if parts:
                 raise ValueError("a tool_result stands behind a text; put it before")
@@ -287,6 +289,22 @@ def text_in(value: Any, what: str) -> str:
             f"{what}: expected a string, found {type(value).__name__}; parts of text are taken too"
         )
     return value
+
+
+def _unread(part: Any) -> tuple[str, ...]:
+    """Keys of a part that mean nothing here, such as an image's `detail`."""
+    if not isinstance(part, Mapping) or part.get("type") in ("tool_use", "tool_result"):
+        return ()
+    names = IMAGE_KEYS if part.get("type") in IMAGE_PARTS else _THINKING_KEYS
+    used = first_of(part, names)
+    # Data sets of Hugging Face keep the path of an image beside its bytes.
+    read = {"type", *_SWITCHES, used, *(("path",) if used == "bytes" else ())}
+    inner = part.get(used) if names is IMAGE_KEYS else None
+    inner = inner if isinstance(inner, Mapping) else {}
+    return tuple(
+        [key for key in part if key not in read and not is_empty(part[key])]
+        + [key for key in inner if key not in _OF_IMAGES and not is_empty(inner[key])]
+    )
 
 
 def _thought_of(part: Mapping[str, Any]) -> str:
@@ -396,7 +414,11 @@ def _native_results(given: Mapping[str, Any]) -> Iterator[Message]:
 def _name_results(messages: list[Message]) -> None:
     """Gives each result the name of the tool that was called, by its id or in their order."""
     calls: list[dict[str, Any]] = []
+    by_id = False
     for index, message in enumerate(messages):
+        if message.role != "tool":
+            _refuse_open(calls if by_id else [], f"message {index}")
+            by_id = False
         if message.role == "assistant":
             calls = calls + message.calls if _follows(messages, index) else list(message.calls)
         elif message.role != "tool":
@@ -412,6 +434,18 @@ def _name_results(messages: list[Message]) -> None:
                     f"({message.call_id}), and those without an answer before it are: {called}"
                 )
             message.name = calls.pop(place)["function"]["name"]
+            by_id = by_id or message.call_id is not None
+    _refuse_open(calls if by_id else [], "the end")
+
+
+def _refuse_open(calls: Sequence[Mapping[str, Any]], where: str) -> None:
+    """Refuses calls that are left where others are answered by id; in order one may do for all."""
+    if calls:
+        call = calls[0]
+        raise ValueError(
+            f"{where}: the call {call['function']['name']} ({call.get('id')}) has no answer, and "
+            "others beside it have; add one, or remove the call"
+        )
 
 
 def _answered(calls: Sequence[Mapping[str, Any]], result: Message) -> int | None:
