@@ -122,8 +122,30 @@ def test_interrupted_run_goes_on_to_the_same_numbers_and_a_broken_off_end_is_fin
     assert "adapter/ and not model/; this one finishes it" in capsys.readouterr().out
     assert results(tmp_path / "run") == results(output)
     assert not (tmp_path / "run" / ".model.new-4194305").exists()
-    with pytest.raises(ValueError, match="it holds a finished run"):
+    with pytest.raises(ValueError, match="it holds a finished run") as refused:
         sft.run(config)
+    assert not hasattr(refused.value, "__notes__")  # The same command is refused for ever.
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("lora.rank=4", r"none of its checkpoints .* can be used"),
+        ("data.bucket_lengths=[32,64]", "saved position: .*bucket_lengths was"),
+    ],
+)
+def test_run_that_is_refused_leaves_what_the_checkpoints_say_of_themselves(
+    change, message, settings, unbroken, tmp_path
+):
+    shutil.copytree(unbroken[0], tmp_path / "run")
+    for name in ("adapter", "model"):
+        shutil.rmtree(tmp_path / "run" / name)
+    kept = ("run_config.yaml", "checkpoints/record.json")
+    before = [(tmp_path / "run" / name).read_bytes() for name in kept]
+    with pytest.raises(ValueError, match=message) as refused:
+        sft.run(settings(tmp_path / "run", change, "allow_changes=true"))
+    assert not hasattr(refused.value, "__notes__")
+    assert [(tmp_path / "run" / name).read_bytes() for name in kept] == before
 
 
 def test_run_without_merge_is_finished_with_its_adapter(settings, unbroken, tmp_path):
@@ -214,10 +236,8 @@ def test_every_error_closes_what_is_open_and_has_one_message_last(
     said = capsys.readouterr().err
     assert message in said
     assert "Besides, Part did not close: disk full\n" in said
-    assert said.endswith(
-        f"The checkpoint of step 7 is kept in {output}/checkpoints; the same command goes on from "
-        "there.\n"
-    )
+    goes_on = "" if isinstance(error, NonFiniteError) else "; the same command goes on from there"
+    assert said.endswith(f"The checkpoint of step 7 is kept in {output}/checkpoints{goes_on}.\n")
     assert ("Traceback" in said) == (type(error) in (KeyError, RuntimeError))
 
 
@@ -364,10 +384,15 @@ def recorded(tmp_path):
         vars(config).update({"allow_changes": False} | changes)
         return Record(tmp_path, config, {"reward.py:f": tmp_path / "reward.py"})
 
-    make().settle()
+    settle_and_keep(make())
     (tmp_path / "checkpoints" / "1").mkdir()
-    make().settle()
+    settle_and_keep(make())
     return make
+
+
+def settle_and_keep(record):
+    record.settle()
+    record.keep()
 
 
 @pytest.mark.parametrize(
@@ -387,7 +412,7 @@ def test_changed_contents_are_named(name, called, recorded, tmp_path, caplog):
     (tmp_path / name).write_text(name)
     recorded().settle()
     (tmp_path / name).write_text("something else")
-    recorded(allow_changes=True).settle()
+    settle_and_keep(recorded(allow_changes=True))
     assert "The run goes on all the same" in caplog.text
     recorded().settle()
 
@@ -427,8 +452,10 @@ def test_settings_are_compared_one_by_one(settings, tmp_path):
         common.prepare_output(changed, ("data", "lora", "batch_size"))
     assert "emove" not in str(raised.value)
     common.prepare_output(dataclasses.replace(changed, allow_changes=True), ("data", "lora"))
+    common.prepare_output(config, ("data", "lora", "batch_size"))  # It was not restored.
+    settle_and_keep(Record(tmp_path / "run", changed))
     common.prepare_output(changed, ("data", "lora"))
-    common.prepare_output(config, ())
+    (tmp_path / "run" / "checkpoints" / "record.json").unlink()
     for text in ("batch_size: [", "batch_size: 1"):  # Not YAML, and cut behind a digit.
         (tmp_path / "run" / "run_config.yaml").write_text(text)
         common.prepare_output(changed, ("data", "lora", "batch_size"))

@@ -230,6 +230,10 @@ class Gemma4Trainer(peft_trainer.PeftTrainer):
             )
         return data
 
+    def refuse_other_data(self, dataset: BatchDataset) -> None:
+        """Raises ValueError, as `train` would, for data that the restored position is not of."""
+        self._positioned(dataset).close()
+
     @overrides()
     def custom_checkpoint_metadata(self) -> dict[str, Any]:
         """Saved with each checkpoint: where the data pipeline stands."""

@@ -15,7 +15,6 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh
 
 from ..checkpoint import load_checkpoint, save_checkpoint
-from ..checkpoint_disk import write_text
 from ..config import ModelConfig
 from ..extras import is_installed
 from ..host.optimizer import make_optimizer, make_schedule
@@ -24,15 +23,16 @@ from ..lora import LoraConfig, apply_lora, merge_lora, save_adapter
 from ..model.gemma4 import num_parameters
 from ..model.stacking import stack_layers, unstack_layers
 from ..processor import Processor
-from .load_config import to_yaml
-from .record import differences, earlier_settings, refuse_change
+from .record import SETTINGS, differences, earlier_settings, refuse_change, write_settings
 from .settings import MeshConfig, TrainSettings
 
-ADAPTER, MODEL, SETTINGS = "adapter", "model", "run_config.yaml"
+ADAPTER, MODEL = "adapter", "model"
 
 
 def prepare_output(config: TrainSettings, fixed: Sequence[str]) -> Path:
     """Makes the output directory, unless it holds what must not be overwritten or mixed.
+
+    Where there are checkpoints, their settings stay beside them until `Record.keep`.
 
     Args:
         config: of the run.
@@ -60,12 +60,8 @@ def prepare_output(config: TrainSettings, fixed: Sequence[str]) -> Path:
                 f"{settings}): {'; '.join(changed.values())}",
                 "set these back",
             )
-    if jax.process_index() == 0:
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-            write_text(settings, to_yaml(config))
-        except OSError as error:
-            raise ValueError(f"output_dir: {output} cannot be written to ({error})") from error
+    elif jax.process_index() == 0:
+        write_settings(output, config)
     return output
 
 

@@ -130,6 +130,7 @@ def run(config: GrpoRunConfig, *, after_step: Callable[[Any], None] | None = Non
     trainer = cluster.actor_trainer
     if trainer.train_steps:
         resume(config, rows, trainer.train_steps, is_older=is_older)
+    record.keep()
     if trainer.train_steps < steps:
         say(compiling("sampling, log-probabilities and the training step"))
         train(config, cluster, rows, eval_ds)

@@ -18,8 +18,10 @@ from omegaconf import OmegaConf
 
 from ..checkpoint_disk import sha256, write_text
 from ..host.settings import CHECKPOINTS
+from .load_config import to_yaml
 from .settings import TrainSettings
 
+SETTINGS = "run_config.yaml"
 _NAME = "record.json"
 _DATA = "data.path"
 # Of a checkpoint directory, what decides what is trained.
@@ -28,6 +30,9 @@ _BASE = ("*.safetensors", "*.json", "*.jinja", "*.model")
 
 class Record:
     """Hashes a run's files in a thread; `settle` then compares them with the checkpoints'.
+
+    `keep` follows once a checkpoint is restored, where there is one: a run that is refused in
+    between must not change what the checkpoints say of themselves.
 
     Args:
         output: of the run.
@@ -64,7 +69,7 @@ class Record:
             self._error = error
 
     def settle(self, *, rows_are_known: bool = False) -> None:
-        """Waits for the hashes, compares them where there are checkpoints, and writes them.
+        """Waits for the hashes, and compares them where there are checkpoints.
 
         Args:
             rows_are_known: whether the saved position in the data tells by itself what has changed
@@ -81,6 +86,13 @@ class Record:
         folder = self._path.parent
         if any(path.name.isdigit() for path in (*folder.glob("*"), *folder.glob("*/*"))):
             self._compare(folder, {_DATA} if rows_are_known else set())
+
+    def keep(self) -> None:
+        """Writes settled hashes and the settings: what is trained from here on depends on them."""
+        if jax.process_index() != 0:
+            return
+        folder = self._path.parent
+        write_settings(folder.parent, self._config)
         folder.mkdir(exist_ok=True)
         content = {"settings": self._settings, "files": self._found}
         write_text(self._path, json.dumps(content, indent=2) + "\n")
@@ -142,6 +154,15 @@ def _read(path: Path) -> dict[str, Any] | None:
 def plain(config: TrainSettings) -> dict[str, Any]:
     """The settings as dicts, lists and scalars."""
     return OmegaConf.to_container(OmegaConf.structured(config))
+
+
+def write_settings(output: Path, config: TrainSettings) -> None:
+    """Writes run_config.yaml. Raises ValueError where nothing can be written."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        write_text(output / SETTINGS, to_yaml(config))
+    except OSError as error:
+        raise ValueError(f"output_dir: {output} cannot be written to ({error})") from error
 
 
 def earlier_settings(settings: Path) -> dict[str, Any] | None:

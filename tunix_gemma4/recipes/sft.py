@@ -81,7 +81,9 @@ def run(config: RunConfig, *, after_eval: Callable[[Gemma4Trainer], None] | None
         all_checked=train_ds.checked is not None and train_ds.checked.is_whole,
     )
     if trainer.train_steps:
+        trainer.refuse_other_data(train_ds)
         say(f"Resuming after step {trainer.train_steps} from {output / CHECKPOINTS}.")
+    record.keep()
     say(compiling("the training step, once for each shape of batch"))
     with training(trainer):
         trainer.train(train_ds, eval_ds)

@@ -22,6 +22,7 @@ import jax
 from ..checkpoint_disk import clear_leftovers, locked
 from ..host import stop
 from ..host.settings import CHECKPOINTS
+from ..weights_finite import NonFiniteError
 from .settings import TrainSettings
 
 
@@ -117,6 +118,7 @@ def training(trainer: Any) -> Iterator[None]:
         with stop.after_the_step():
             yield
     except BaseException as error:
+        vars(error)["in_training"] = True
         for part in (trainer.checkpoint_manager, trainer.metrics_logger):
             try:
                 part.close()
@@ -134,6 +136,10 @@ def _note(error: BaseException, text: str) -> None:
 def _say_what_is_kept(error: BaseException, output: Path) -> None:
     if isinstance(error, OSError) and error.filename is None:
         _note(error, f"The run writes to {output}.")
+    # What is refused before training says itself what to do.
+    in_training = "in_training" in vars(error)
+    if isinstance(error, ValueError) and not in_training:
+        return
     checkpoints = output / CHECKPOINTS
     steps = [
         int(path.name)
@@ -141,8 +147,8 @@ def _say_what_is_kept(error: BaseException, output: Path) -> None:
         if path.name.isdigit()
     ]
     if steps:
-        _note(
-            error,
-            f"The checkpoint of step {max(steps)} is kept in {checkpoints}; the same command goes "
-            "on from there.",
-        )
+        kept = f"The checkpoint of step {max(steps)} is kept in {checkpoints}"
+        # The same steps would come to the same numbers; what broke off before, to the same error.
+        from_outside = in_training or isinstance(error, (KeyboardInterrupt, SystemExit, OSError))
+        goes_on = from_outside and not isinstance(error, NonFiniteError)
+        _note(error, f"{kept}; the same command goes on from there." if goes_on else f"{kept}.")
