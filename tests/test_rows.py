@@ -291,6 +291,8 @@ def test_history_is_learnt_as_llama_factory_does_and_a_prompts_answers_are_not()
     row = {"instruction": "Q", "output": "A", "history": [["Q", "A"]]}
     assert read_conversation(row).trained == [True, True]
     assert read_conversation({"prompt": [*TALK, USER], "completion": "A"}).trained == [False, True]
+    turns = [{"human": "Q", "assistant": "A", "loss": False}, {"human": "Q", "assistant": "A"}]
+    assert read_conversation({"conversation": turns}).trained == [False, True]
 
 
 @pytest.mark.parametrize("key", ["weight", "train", "loss", "loss_scale"])
@@ -337,6 +339,8 @@ def test_results_are_named_after_their_calls():
         {"role": "tool", "tool_call_id": "1", "content": "first"},
     ]
     assert [m["name"] for m in read_prompt(row).messages[2:]] == ["g", "f"]
+    other = {"role": "tool_call", "content": '{"name": "f", "parameters": {"x": "1"}}'}
+    assert read_prompt([USER, other, RESULT]).messages == ROUND[:3]
     named = [{"role": "function", "name": name, "content": name} for name in "gf"]
     assert [m["name"] for m in read_prompt([*row[:2], *named]).messages[2:]] == ["g", "f"]
     for wrong in (
@@ -541,6 +545,10 @@ MESSAGES = {
     "arguments": (
         said(ANSWER, tool_calls=[{"name": "f", "arguments": "[1]"}]),
         "message 1: tool_calls: expected 'arguments' to be an object",
+    ),
+    "arguments of another name": (
+        said(ANSWER, tool_calls=[{"name": "f", "args": {"x": 1}}]),
+        r"message 1: tool_calls: a call has no 'arguments', and has \['args'\]",
     ),
     "function_call": (
         [{"from": "human", "value": "Q"}, {"from": "function_call", "value": "f(x)"}],

@@ -47,6 +47,9 @@ _TEXT_KEYS = ("text", "content", "value")
 THINKING_PARTS = ("thinking", "reasoning")
 _OF_IMAGES = (*IMAGE_KEYS, "type", "media_type")
 _THINKING_KEYS = (*THINKING_PARTS, *_TEXT_KEYS)
+# Words for the arguments of a call, and what else a call has.
+_ARGUMENTS = ("arguments", "parameters", "input")
+_OF_CALLS = ("name", "id", "type", "index")
 _SWITCHES = ("weight", "train", "loss", "loss_scale")
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 _CHANNEL = re.compile(r"\s*<\|channel>thought\n?(.*?)<channel\|>", re.DOTALL)
@@ -365,8 +368,12 @@ def _calls(given: Any, what: str) -> list[dict[str, Any]]:
         function = call if function is None else function
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise ValueError(f"{what}: expected calls with a 'name', found {call!r:.80}")
-        arguments = function.get("arguments")
-        arguments = None if is_empty(arguments) else _parsed(arguments, f"{what}: 'arguments'")
+        key = one_of(function, _ARGUMENTS)
+        others = [name for name in function if name not in (*_ARGUMENTS, *_OF_CALLS)]
+        if key is None and any(not is_empty(function[name]) for name in others):
+            raise ValueError(f"{what}: a call has no 'arguments', and has {others}; rename them")
+        given_arguments = None if key is None or is_empty(function[key]) else function[key]
+        arguments = _parsed(given_arguments, f"{what}: {key!r}")
         arguments = {} if arguments is None else arguments
         if not isinstance(arguments, Mapping):
             raise ValueError(
@@ -374,7 +381,7 @@ def _calls(given: Any, what: str) -> list[dict[str, Any]]:
                 f"{arguments!r:.80}"
             )
         # JSON in a string has nulls of its own.
-        if not any(isinstance(v, str) for v in (given, written, function.get("arguments"))):
+        if not any(isinstance(v, str) for v in (given, written, given_arguments)):
             arguments = _without_none(arguments)
         identity = {} if is_empty(call.get("id")) else {"id": call["id"]}
         function = {"name": function["name"], "arguments": dict(arguments)}

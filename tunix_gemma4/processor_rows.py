@@ -223,9 +223,13 @@ def _pairs(given: Any) -> Any:
         isinstance(turn, Mapping) and "human" in turn and "assistant" in turn for turn in given
     ):
         return given
-    return [
-        {"role": role, "content": turn[role]} for turn in given for role in ("human", "assistant")
-    ]
+    result = []
+    for turn in given:
+        # Other keys are of the answer: what they are called there says whether they are read.
+        rest = {key: value for key, value in turn.items() if key not in ("human", "assistant")}
+        result.append({"role": "human", "content": turn["human"]})
+        result.append(rest | {"role": "assistant", "content": turn["assistant"]})
+    return result
 
 
 def _prompt(row: Mapping[str, Any], form: str) -> tuple[list[Message], str | None]:
