@@ -710,6 +710,8 @@ def test_a_templated_prompt_is_recognised_on_every_road():
         assert read_conversation(row | empty | {"completion": "A"}).columns == {}
         with pytest.raises(ValueError, match="already follows .* data.system_prompt cannot be"):
             read_prompt(row, system="S")
+        assert read_prompt(row, system="").given == start
+    assert read_prompt({"prompt": "Q"}, system="").messages == [USER]
     own = "<|turn>system\nS<turn|>\n<|turn>user\nQ<turn|>\n<|turn>model\n"
     assert read_prompt({"prompt": own}, system="T").given == own
 

@@ -74,11 +74,11 @@ def read_prompt(
     Args:
         row: of any form of docs/how-to/data.md.
         column: that of the prompt, a string or messages; None: where the forms have it.
-        system: put before a conversation that has no system message.
+        system: put before a conversation that has no system message; None or "": nothing is.
         names: of reward functions' parameters: such a key is a column too, whatever it means.
     """
     read = read_row(row, column=column, names=names, asked=True, expected=PROMPTS)
-    history = read.messages if system is None else with_default_system(read, system)
+    history = with_default_system(read, system) if system else read.messages
     completion = read.completion or []
     if read.form in keys.PROMPTS and history and history[-1].role == "assistant":
         raise ValueError(
