@@ -170,6 +170,14 @@ def test_dtype_casts_every_parameter_and_settles_the_config(directory):
     np.testing.assert_array_equal(np.asarray(model.language_model.norm.weight[...]), expected)
 
 
+def test_float16_is_stored_and_never_computed_in(directory):
+    edit_json(directory / "config.json", lambda content: content.update(dtype="float16"))
+    with pytest.raises(ValueError, match=r"json: dtype: .* in bfloat16 or float32, found f"):
+        load_checkpoint(directory)
+    settled = ModelConfig.from_hf(directory, dtype="bfloat16")
+    assert load_checkpoint(directory, config=settled).config.param_dtype == jnp.float16
+
+
 def test_float64_values_are_cast_only_when_asked_for(directory):
     rewrite(directory, lambda tensors: tensors.update({NORM: tensors[NORM].astype(np.float64)}))
     model = load_checkpoint(directory, dtype=jnp.float32)

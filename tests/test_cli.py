@@ -4,6 +4,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 from small_models import ONE_DEVICE
 
 from tunix_gemma4.__main__ import main
@@ -68,6 +70,18 @@ def test_what_is_missing_is_named(arguments, message, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert main(arguments) == 2
     assert message in capsys.readouterr().err
+
+
+def test_answer_from_a_weight_that_is_not_finite_names_it(tiny_checkpoint, tmp_path, capsys):
+    model = shutil.copytree(tiny_checkpoint("demo"), tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    name = next(name for name in tensors if "language_model.layers.1.self_attn.q_proj" in name)
+    tensors[name] = np.full_like(tensors[name], np.inf)
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    assert main(["generate", str(model), "Hello", "--max-new-tokens", "1"]) == 1
+    said = capsys.readouterr()
+    assert f"{model}: 1 of its tensors hold NaN or infinity (language_model.layers.1" in said.err
+    assert not said.out
 
 
 def test_command_that_does_not_exist_is_refused(capsys):

@@ -547,5 +547,7 @@ def test_tunixs_flash_attention_is_a_kernel():
 
 def test_files_that_are_missing_or_broken_are_named(tmp_path):
     assert refusal(tmp_path).startswith(f"{tmp_path / 'config.json'}: no such file")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert refusal(tmp_path).startswith(f"{tmp_path}: this is an adapter (adapter_config.json)")
     (tmp_path / "config.json").write_text("{")
     assert refusal(tmp_path).startswith(f"{tmp_path / 'config.json'}: not valid JSON (")

@@ -88,9 +88,9 @@ TEXT_OTHERS = {
 }
 TOP_OTHERS = {
     "model_type": (None, "gemma3", "gemma4_text", 5, []),
-    "text_config": ([], "x", 5),
+    "text_config": ([], "x", 5, None),
     "vision_config": ([], "x", 5),
-    "dtype": ("int8", "float99", 5, ["bfloat16"], {}),
+    "dtype": ("int8", "float99", "float8_e4m3fn", "float64", 5, ["bfloat16"], {}),
     "image_token_id": ("<|image|>", -1, 2.5, [5]),
     "tie_word_embeddings": ("false", 5, []),
     "quantization_config": ({"quant_method": "bitsandbytes"}, {"quant_algo": "NVFP4"}),

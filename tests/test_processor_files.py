@@ -31,13 +31,18 @@ def change(path, **fields):
         ("generation_config.json", '{"eos_token_id": "1"}', r"json: eos_token_id is '1', expected"),
         ("generation_config.json", '{"eos_token_id": [1, true]}', "expected an id or a list"),
         ("generation_config.json", '{"eos_token_id": []}', "expected an id or a list"),
+        ("generation_config.json", '{"eos_token_id": [1, 1000000000]}', "1000000000 is beyond"),
+        ("tokenizer_config.json", None, r"tokenizer_config\.json: .*, there is no such file"),
+        ("tokenizer_config.json", '{"bos_token": "<bos>"}', r"json: .*, found no eos_token;"),
         ("processor_config.json", "{", r"processor_config\.json: not valid JSON"),
         ("processor_config.json", '{"image_processor": 3}', "image_processor: expected a JSON"),
         ("chat_template.jinja", "{% for %}", "chat template"),
     ],
 )
 def test_damaged_file_is_named(name, text, message, directory):
-    (directory / name).write_text(text)
+    (directory / name).unlink(missing_ok=True)
+    if text is not None:
+        (directory / name).write_text(text)
     with pytest.raises(ValueError, match=message):
         Processor.from_pretrained(directory)
 

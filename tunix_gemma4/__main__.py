@@ -235,7 +235,7 @@ def _generate(options: argparse.Namespace) -> int:
     from .lora import load_adapter
     from .lora_peft import check_adapter
     from .processor import Processor
-    from .sampling import check_settings, generate
+    from .sampling import check_settings, generate, refuse_nonfinite
 
     sampling = (options.temperature, options.top_k, options.top_p)
     check_settings(options.max_new_tokens, *sampling)
@@ -263,6 +263,7 @@ def _generate(options: argparse.Namespace) -> int:
         seed=options.seed,
         stop_ids=processor.stop_ids,
     )
+    refuse_nonfinite(model, said, options.model)
     print(processor.decode(said.rows()[0]))
     return 0
 

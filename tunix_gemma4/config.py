@@ -33,12 +33,15 @@ from .config_parts import LayerSpec, RematConfig, VisionConfig
 from .config_source import (
     DEFAULTS,
     SUPPORTED_MODEL_TYPES,
+    dtype_of,
     read_source,
     refuse_quantized,
     section,
     settle_layers,
 )
 
+# In float16 weights may be stored, but nothing is computed; see `refuse_float16`.
+_DTYPES = tuple(map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.float16)))
 _VISION_FIELDS = tuple(field.name for field in dataclasses.fields(VisionConfig))
 
 
@@ -350,6 +353,8 @@ def _read_fields(cls: type[ModelConfig], source: dict[str, Any]) -> dict[str, An
             f"model_type: found {model_type!r}; supported: "
             + ", ".join(map(repr, SUPPORTED_MODEL_TYPES))
         )
+    if "text_config" in source and source["text_config"] is None:
+        raise ValueError("text_config: expected an object, found null")
     text, vision = section(source, "text_config") or {}, section(source, "vision_config")
     refuse_unsupported(model_type, text, vision)
     given = {key: text[key] for key in _TEXT_FIELDS if key in text}
@@ -365,8 +370,7 @@ def _read_fields(cls: type[ModelConfig], source: dict[str, Any]) -> dict[str, An
         given["layer_types"] = types = [*types[:-1], "full_attention"]
     known = {name: getattr(cls, name) for name in _TEXT_FIELDS} | DEFAULTS[model_type] | given
     settle_layers(known, text, types or _five_to_one(known["num_hidden_layers"]))
-    dtypes = (source.get("dtype"), source.get("torch_dtype"), text.get("dtype"), "float32")
-    dtype = next(dtype for dtype in dtypes if dtype is not None)
+    dtype = _float_dtype(*dtype_of(source))
     if source.get("tie_word_embeddings") not in (None, True, False):
         found = source["tie_word_embeddings"]
         raise ValueError(f"tie_word_embeddings: expected true or false, found {found!r}")
@@ -391,6 +395,6 @@ def _float_dtype(name: str, value: Any) -> jnp.dtype:
         dtype = jnp.dtype(value)
     except TypeError:
         dtype = None
-    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"{name}: expected a floating-point dtype, found {value!r}")
+    if dtype not in _DTYPES:
+        raise ValueError(f"{name}: expected bfloat16 or float32, found {value!r}")
     return dtype

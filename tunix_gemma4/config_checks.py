@@ -9,6 +9,8 @@ import numbers
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from .config_source import dtype_of
+
 if TYPE_CHECKING:
     from .config import ModelConfig
 
@@ -217,6 +219,19 @@ def refuse_unsupported(
                 raise ValueError(
                     f"{where}.{name}: found {settings[name]!r}; supported: {values[0]!r}"
                 )
+
+
+def refuse_float16(config: ModelConfig) -> None:
+    """Raises ValueError for a model that would compute in it: its range is too small for Gemma."""
+    if config.dtype.name != "float16":
+        return
+    key, found = dtype_of(config.source)
+    directory, name = config.source_directory, str(found).removeprefix("torch.")
+    where = f"{directory}/config.json: {key}" if directory and name == "float16" else "dtype"
+    raise ValueError(
+        f"{where}: a model computes in bfloat16 or float32, found float16. Set dtype to one of "
+        "these, there or for the run; weights may be stored in float16"
+    )
 
 
 def refuse_ids_beyond(where: str, ids: Mapping[str, int], config: ModelConfig) -> None:

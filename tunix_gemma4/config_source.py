@@ -36,6 +36,12 @@ def read_source(where: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], 
     path = Path(where)
     if path.is_dir():
         path = path / "config.json"
+    if not path.is_file() and (path.parent / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{path.parent}: this is an adapter (adapter_config.json), not a checkpoint. Give the "
+            "directory of its base model instead, and the adapter beside it: --adapter of "
+            "generate, or load_adapter"
+        )
     if not path.is_file():
         raise ValueError(f"{path}: no such file; expected a directory with a config.json, or one")
     return read_json(path), path
@@ -47,6 +53,14 @@ def section(source: Mapping[str, Any], name: str) -> dict[str, Any] | None:
     if value is not None and not isinstance(value, Mapping):
         raise ValueError(f"{name}: expected an object, found {value!r}")
     return None if value is None else dict(value)
+
+
+def dtype_of(source: Mapping[str, Any]) -> tuple[str, Any]:
+    """The dtype that the file names, and the key that it stands under; float32 if none."""
+    text = section(source, "text_config") or {}
+    places = (("dtype", source), ("torch_dtype", source), ("text_config.dtype", text))
+    given = ((key, part.get(key.rpartition(".")[2])) for key, part in places)
+    return next(((key, value) for key, value in given if value is not None), ("dtype", "float32"))
 
 
 def refuse_quantized(source: Mapping[str, Any], directory: Path | None) -> None:

@@ -147,7 +147,7 @@ class Processor:
         config = ModelConfig.from_hf(directory)
         tokenizer = load_tokenizer(directory)
         refuse_ids_beyond(str(directory), tokenizer.get_vocab(), config)
-        stop = stop_ids_of(directory)
+        stop = stop_ids_of(directory, config.rows_of_embedding)
         if stop is None:
             own = config.source.get("eos_token_id")
             config.eos_token_id = config.eos_token_id if own is None else own

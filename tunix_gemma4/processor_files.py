@@ -52,6 +52,7 @@ def load_tokenizer(directory: Path) -> Any:
             f"{directory}: the tokenizer cannot be loaded ({reason}); copy the tokenizer files of "
             "the released checkpoint here"
         ) from error
+    _require_ends(tokenizer, directory / "tokenizer_config.json")
     if not tokenizer.chat_template:
         raise ValueError(
             f"{directory}: it has no chat template, as the pre-trained checkpoints have none; "
@@ -61,11 +62,29 @@ def load_tokenizer(directory: Path) -> Any:
     return tokenizer
 
 
-def stop_ids_of(directory: Path) -> list[int] | None:
+def _require_ends(tokenizer: Any, file: Path) -> None:
+    """Raises ValueError for a tokenizer that does not know what begins and what ends a text."""
+    names = ("bos_token", "eos_token")
+    missing = [name for name in names if getattr(tokenizer, f"{name}_id") is None]
+    if missing:
+        found = (
+            f"found no {' and no '.join(missing)}" if file.is_file() else "there is no such file"
+        )
+        raise ValueError(
+            f"{file}: expected {' and '.join(names)}, {found}; copy that of the released "
+            "checkpoint here"
+        )
+
+
+def stop_ids_of(directory: Path, rows: int) -> list[int] | None:
     """The ids of generation_config.json that end an answer; None where it has none.
 
+    Args:
+        directory: of the checkpoint.
+        rows: of its embedding.
+
     Raises:
-        ValueError: naming the file, for what are no ids.
+        ValueError: naming the file, for what are no ids or have no row.
     """
     path = directory / "generation_config.json"
     if not path.is_file():
@@ -76,4 +95,9 @@ def stop_ids_of(directory: Path) -> list[int] | None:
     ids = found if isinstance(found, list) else [found]
     if not ids or not all(type(one) is int and one >= 0 for one in ids):
         raise ValueError(f"{path}: eos_token_id is {found!r:.80}, expected an id or a list of ids")
+    if max(ids) >= rows:
+        raise ValueError(
+            f"{path}: eos_token_id is {found!r:.80}, and {max(ids)} is beyond the vocabulary: the "
+            f"embedding has {rows} rows"
+        )
     return ids

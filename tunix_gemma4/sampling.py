@@ -26,6 +26,7 @@ from .model.merge import check_images
 from .model.stacking import unstack_layers
 from .processor import Batch
 from .sharding import active_mesh, constrain
+from .weights_finite import NonFiniteError, nonfinite_variables, shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +108,24 @@ def generate(
             image_repeats=image_repeats,
         )
     return Generated(*said)
+
+
+def refuse_nonfinite(model: nnx.Module, said: Generated, name: str) -> None:
+    """Raises NonFiniteError where an answer came from NaN because of the model's own weights.
+
+    Args:
+        model: that `said` is of.
+        said: by `generate`.
+        name: of the model, for the message.
+    """
+    if jnp.isfinite(said.logps).all():
+        return
+    names = nonfinite_variables(model)
+    if names:
+        raise NonFiniteError(
+            f"{name}: {len(names)} of its tensors hold NaN or infinity ({shown(names)}), and so "
+            "does what it answers from; copy or train the checkpoint anew"
+        )
 
 
 def trace_generate(

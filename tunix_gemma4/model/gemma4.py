@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ..config import ModelConfig
+from ..config_checks import refuse_float16
 from ..sharding import constrain, eval_shape
 from .backend_names import BackendNames
 from .cache import Cache, cache_name, cached_keys, init_cache
@@ -40,6 +41,7 @@ class Gemma4Model(nnx.Module):
         if text_only is not None and text_only != config.text_only:
             config = dataclasses.replace(config, text_only=text_only)
         config.validate()  # Fields may have been assigned, in any order.
+        refuse_float16(config)
         self.config = config
         self.language_model = TextModel(config, rngs=rngs)
         if config.has_vision:
