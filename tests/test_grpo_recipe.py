@@ -20,7 +20,7 @@ from tunix_gemma4.checkpoint import load_checkpoint
 from tunix_gemma4.host.grpo import LOSS_TYPES, make_algorithm
 from tunix_gemma4.lora import load_adapter
 from tunix_gemma4.processor import Processor
-from tunix_gemma4.recipes import grpo
+from tunix_gemma4.recipes import common, grpo
 from tunix_gemma4.recipes.rl_config import GrpoRunConfig, PromptConfig
 from tunix_gemma4.recipes.settings import LoraSettings, MeshConfig
 
@@ -280,6 +280,18 @@ def test_sampling_follows_the_settings(settings):
     rollout = grpo.rollout_of(settings(temperature=0.7, top_p=0.9, top_k=20, seed=3))
     assert (rollout.temperature, rollout.top_p, rollout.top_k, rollout.seed) == (0.7, 0.9, 20, 3)
     assert (rollout.max_prompt_length, rollout.max_tokens_to_generate) == (96, 6)
+
+
+def test_column_that_a_reward_asks_for_in_vain_is_named_before_anything_is_loaded(
+    settings, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(common, "load_base", None)
+    (tmp_path / "asks.py").write_text(
+        "def asks(completions, answer, beta, level, *, lenient=True, **others):\n    return None\n"
+    )
+    config = settings(reward_functions=[f"{tmp_path / 'asks.py'}:asks"])
+    with pytest.raises(ValueError, match=r"asks asks for level, and no row .* columns are: answer"):
+        grpo.run(config)
 
 
 def test_rewards_are_weighted(settings):

@@ -276,7 +276,7 @@ def test_abstaining_leaves_sums_and_metrics_to_the_others(registered):
     )
 
 
-def test_advantages_leave_out_completions_that_nobody_judged(registered):
+def test_advantages_leave_out_completions_that_nobody_judged(registered, caplog):
     nan = np.nan
     found = np.array([1.0, nan, 2.0, 4.0, 0.0, 1.0, 1.0, 0.0, nan, nan, nan, 3.0])
     with bind(Bound()):
@@ -291,6 +291,9 @@ def test_advantages_leave_out_completions_that_nobody_judged(registered):
         kept = found[group]
         expected[group] = (kept - kept.mean()) / (kept.std(ddof=1) + 1e-6)
     np.testing.assert_allclose(advantages, expected, rtol=1e-6)
+    with bind(Bound()):
+        without_abstained(np.full(4, nan), groups=True)
+    assert "gave any of 4 completions a number" in caplog.text
     with pytest.raises(RewardError, match="sample 1: every reward function returned None"):
         without_abstained(found, groups=False)
 

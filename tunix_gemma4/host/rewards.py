@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
+from absl import logging
 
 from ..processor_images import to_rgb
 from ..processor_messages import split_thought
@@ -138,7 +139,8 @@ def _call(reward_fn: RewardFn, given: dict[str, Any]) -> Any:
 
 def _hint(error: Exception, completions: list[Any]) -> str:
     """What a function written for strings is told when it is given messages."""
-    if isinstance(error, AttributeError | TypeError) and isinstance(completions[0], list):
+    of_lists = isinstance(error, AttributeError | TypeError) and "list" in str(error)
+    if of_lists and isinstance(completions[0], list):
         return (
             " (a completion is a list of one message here, because the prompt is a conversation: "
             'its text is completion[0]["content"])'
@@ -296,6 +298,11 @@ def without_abstained(rewards: np.ndarray, groups: bool) -> np.ndarray:
         work.abstained = abstained if abstained.any() else None
     if not abstained.any():
         return rewards
+    if abstained.all():
+        logging.warning(
+            "No reward function gave any of %d completions a number: nothing is learnt from them.",
+            len(rewards),
+        )
     if not groups:
         raise RewardError(
             f"sample {int(np.argmax(abstained))}: every reward function returned None, and this "

@@ -113,12 +113,13 @@ def device_mesh(
         name: of the setting, for messages.
         devices: to choose from; all if None.
     """
+    left = "" if devices is None else " beside those of mesh"
     devices = jax.devices() if devices is None else devices
     count = shape.fsdp * shape.tp
     if count > len(devices) or (jax.process_count() > 1 and count != len(devices)):
         raise ValueError(
             f"{name}: fsdp {shape.fsdp} x tp {shape.tp} is {count} devices, and there are "
-            f"{len(devices)} in {jax.process_count()} processes"
+            f"{len(devices)}{left} in {jax.process_count()} processes"
         )
     axis_types = (AxisType.Auto, AxisType.Auto)
     return jax.make_mesh(

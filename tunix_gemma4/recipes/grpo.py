@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable
-from inspect import signature
+from collections.abc import Callable, Sequence
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from ..host.grpo import (
     RLCluster,
     Sizes,
     checkpoint_directory,
+    make_algorithm,
     make_cluster,
     make_learner,
     make_rollout_config,
@@ -30,6 +31,7 @@ from ..host.grpo import (
 from ..host.progress import Progress, compiling
 from ..host.register import register
 from ..host.reward_time import limited
+from ..host.rewards import CONTEXT
 from ..host.rl_report import Report
 from ..lora import reference_model
 from ..processor import Processor
@@ -215,7 +217,29 @@ def prompt_rows(
             f"{path}: {rows.dropped} of {rows.looked_at} prompts are left out, longer "
             f"than data.max_prompt_length={config.data.max_prompt_length}"
         )
+    _require_columns(config, rows.columns, path)
     return rows
+
+
+def _require_columns(config: GrpoRunConfig, columns: Sequence[str], path: str) -> None:
+    """Raises ValueError if a reward function asks for what no row has."""
+    _, algorithm = make_algorithm(config.loss_type, num_generations=config.num_generations)
+    # The host offers the settings of the algorithm too.
+    known = {"prompts", "completions", "mode", *CONTEXT, *columns, *vars(algorithm)}
+    for spec in config.reward_functions:
+        lacking = [
+            parameter.name
+            for parameter in signature(load_reward(spec)).parameters.values()
+            if parameter.default is Parameter.empty
+            and parameter.kind in (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
+            and parameter.name not in known
+        ]
+        if lacking:
+            there = ", ".join(columns) if columns else "none"
+            raise ValueError(
+                f"reward_functions: {spec} asks for {', '.join(lacking)}, and no row of {path} has "
+                f"such a column; the columns are: {there}"
+            )
 
 
 def first_prompt(rows: PromptRows, processor: Processor) -> str:
