@@ -3,6 +3,7 @@
 
 import dataclasses
 import functools
+import importlib.util
 import json
 import math
 import os
@@ -274,7 +275,11 @@ def test_a_plan_of_reinforcement_learning_has_rollouts_caches_and_the_reference(
 
 
 def test_weights_alone_need_no_compiler_and_are_those_of_the_model(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec",
+        lambda name, *more: None if name == "libtpu" else find_spec(name, *more),
+    )
     path = write(tmp_path, SFT, "google/gemma-4-E2B-it")
     assert main(["plan", path, "--weights", "--json", "mesh.fsdp=2", "topology=v5e:2x4"]) == 0
     parts = json.loads(capsys.readouterr().out)["bytes_per_chip"]

@@ -139,8 +139,8 @@ def test_generate_refuses_rows_that_are_not_left_padded():
     ("settings", "message"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens: expected at least 1, found 0"),
-        ({"temperature": -1.0}, "temperature: expected 0 .greedy. or more, found -1.0"),
-        ({"temperature": 1.0, "top_k": 0}, "top_k: expected at least 1, or None"),
+        ({"temperature": -1.0}, "temperature: expected at least 0, found -1.0"),
+        ({"temperature": 1.0, "top_k": 0}, "top_k: expected at least 1, found 0"),
         ({"temperature": 1.0, "top_p": 1.5}, "top_p: expected above 0 and at most 1, found 1.5"),
         ({"top_k": 5}, "temperature=0 is greedy and would ignore top_k=5"),
     ],
