@@ -146,9 +146,9 @@ def make_optimizer(
     require(max_grad_norm=max_grad_norm, max_skipped_steps=max_skipped_steps)
     if on_nonfinite not in ON_NONFINITE:
         raise ValueError(f"on_nonfinite: expected one of {ON_NONFINITE}, found {on_nonfinite!r}")
-    steps = [record_step(schedule)]
-    if max_grad_norm:
-        steps.append(optax.clip_by_global_norm(max_grad_norm))
+    # Something stands there either way, so that a checkpoint of a run that clips fits one that
+    # does not.
+    clip = optax.clip_by_global_norm(max_grad_norm) if max_grad_norm else optax.identity()
 
     def matrices(params: Any) -> Any:
         return jax.tree_util.tree_map_with_path(
@@ -156,5 +156,5 @@ def make_optimizer(
         )
 
     adamw = optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=matrices)
-    chain = optax.chain(*steps, adamw)
+    chain = optax.chain(record_step(schedule), clip, adamw)
     return skip_nonfinite(chain, max_skipped_steps) if on_nonfinite == "skip" else chain

@@ -47,7 +47,7 @@ from .way_out import one_way_out, training
 # What a checkpoint depends on: a run that is resumed must have the same.
 _FIXED = (
     *("model", "data", "lora", "text_only", "dtype", "scan_layers", "batch_size"),
-    *("mini_batch_size", "train_micro_batch_size", "num_iterations", "seed"),
+    *("mini_batch_size", "train_micro_batch_size", "num_iterations", "seed", "on_nonfinite"),
     *("reward_functions", "reward_weights", "loss_type", "num_generations"),
     *("beta", "kl_estimator"),
     *("epsilon", "epsilon_high", "temperature", "top_p", "top_k", "max_completion_length"),

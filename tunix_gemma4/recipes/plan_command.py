@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -101,10 +102,16 @@ def _advice(
 def _print_weights(config: RunConfig | GrpoRunConfig, topology: str | None, as_json: bool) -> None:
     model_config = common.model_config(config, model_source(config.model))
     sizes, axes = (config.mesh.fsdp, config.mesh.tp), ("fsdp", "tp")
+    chips = None if topology is None else hardware(topology)
+    if chips is not None and math.prod(sizes) > chips.chips:
+        raise ValueError(
+            f"mesh: fsdp {sizes[0]} x tp {sizes[1]} is {math.prod(sizes)} chips, and {topology} "
+            f"has {chips.chips}"
+        )
     mesh = AbstractMesh(sizes, axes, axis_types=(AxisType.Auto,) * 2)
     parts = dataclasses.asdict(resident_of(config, Shapes(model_config, mesh)))
     parts["total"] = sum(parts.values())
-    parts["capacity"] = None if topology is None else hardware(topology).capacity
+    parts["capacity"] = None if chips is None else chips.capacity
     if as_json:
         print(json.dumps({"bytes_per_chip": parts}, indent=1))
         return

@@ -29,7 +29,7 @@ from .way_out import one_way_out, training
 # What a checkpoint depends on: a run that is resumed must have the same.
 _FIXED = (
     *("model", "data", "lora", "text_only", "dtype", "scan_layers", "batch_size"),
-    *("gradient_accumulation_steps", "seed"),
+    *("gradient_accumulation_steps", "seed", "on_nonfinite"),
 )
 
 
