@@ -29,12 +29,13 @@ def finite_sum(leaves: list[jax.Array]) -> jax.Array:
 
 def nonfinite(arrays: Mapping[str, Any]) -> list[str]:
     """The names among `arrays` (or trees of them) that hold NaN or infinity."""
-    # All are started before the first is waited for; equal shapes share a program.
-    finite = {
-        name: [_is_finite(leaf) for leaf in jax.tree.leaves(tree) if _floats(leaf)]
+    # One after the other: programs of several devices that are started all at once can wait for
+    # each other for ever on a CPU. Equal shapes share a program.
+    return [
+        name
         for name, tree in arrays.items()
-    }
-    return [name for name, found in jax.device_get(finite).items() if not all(found)]
+        if not all(bool(_is_finite(leaf)) for leaf in jax.tree.leaves(tree) if _floats(leaf))
+    ]
 
 
 def nonfinite_variables(model: nnx.Module, *kinds: Any) -> list[str]:
