@@ -117,7 +117,7 @@ def draw_inputs(config: g4.ModelConfig, rows: int, length: int, images: int = 0)
     tokens[:, 0] = config.bos_token_id
     if not images:
         return Inputs(tokens)
-    vision = config.vision_config
+    vision = config.tower_config
     columns, lines = SMALL_GRID if vision.patch_size < 16 else GRID
     soft = [config.image_token_id] * (columns * lines)
     block = [config.boi_token_id, *soft, config.eoi_token_id] * images

@@ -67,8 +67,8 @@ def test_what_a_file_leaves_out_is_the_default_of_its_own_class(model_type, hf_c
         vision = theirs.vision_config.to_dict()
         for field in dataclasses.fields(VisionConfig):
             if field.name != "rope_parameters":
-                assert getattr(ours.vision_config, field.name) == vision[field.name], field.name
-        assert ours.vision_config.rope_theta == vision["rope_parameters"]["rope_theta"]
+                assert getattr(ours.tower_config, field.name) == vision[field.name], field.name
+        assert ours.tower_config.rope_theta == vision["rope_parameters"]["rope_theta"]
     assert not {name for name in absent - written.keys() if getattr(ours, name)}
     assert_layers_are_those_of_transformers(ours, theirs)
 
