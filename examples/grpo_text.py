@@ -41,11 +41,9 @@ _MAX_LENGTH = flags.DEFINE_integer("max_completion_length", 8, "Most tokens of a
 
 def right_number(prompts, completions, answer):
     """1 for the right number, 0 for another, a little less for none."""
-    numbers = [read_number(completion_text(completion)) for completion in completions]
-    return [
-        float(said == read_number(right)) if said is not None else -0.1
-        for said, right in zip(numbers, answer, strict=True)
-    ]
+    said = [read_number(completion_text(completion)) for completion in completions]
+    pairs = zip(said, map(read_number, answer), strict=True)
+    return [-0.1 if number is None else float(number == right) for number, right in pairs]
 
 
 def main(argv: list[str]) -> None:
