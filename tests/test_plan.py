@@ -299,7 +299,8 @@ def test_images_to_a_text_only_plan_and_an_unknown_model_are_refused(tmp_path, d
     assert (
         "model: expected a checkpoint directory or google/gemma-4-SIZE" in capsys.readouterr().err
     )
-    assert main(["plan", path, "--weights", "topology=v5e:1x1", "mesh.fsdp=4"]) == 2
+    wide = ["--weights", "topology=v5e:1x1", "mesh.fsdp=4", "batch_size=4"]
+    assert main(["plan", path, *wide]) == 2
     assert "fsdp 4 x tp 1 is 4 chips, and v5e:1x1 has 1" in capsys.readouterr().err
     assert main(["plan", path]) == 2
     assert "topology must be given, such as topology=v5e:2x4" in capsys.readouterr().err
