@@ -19,6 +19,7 @@ from tunix_gemma4.host.learner import set_processor
 from tunix_gemma4.lora import LoraConfig, apply_lora
 from tunix_gemma4.model.scores import Gemma4ForTokenScores
 from tunix_gemma4.processor import Processor
+from tunix_gemma4.weights_finite import NonFiniteError
 
 MAX_TOKENS = 4
 LORA = LoraConfig(rank=4, alpha=8)
@@ -41,13 +42,13 @@ def picture_batch(seed):
     }
 
 
-def make_cluster(directory, mesh, *, micro=None, **models):
+def make_cluster(directory, mesh, *, micro=None, critic_optimizer=None, **models):
     config = rl_cluster.ClusterConfig(
         role_to_mesh=dict.fromkeys(Role, mesh),
         rollout_engine="vanilla",
         training_config=rl_cluster.RLTrainingConfig(
             actor_optimizer=optax.adamw(1e-3),
-            critic_optimizer=optax.adamw(1e-2),
+            critic_optimizer=critic_optimizer or optax.adamw(1e-2),
             eval_every_n_steps=1000,
             max_steps=STEPS,
             mini_batch_size=None if micro is None else 4,
@@ -205,6 +206,20 @@ def test_two_optimizer_steps_share_a_rollout(tiny_checkpoint):
     for kind in ("actor", "critic"):
         losses = history(cluster, "loss", kind)
         assert np.isfinite(losses).all() and losses[0] != losses[1]
+
+
+@pytest.mark.slow
+def test_a_critic_that_is_no_longer_finite_ends_the_run(tiny_checkpoint):
+    directory, mesh = tiny_checkpoint("demo"), one_device()
+    actor = load_checkpoint(directory, mesh)
+    critic = Gemma4ForTokenScores.from_policy(actor)
+    spoilt = optax.chain(optax.sgd(1.0), optax.scale(1e30))
+    cluster = make_cluster(directory, mesh, critic_optimizer=spoilt, actor=actor, critic=critic)
+    learner = ppo_learner.PPOLearner(
+        cluster, ppo_learner.PPOConfig(beta=0.0), [lambda prompts, completions, **_: [1.0] * 4]
+    )
+    with pytest.raises(NonFiniteError, match="^step [12]: .* is not finite"):
+        learner.train([text_batch(seed) for seed in range(STEPS)])
 
 
 def test_other_names_of_the_learners_numpy_are_the_modules_own():

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from shown_tokens import prefix, runs
 
 from tunix_gemma4.processor import Processor, image_slots
 from tunix_gemma4.processor_conversation import read_conversation
@@ -62,20 +63,6 @@ def with_template(tiny_checkpoint, tmp_path):
         return Processor.from_pretrained(directory, 70)
 
     return build
-
-
-def prefix(processor):
-    return "".join(segment.text for segment in processor.chat.prefix)
-
-
-def runs(processor, example):
-    """The example as (text, supervised) runs."""
-    result = []
-    pairs = zip(example.tokens, example.loss_mask, strict=True)
-    for mask, run in groupby(pairs, key=lambda pair: pair[1]):
-        ids = [token for token, _ in run]
-        result.append((processor.decode(ids, skip_special_tokens=False), int(mask)))
-    return result
 
 
 def test_prefix_is_the_empty_thought_of_large_models_only(tiny_checkpoint):
@@ -374,7 +361,7 @@ REFUSED = {
     "empty": ([QUESTION, ANSWER | {"content": ""}], "message 1: the assistant turn is empty"),
     "thought_only": (
         [QUESTION, ANSWER | {"content": "<|channel>thought\na<channel|>"}],
-        "an assistant turn is empty once the chat template has removed its thoughts",
+        "an assistant turn holds nothing besides its thoughts",
     ),
     "surrogate": ([QUESTION, ANSWER | {"content": "a\ud800"}], r".*'a\\ud800.*half of a surrogate"),
     "no_answer": ([QUESTION], "there is no assistant message to learn"),

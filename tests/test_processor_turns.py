@@ -3,11 +3,11 @@
 
 import json
 import shutil
-from itertools import groupby
 
 import numpy as np
 import pytest
 from PIL import Image
+from shown_tokens import prefix, runs
 
 from tunix_gemma4.processor import Processor
 from tunix_gemma4.processor_conversation import read_preference_pair, read_prompt
@@ -39,20 +39,6 @@ def processor(request, tiny_checkpoint):
 @pytest.fixture(scope="module")
 def small(tiny_dir):
     return Processor.from_pretrained(tiny_dir)
-
-
-def prefix(processor):
-    return "".join(segment.text for segment in processor.chat.prefix)
-
-
-def runs(processor, example):
-    """The example as (text, supervised) runs."""
-    result = []
-    pairs = zip(example.tokens, example.loss_mask, strict=True)
-    for mask, run in groupby(pairs, key=lambda pair: pair[1]):
-        ids = [token for token, _ in run]
-        result.append((processor.decode(ids, skip_special_tokens=False), int(mask)))
-    return result
 
 
 def learnt(processor, row):
@@ -328,6 +314,13 @@ def test_settings_that_a_templated_prompt_cannot_take_are_refused(tiny_dir, with
     )
     with pytest.raises(ValueError, match="already follows .* own .*data.chat_template_kwargs"):
         other.encode(row)
+
+
+def test_a_thought_that_a_prompt_opens_is_learnt_or_refused(tiny_dir, small):
+    row = {"prompt": PROMPT + "<|channel>thought\n", "completion": "hm\n<channel|>A"}
+    assert learnt(small, row) == ["hm\n<channel|>A<turn|>"]
+    with pytest.raises(ValueError, match="the prompt ends in a thought, .*none"):
+        Processor.from_pretrained(tiny_dir, thoughts="none").encode(row)
 
 
 def test_a_templated_prompt_has_its_images_at_their_places(small):

@@ -114,6 +114,11 @@ def test_row_that_is_no_prompt_is_named(read, row, message):
         read([{"prompt": "hi"}, row])
 
 
+def test_a_prompt_column_of_no_row_is_named_once(read):
+    with pytest.raises(ValueError, match="no row of rows.jsonl has the column 'asked'; .*: q, a$"):
+        read([{"q": "hi", "a": 1}] * 3, prompt_column="asked", skip_bad_rows=True)
+
+
 def taken(batches, count):
     return [batch["n"] for batch in itertools.islice(batches, count)]
 

@@ -10,6 +10,7 @@ from rl_setup import history, low_ids, make_cluster, mesh_of, text_batch
 
 import tunix_gemma4
 from tunix_gemma4.host.grpo import make_algorithm
+from tunix_gemma4.weights_finite import NonFiniteError
 
 GENERATIONS, STEPS = 2, 4
 
@@ -21,12 +22,17 @@ def registered():
     tunix_gemma4.unregister()
 
 
-def train(directory, loss_type, *, micro, apart):
+# Adam would make steps of a whole learning rate out of rounding.
+SGD = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.5))
+
+
+def train(directory, loss_type, *, micro, apart, optimizer=SGD):
     """Two rollouts of four prompts, each with two optimizer steps; returns what it saw.
 
     Args:
         micro: prompts of a micro-batch of training and of sampling.
         apart: whether sampling has a mesh of its own.
+        optimizer: of the policy.
     """
     devices = jax.devices()
     cluster = make_cluster(
@@ -39,8 +45,7 @@ def train(directory, loss_type, *, micro, apart):
         steps=STEPS,
         max_prompt_length=32,
         max_tokens=6,
-        # Adam would make steps of a whole learning rate out of rounding.
-        optimizer=optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.5)),
+        optimizer=optimizer,
     )
     asked, examples, update = [], [], cluster.update_actor
 
@@ -100,3 +105,11 @@ def test_the_same_settings_are_one_algorithm_on_one_mesh_and_on_two(tiny_checkpo
         "completions", "truncated", "train"
     )
     np.testing.assert_allclose(logged, shares)
+
+
+@pytest.mark.slow
+def test_a_policy_that_is_no_longer_finite_ends_the_run(tiny_checkpoint):
+    # One step of 1e30 is finite still; what comes of it is not.
+    spoilt = optax.chain(SGD, optax.scale(1e30))
+    with pytest.raises(NonFiniteError, match="^step 2: .* is not finite"):
+        train(tiny_checkpoint("demo"), "grpo", micro=2, apart=False, optimizer=spoilt)

@@ -148,6 +148,24 @@ def test_run_that_is_refused_leaves_what_the_checkpoints_say_of_themselves(
     assert [(tmp_path / "run" / name).read_bytes() for name in kept] == before
 
 
+def test_other_rows_are_refused_before_the_model_is_loaded(
+    settings, unbroken, tmp_path, monkeypatch
+):
+    monkeypatch.delattr(sft.common, "load_base")
+    shutil.copytree(unbroken[0], tmp_path / "run")
+    for name in ("adapter", "model"):
+        shutil.rmtree(tmp_path / "run" / name)
+    lines = Path(settings(tmp_path).data.path).read_text().splitlines()
+    path = tmp_path / "other.jsonl"
+    for rows, message in (
+        ([*lines, lines[0]], r"other.jsonl: it has 9 rows .* knew 8; row 8 is new"),
+        (lines[1:], "1 of the rows before it are gone from other.jsonl .* the first was row 0"),
+    ):
+        path.write_text("\n".join(rows))
+        with pytest.raises(ValueError, match=message):
+            sft.run(settings(tmp_path / "run", f"data.path={path}", "allow_changes=true"))
+
+
 def test_run_without_merge_is_finished_with_its_adapter(settings, unbroken, tmp_path):
     """Merging later is another wish than finishing what broke off."""
     config = settings(tmp_path / "run", "merge=false")

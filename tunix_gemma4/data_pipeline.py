@@ -485,6 +485,14 @@ class BatchDataset(grain.IterDataset):
         scaled = {shape: round(count * share) for shape, count in shapes.items()}
         return -(-count_batches(scaled, plan.batch_size) // plan.gradient_accumulation_steps)
 
+    def refuse_other(self, position: dict) -> None:
+        """Raises ValueError for a saved position that is not one in these rows and settings."""
+        iterator = iter(self)
+        try:
+            iterator.set_state(position)
+        finally:
+            iterator.close()
+
     @property
     def rows_are_known(self) -> bool:
         """Whether a saved position tells a row that has changed."""
@@ -520,6 +528,9 @@ def follow_rows(rows: Rows, before: str | None) -> tuple[Rows, list[int]] | None
 
     Returns:
         None where nothing changed, or where what changed cannot be told.
+
+    Raises:
+        ValueError: there are rows that the earlier run did not know.
     """
     now = rows.fingerprints
     if before is None or now is None:
@@ -528,8 +539,13 @@ def follow_rows(rows: Rows, before: str | None) -> tuple[Rows, list[int]] | None
     if np.array_equal(sums, now):
         return None
     found = find_rows(sums, now)
-    if found is None:
-        return None
+    if isinstance(found, int):
+        raise ValueError(
+            f"{rows.name}: it has {len(now)} rows and the run of the checkpoints knew {len(sums)}; "
+            f"row {found} is new, or was changed besides others that were taken out. Put back the "
+            "file as it was (rows that it had not trained on may be taken out or corrected), or "
+            "choose another output_dir"
+        )
     places, changed = found
     return rows.as_before(places), changed.tolist()
 

@@ -114,7 +114,7 @@ class Rows:
         return sha256(self.path)
 
 
-def find_rows(before: np.ndarray, now: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+def find_rows(before: np.ndarray, now: np.ndarray) -> tuple[np.ndarray, np.ndarray] | int:
     """Where the rows of an earlier run are now, and which of them are gone or others.
 
     Args:
@@ -122,7 +122,7 @@ def find_rows(before: np.ndarray, now: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
     Returns:
         For each row of before its index now, or -1 if it was taken out; and the indices of before
-        of rows that were taken out or changed. None where it cannot be told.
+        of rows that were taken out or changed. Where there are rows besides, the first of these.
     """
     gone = before == _GONE
     if len(before) == len(now) and not gone.any():
@@ -131,7 +131,7 @@ def find_rows(before: np.ndarray, now: np.ndarray) -> tuple[np.ndarray, np.ndarr
     for index, value in enumerate(before):
         if place < len(now) and now[place] == value:
             places[index], place = place, place + 1
-    return None if place < len(now) else (places, np.flatnonzero((places < 0) & ~gone))
+    return place if place < len(now) else (places, np.flatnonzero((places < 0) & ~gone))
 
 
 def walk(row) -> Iterator[tuple[tuple, object]]:

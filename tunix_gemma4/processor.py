@@ -309,6 +309,11 @@ class Processor:
         if not isinstance(message["content"], str) or message.get("tool_calls"):
             raise ValueError("the prompt follows the chat template, its answer has to be a string")
         if self._thoughts == "none":
+            if read.text.rfind("<|channel>") > read.text.rfind("<channel|>"):
+                raise ValueError(
+                    "the prompt ends in a thought, with which its answer goes on, and thoughts are "
+                    "not to be learnt ('none'); take both out"
+                )
             message = {key: message[key] for key in ("role", "content")}
         tokens, loss_mask = self._tokens(self.chat.answer(message), [])
         tokens, loss_mask = (

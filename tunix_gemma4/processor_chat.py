@@ -340,8 +340,8 @@ class ChatFormat:
             prefix = []  # The turn has a thought of its own.
         if not "".join(p.text for p in body if p != Segment(self.turn_end, True)).strip():
             raise ValueError(
-                "an assistant turn is empty once the chat template has removed its thoughts; "
-                "give it an answer or remove it"
+                "an assistant turn holds nothing besides its thoughts; give it an answer or remove "
+                "it"
             )
         if turn.thoughts.get(0):
             prefix = []

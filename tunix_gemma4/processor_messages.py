@@ -142,6 +142,8 @@ def _read(given: Any) -> Iterator[Message]:
     if role == "assistant":
         message.calls += _calls(given.get("tool_calls"), "tool_calls")
         message.calls += _calls(given.get("function_call"), "function_call")
+    if message.content is None and (message.calls or any(_is_given(given, k) for k in _THOUGHTS)):
+        message.content = ""
     results = [*_split_parts(message), *_native_results(given)]
     if role == "assistant":
         _think(message, given)
@@ -235,8 +237,6 @@ def _think(message: Message, given: Mapping[str, Any]) -> None:
 
 def _split_parts(message: Message) -> list[Message]:
     """Reads the parts of a message; thoughts and calls leave it, results become messages."""
-    if message.content is None and message.calls:
-        message.content = ""
     if isinstance(message.content, str):
         return []
     if not is_list(message.content):

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import signal
 from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -38,6 +40,20 @@ def kept_steps(
     """
     last_finite = [step for step in steps if step in finite][-1:]
     return {*steps[-newest:], *last_finite, *(step for step in steps if step in named)}
+
+
+def newest_metadata(directory: Path) -> dict[str, Any]:
+    """What was saved with the newest checkpoint of a run, read before there is a model.
+
+    Whether that checkpoint can be used is not known then; empty where this much cannot be read.
+    """
+    steps = [int(path.name) for path in directory.glob("*") if path.name.isdigit()]
+    try:
+        text = (directory / str(max(steps)) / _METADATA).read_text("utf-8")
+        found = json.loads(text)["custom_metadata"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 @dataclasses.dataclass

@@ -31,7 +31,7 @@ from ..weights_finite import (
     nonfinite_variables,
     shown,
 )
-from .optimizer import SkipState, StepRecord, find
+from .optimizer import StepRecord, find, max_skipped, skipped_steps
 
 _ACCUMULATED = "acc_grads"
 
@@ -68,15 +68,17 @@ def flags_of(parameters: Any, optimizer: Any, loss: jax.Array, gradient_norm: An
     ]
     state = finite_sum([*jax.tree.leaves(parameters), *kept])
     bad = [~jnp.isfinite(value).all() for value in (loss, gradient_norm, state)]
-    skips = find(optimizer.opt_state, SkipState)
-    others = (0, 0) if skips is None else (skips.skipped[...], skips.exceeded[...])
+    most, others = max_skipped(optimizer), (0, 0)
+    if most is not None:
+        skipped = skipped_steps(optimizer)
+        others = (skipped, skipped > most)
     return jnp.stack([jnp.asarray(value, jnp.int32) for value in (*bad, *others)])
 
 
 def forget_skipped(optimizer: nnx.Optimizer) -> None:
     """Empties the sum of gradients behind a step that was skipped: 0 times NaN is NaN."""
     sums = find(optimizer.opt_state, optax.MultiStepsState)
-    if sums is None or find(optimizer.opt_state, SkipState) is None:
+    if sums is None or max_skipped(optimizer) is None:
         return
     empty = sums.mini_step[...] == 0
     for variable in jax.tree.leaves(sums.acc_grads, is_leaf=lambda x: isinstance(x, nnx.Variable)):
@@ -183,7 +185,7 @@ class Health:
         # Where the loss is not, its gradient is not either, and so on.
         what = next((names[name] for name in names if getattr(flags, name)), "the gradient")
         said = f"step {step.number}{step.part}: {what} is not finite"
-        skips = find(self._trainer().optimizer.opt_state, SkipState) is not None
+        skips = max_skipped(self._trainer().optimizer) is not None
         if skips and not flags.state and not flags.exceeded:
             logging.warning("%s; this step changes nothing (on_nonfinite: skip).", said)
             return

@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import dataclasses
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 
 from ..config_domains import require
 from ..model.stacking import stacked_axes
@@ -16,21 +19,32 @@ SCHEDULES = ("constant", "linear", "cosine")
 ON_NONFINITE = ("stop", "skip")
 
 
-class StepRecord(NamedTuple):
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("count", "gradient_norm", "learning_rate"),
+    meta_fields=("max_skipped",),
+)
+@dataclasses.dataclass
+class StepRecord:
     """What `record_step` keeps in the optimizer's state.
 
     Attributes:
-        count: optimizer steps taken.
+        count: optimizer steps taken, without those that were skipped.
         gradient_norm: of the last step's whole gradient, before clipping.
         learning_rate: of the last step.
+        max_skipped: steps that may be skipped; None: none is. It is no part of a checkpoint, so
+            that a run may go on with another.
     """
 
     count: jax.Array
     gradient_norm: jax.Array
     learning_rate: jax.Array
+    max_skipped: int | None = None
 
 
-def record_step(schedule: optax.Schedule) -> optax.GradientTransformation:
+def record_step(
+    schedule: optax.Schedule, max_skipped: int | None = None
+) -> optax.GradientTransformation:
     """Changes nothing and remembers the norm of what passes and the schedule's value.
 
     As the first of a chain it sees the mean over all micro-batches of a step, whose norm is not
@@ -39,48 +53,27 @@ def record_step(schedule: optax.Schedule) -> optax.GradientTransformation:
 
     def init(params: Any) -> StepRecord:
         del params
-        return StepRecord(jnp.zeros((), jnp.int32), jnp.zeros(()), jnp.zeros(()))
+        return StepRecord(jnp.zeros((), jnp.int32), jnp.zeros(()), jnp.zeros(()), max_skipped)
 
     def update(updates: Any, state: StepRecord, params: Any = None) -> tuple[Any, StepRecord]:
         del params
         norm = optax.tree.norm(updates).astype(jnp.float32)
         rate = jnp.asarray(schedule(state.count), jnp.float32)
-        return updates, StepRecord(state.count + 1, norm, rate)
+        return updates, StepRecord(state.count + 1, norm, rate, max_skipped)
 
     return optax.GradientTransformation(init, update)
 
 
-class SkipState(NamedTuple):
-    """What `skip_nonfinite` keeps in the optimizer's state.
+def skip_nonfinite(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`inner`, with its state, but a gradient whose norm is not finite changes nothing."""
 
-    Attributes:
-        skipped: optimizer steps that were, of the whole run.
-        exceeded: whether these are more than may be.
-        inner: state of what is skipped.
-    """
-
-    skipped: jax.Array
-    exceeded: jax.Array
-    inner: Any
-
-
-def skip_nonfinite(
-    inner: optax.GradientTransformation, max_skipped_steps: int
-) -> optax.GradientTransformation:
-    """`inner`, but a gradient whose norm is not finite changes nothing and is counted."""
-
-    def init(params: Any) -> SkipState:
-        return SkipState(jnp.zeros((), jnp.int32), jnp.zeros((), bool), inner.init(params))
-
-    def update(updates: Any, state: SkipState, params: Any = None) -> tuple[Any, SkipState]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         finite = jnp.isfinite(optax.tree.norm(updates))
-        changed, new = inner.update(updates, state.inner, params)
+        changed, new = inner.update(updates, state, params)
         changed = jax.tree.map(lambda leaf: jnp.where(finite, leaf, 0), changed)
-        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state.inner)
-        skipped = state.skipped + jnp.where(finite, 0, 1)
-        return changed, SkipState(skipped, skipped > max_skipped_steps, kept)
+        return changed, jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformation(inner.init, update)
 
 
 def find(opt_state: Any, kind: type) -> Any | None:
@@ -91,6 +84,21 @@ def find(opt_state: Any, kind: type) -> Any | None:
 
     nodes = jax.tree.leaves(opt_state, is_leaf=is_found)
     return next((node for node in nodes if is_found(node)), None)
+
+
+def max_skipped(optimizer: nnx.Optimizer) -> int | None:
+    """How many steps may be skipped because they are not finite; None: none is."""
+    record = find(optimizer.opt_state, StepRecord)
+    return None if record is None else record.max_skipped
+
+
+def skipped_steps(optimizer: nnx.Optimizer) -> jax.Array:
+    """Optimizer steps of the whole run that changed nothing, int32, in traced code too."""
+    # All steps are counted outside of what a skipped one leaves as it was.
+    sums = find(optimizer.opt_state, optax.MultiStepsState)
+    steps = optimizer.step if sums is None else sums.gradient_step
+    taken = find(optimizer.opt_state, StepRecord).count
+    return steps[...].astype(jnp.int32) - taken[...]
 
 
 def make_schedule(
@@ -146,8 +154,7 @@ def make_optimizer(
     require(max_grad_norm=max_grad_norm, max_skipped_steps=max_skipped_steps)
     if on_nonfinite not in ON_NONFINITE:
         raise ValueError(f"on_nonfinite: expected one of {ON_NONFINITE}, found {on_nonfinite!r}")
-    # Something stands there either way, so that a checkpoint of a run that clips fits one that
-    # does not.
+    # The state is one tree whatever is chosen, so that a run may go on with another choice.
     clip = optax.clip_by_global_norm(max_grad_norm) if max_grad_norm else optax.identity()
 
     def matrices(params: Any) -> Any:
@@ -155,6 +162,8 @@ def make_optimizer(
             lambda path, leaf: leaf.ndim - stacked_axes(path) > 1, params
         )
 
+    skips = on_nonfinite == "skip"
+    record = record_step(schedule, max_skipped_steps if skips else None)
     adamw = optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=matrices)
-    chain = optax.chain(record_step(schedule), clip, adamw)
-    return skip_nonfinite(chain, max_skipped_steps) if on_nonfinite == "skip" else chain
+    chain = optax.chain(record, clip, adamw)
+    return skip_nonfinite(chain) if skips else chain

@@ -19,7 +19,7 @@ from tunix.sft import peft_trainer, utils
 from ..model.gemma4 import Gemma4Model
 from ..sharding import is_variable
 from .health import Health, flags_of, forget_skipped, strict, watch
-from .optimizer import SkipState, find
+from .optimizer import max_skipped
 
 
 def gradient_sums(trainer: peft_trainer.PeftTrainer) -> nnx.Module | None:
@@ -120,7 +120,7 @@ def wrap_jit_train_and_eval_step(original: Callable) -> Callable:
         if skip_jit or not isinstance(self.model, Gemma4Model):
             return train_step, eval_step
         if not isinstance(train_step, TrainStep):
-            if find(self.optimizer.opt_state, SkipState) is not None:
+            if max_skipped(self.optimizer) is not None:
                 self.loss_fn = strict(self)
             function = self.create_train_step_fn()
             train_step = TrainStep(

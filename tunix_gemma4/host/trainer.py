@@ -31,14 +31,14 @@ from .health import NonFiniteError, evaluation_text, settle, state_is_finite
 from .hooks import check_host, extends, overrides
 from .meshes import place_optimizer
 from .metrics import StepMetrics, supervised_tokens
-from .optimizer import SkipState, StepRecord, find
+from .optimizer import StepRecord, find, max_skipped, skipped_steps
 from .progress import NoBar, Progress
 from .train_step import gradient_sums, wrap_jit_train_and_eval_step
 
 TrainingConfig = peft_trainer.TrainingConfig
 Mode = metrics_logger.Mode
 
-_POSITION = "data_position"
+POSITION = "data_position"
 
 
 def model_input(batch: Batch) -> dict[str, Any]:
@@ -169,7 +169,7 @@ class Gemma4Trainer(peft_trainer.PeftTrainer):
             root_directory=self.config.checkpoint_root_directory,
             options=self.config.checkpointing_options,
         )
-        self.checkpoint_manager.position = _POSITION
+        self.checkpoint_manager.position = POSITION
         self._train_steps, self._restored_custom_metadata = self.checkpoint_manager.maybe_restore(
             self.model, self.optimizer, restore_only_lora_params=self._lora_enabled
         )
@@ -213,7 +213,7 @@ class Gemma4Trainer(peft_trainer.PeftTrainer):
             super().train(train_ds, eval_ds, skip_jit, cache_nnx_graph=cache_nnx_graph)
 
     def _positioned(self, dataset: BatchDataset) -> PositionedData:
-        position = self._restored_custom_metadata.get(_POSITION)
+        position = self._restored_custom_metadata.get(POSITION)
         if self._train_steps and position is None:
             raise ValueError(
                 f"the checkpoint of step {self._train_steps} in "
@@ -239,21 +239,24 @@ class Gemma4Trainer(peft_trainer.PeftTrainer):
         """Saved with each checkpoint: where the data pipeline stands."""
         if self.data_hooks is None:
             return {}
-        return {_POSITION: self.data_hooks.position()}
+        return {POSITION: self.data_hooks.position()}
 
     @overrides()
     def _save_last_checkpoint(self) -> None:
         # As the host's, which leaves the metadata out.
         latest = self.checkpoint_manager.latest_step()
         if latest is None or latest < self._train_steps:
-            self.checkpoint_manager.save(
-                self._train_steps,
-                self.model,
-                self.optimizer,
-                save_only_lora_params=self._lora_enabled,
-                custom_metadata=self.custom_checkpoint_metadata(),
-                force=True,
-            )
+            self._save(force=True)
+
+    def _save(self, *, force: bool = False) -> None:
+        self.checkpoint_manager.save(
+            self._train_steps,
+            self.model,
+            self.optimizer,
+            save_only_lora_params=self._lora_enabled,
+            custom_metadata=self.custom_checkpoint_metadata(),
+            force=force,
+        )
 
     @overrides("input_data")
     def _prepare_inputs(self, batch: Batch) -> Batch:
@@ -283,8 +286,9 @@ class Gemma4Trainer(peft_trainer.PeftTrainer):
 
         def recorded(model, optimizer, *inputs):
             loss, _, gradient_norm = self._train_step(model, optimizer, *inputs)
-            record, skips = (find(optimizer.opt_state, kind) for kind in (StepRecord, SkipState))
-            skipped = None if skips is None else skips.skipped
+            record = find(optimizer.opt_state, StepRecord)
+            skips = max_skipped(optimizer) is not None
+            skipped = skipped_steps(optimizer) if skips else None
             return loss, nnx.as_pure((record, skipped)), gradient_norm
 
         # The host looks for the names.
@@ -345,7 +349,7 @@ class Gemma4Trainer(peft_trainer.PeftTrainer):
                 raise ValueError("eval_ds: it has no supervised token; nothing can be evaluated")
             losses = jax.device_get(losses)
             settle(self)
-            if not np.isfinite(losses).all() and find(self.optimizer.opt_state, SkipState) is None:
+            if not np.isfinite(losses).all() and max_skipped(self.optimizer) is None:
                 if self._train_steps:
                     self._save_last_checkpoint()  # What was trained is finite.
                 raise NonFiniteError(evaluation_text(self, losses, rows))
@@ -366,13 +370,7 @@ class Gemma4Trainer(peft_trainer.PeftTrainer):
         """Ends the run where a signal asked for it: evaluation may take long."""
         if not self._train_steps:
             stop.end(stop.asked(), f"stopped by {stop.name_of(stop.asked())} before the first step")
-        self.checkpoint_manager.save(
-            self._train_steps,
-            self.model,
-            self.optimizer,
-            save_only_lora_params=self._lora_enabled,
-            custom_metadata=self.custom_checkpoint_metadata(),
-        )
+        self._save()
 
     @overrides()
     def close(self) -> None:

@@ -253,6 +253,14 @@ def save(config: TrainSettings, model: nnx.Module, output: Path) -> list[Path]:
     return [output / ADAPTER, output / MODEL]
 
 
+def say_resuming(config: TrainSettings, steps: int, directory: Path) -> None:
+    """Says after which step a run goes on, and where it has nothing to do any more."""
+    said = f"Resuming after step {steps} from {directory}."
+    if config.max_steps is not None and config.max_steps <= steps:
+        said += f" max_steps={config.max_steps} is reached: it is saved as it is."
+    say(said)
+
+
 def say_done(config: TrainSettings, steps: int, saved: Sequence[Path], left_out: str = "") -> None:
     """Says that a run has ended well, what shows its curves and, last, where everything is.
 

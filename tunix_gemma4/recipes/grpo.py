@@ -47,7 +47,7 @@ from .way_out import one_way_out, training
 # What a checkpoint depends on: a run that is resumed must have the same.
 _FIXED = (
     *("model", "data", "lora", "text_only", "dtype", "scan_layers", "batch_size"),
-    *("mini_batch_size", "train_micro_batch_size", "num_iterations", "seed", "on_nonfinite"),
+    *("mini_batch_size", "train_micro_batch_size", "num_iterations", "seed"),
     *("reward_functions", "reward_weights", "loss_type", "num_generations"),
     *("beta", "kl_estimator"),
     *("epsilon", "epsilon_high", "temperature", "top_p", "top_k", "max_completion_length"),
@@ -260,7 +260,7 @@ def resume(config: GrpoRunConfig, rows: PromptRows, steps_done: int, *, is_older
     if is_older:
         refuse_older(config, rows, directory)
     rows.refuse_changed(train_batches(config, rows, steps_done), str(directory))
-    say(f"Resuming after step {steps_done} from {directory}.")
+    common.say_resuming(config, steps_done, directory)
 
 
 def refuse_older(config: GrpoRunConfig, rows: PromptRows, directory: Path) -> None:

@@ -6,12 +6,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .. import processor_conversation
-from ..data_check import fingerprints_text, keep_rows
+from ..data_check import keep_rows
 from ..data_pipeline import BatchDataset, Plan, follow_rows
 from ..data_rows import Measure, Road
 from ..data_sources import Rows
@@ -124,6 +124,7 @@ class PromptRows:
         self._cache, self._before = cache, before
         self._road = PromptRoad(processor, config, names)
         rows, self._changed = _followed(Rows(path), before)
+        _require_column(rows, config.prompt_column)
         self.plan = Plan(rows, self._road, 1, skip_bad_rows=config.skip_bad_rows)
         data = BatchDataset(self.plan)
         self.checked = data.check(config.check, log=log, cache=cache, key=key, before=before)
@@ -196,18 +197,27 @@ class PromptRows:
         return self._road.row(asked)
 
 
+def _require_column(rows: Rows, name: str | None) -> None:
+    """Raises ValueError if no row has the column that `data.prompt_column` names."""
+    found: dict[str, None] = {}
+    for index in range(len(rows) if name is not None else 0):
+        row = rows.raw(index) if not rows.is_gone(index) else None
+        if isinstance(row, Mapping):
+            if name in row:
+                return
+            found |= dict.fromkeys(row)
+    if found:
+        raise ValueError(
+            f"data.prompt_column: no row of {rows.name} has the column {name!r}; there are: "
+            f"{', '.join(map(str, found))}"
+        )
+
+
 def _followed(rows: Rows, before: str | None) -> tuple[Rows, list[int]]:
     """Rows numbered as the run has known them, and those that are gone or others since."""
     found = follow_rows(rows, before)
     if found is not None:
         return found
-    now = fingerprints_text(rows.fingerprints)
-    if before is not None and now is not None and now != before:
-        raise ValueError(
-            f"{rows.name}: it has rows that the run of the checkpoints did not know. Put back the "
-            "file as it was (rows that it had not trained on may be taken out or corrected), or "
-            "choose another output_dir"
-        )
     return rows, []
 
 

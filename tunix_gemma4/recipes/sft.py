@@ -15,9 +15,10 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from ..data import BatchDataset, make_dataset
+from ..host.checkpoints import newest_metadata
 from ..host.progress import Progress, compiling
 from ..host.settings import CHECKPOINTS, make_training_config
-from ..host.trainer import Gemma4Trainer
+from ..host.trainer import POSITION, Gemma4Trainer
 from ..processor import Processor
 from . import common
 from .common import say
@@ -29,7 +30,7 @@ from .way_out import one_way_out, training
 # What a checkpoint depends on: a run that is resumed must have the same.
 _FIXED = (
     *("model", "data", "lora", "text_only", "dtype", "scan_layers", "batch_size"),
-    *("gradient_accumulation_steps", "seed", "on_nonfinite"),
+    *("gradient_accumulation_steps", "seed"),
 )
 
 
@@ -66,6 +67,9 @@ def run(config: RunConfig, *, after_eval: Callable[[Gemma4Trainer], None] | None
     common.say_of_long_images(config, processor.max_soft_tokens)
     train_ds, eval_ds = make_datasets(config, processor)
     check_datasets(config, output, train_ds, eval_ds)
+    position = newest_metadata(output / CHECKPOINTS).get(POSITION)
+    if position is not None:  # Before the model is loaded; the trainer looks again.
+        train_ds.refuse_other(position)
     say(f"{train_ds.num_rows} rows in {config.data.path}. The first:")
     say(first_row(config, processor, train_ds))
     say_of_estimate(config, train_ds)
@@ -82,7 +86,7 @@ def run(config: RunConfig, *, after_eval: Callable[[Gemma4Trainer], None] | None
     )
     if trainer.train_steps:
         trainer.refuse_other_data(train_ds)
-        say(f"Resuming after step {trainer.train_steps} from {output / CHECKPOINTS}.")
+        common.say_resuming(config, trainer.train_steps, output / CHECKPOINTS)
     record.keep()
     say(compiling("the training step, once for each shape of batch"))
     with training(trainer):
