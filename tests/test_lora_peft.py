@@ -2,6 +2,7 @@
 """Adapters on disk, without PEFT: names, shapes, refusals. With PEFT: tests/parity."""
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -200,6 +201,42 @@ def test_a_failed_save_leaves_the_earlier_adapter(saved, tmp_path, monkeypatch):
     after = load_file(target / TENSORS)
     assert before.keys() == after.keys()
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_whole_layers_without_tensors_are_missing(saved, edit, model):
+    names = load_file(saved[1] / TENSORS)
+    second = {name: None for name in names if name.startswith(f"{DECODER}.1.")}
+    with pytest.raises(ValueError, match=rf"missing: .*{DECODER}\.1\.self_attn\.q_proj"):
+        load_adapter(model, edit(tensors=second))
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        ({"target_modules": ["q_proj"]}, r"\.q_proj\."),
+        ({"target_modules": ["q_proj", "up_proj"], "exclude_modules": ["up_proj"]}, r"\.q_proj\."),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [1]}, r"\.1\..*\.q_proj\."),
+        (
+            {"target_modules": ["q_proj"], "layers_to_transform": 1, "layers_pattern": "layers"},
+            r"\.1\..*\.q_proj\.",
+        ),
+        ({"target_modules": r"model\.layers\.0\.self_attn\.(q|o)_proj"}, r"\.0\..*\.[qo]_proj\."),
+    ],
+)
+def test_what_the_settings_leave_out_is_not_missing(settings, kept, saved, edit, model):
+    dropped = {
+        name: None
+        for name in load_file(saved[1] / TENSORS)
+        if not (name.startswith(DECODER) and re.search(kept, name))
+    }
+    assert adapted(load_adapter(model, edit(settings, dropped)))
+
+
+def test_an_adapter_that_is_not_finite_is_refused(saved, edit, model):
+    name = f"{DECODER}.2.self_attn.q_proj.lora_A.weight"
+    spoilt = np.full_like(load_file(saved[1] / TENSORS)[name], np.nan)
+    with pytest.raises(ValueError, match=f"NaN or infinity in .*{name}"):
+        load_adapter(model, edit(tensors={name: spoilt}))
 
 
 def test_missing_unexpected_and_misshapen_tensors_are_all_listed(edit, model):

@@ -195,9 +195,7 @@ def load_adapter(model: nnx.Module, directory: str | Path) -> nnx.Module:
     present = adapted(model)
     if present:
         _check_scale(next(iter(present.values())).lora, config, directory)
-    names = list(present) or [
-        name for name in linears(model) if tensors.keys() & set(_tensor_names(name))
-    ]
+    names = list(present) or _adapted_by(tensors, read_json(directory / CONFIG), model)
     _check_tensors(model, names, tensors, config.rank, directory)
     if present:
         model = nnx.clone(model)
@@ -205,11 +203,65 @@ def load_adapter(model: nnx.Module, directory: str | Path) -> nnx.Module:
         config = dataclasses.replace(config, targets=as_regex(names))
         model = add_adapters(model, names, config, nnx.Rngs(0))
         print(describe(model))
+    spoilt = []
     for name, module in adapted(model).items():
         for side, variable in _matrices(module).items():
-            matrix = tensors[_tensor_name(name, side)].view().astype(np.float32).T
+            tensor = _tensor_name(name, side)
+            matrix = tensors[tensor].view().astype(np.float32).T
+            if not np.isfinite(matrix).all():
+                spoilt.append(tensor)
             variable[...] = jax.device_put(matrix, variable.get_raw_value().sharding)
+    if spoilt:
+        raise ValueError(f"{directory / TENSORS}: NaN or infinity in {listing(spoilt)}")
     return model
+
+
+def _adapted_by(
+    tensors: dict[str, StoredTensor], settings: dict[str, Any], model: nnx.Module
+) -> list[str]:
+    """The projections that have tensors, or should have by the settings that they came with."""
+    projections = list(linears(model))
+    found = [name for name in projections if tensors.keys() & set(_tensor_names(name))]
+    # One that was trained without a tower says nothing of it.
+    towers = {name.split(".")[0] for name in found}
+    return [
+        name
+        for name in projections
+        if name in found or (name.split(".")[0] in towers and _is_targeted(name, settings))
+    ]
+
+
+def _is_targeted(name: str, settings: dict[str, Any]) -> bool:
+    """Whether PEFT adapts a projection under `settings`; False where that cannot be told.
+
+    Source: PEFT 0.21 `check_target_module_exists`.
+    """
+    full = module_name((name, "kernel"))
+    # A model class without vision has no `language_model` in its names.
+    keys = (full, full.replace("model.language_model.", "model.", 1))
+    layers = settings.get("layers_to_transform")
+
+    def means(wanted: Any, key: str) -> bool:
+        if isinstance(wanted, str):
+            return re.fullmatch(wanted, key) is not None
+        return any(key == word or key.endswith(f".{word}") for word in wanted or ())
+
+    def is_in_layers(key: str) -> bool:
+        patterns = settings.get("layers_pattern") or r"[^.]*"
+        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+            if found := re.match(rf".*\.{pattern}\.(\d+)\.", key):
+                return int(found[1]) in ([layers] if isinstance(layers, int) else layers)
+        return False
+
+    try:
+        return any(
+            means(settings.get("target_modules"), key)
+            and not means(settings.get("exclude_modules"), key)
+            and (layers is None or is_in_layers(key))
+            for key in keys
+        )
+    except (re.error, TypeError):  # It is none that PEFT has written.
+        return False
 
 
 def _tensor_names(name: str) -> tuple[str, str]:
