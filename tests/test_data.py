@@ -530,6 +530,13 @@ def test_an_empty_dataset_is_refused(tmp_path, kind):
         dataset(source)
 
 
+def test_rows_and_settings_of_another_type_are_refused():
+    with pytest.raises(ValueError, match=r"found generator; a generator's rows .* list\(\.\.\.\)"):
+        dataset(row(n) for n in range(3))
+    with pytest.raises(ValueError, match="skip_bad_rows: expected True or False, found 'no'"):
+        dataset([row(0)], skip_bad_rows="no")
+
+
 @pytest.mark.parametrize(
     ("bad", "found"),
     [
@@ -593,8 +600,10 @@ def test_an_impossible_option_is_named(options, message):
 
 def test_a_position_of_another_dataset_is_refused():
     state = through_json(iter(dataset([row(0), row(1)])).get_state())
-    with pytest.raises(ValueError, match=r"rows was 2, is 3; batch_size was 2, is 4\)"):
-        iter(dataset([row(0)] * 3, batch_size=4)).set_state(state)
+    with pytest.raises(ValueError, match=r"another dataset \(batch_size was 2, is 4\)"):
+        iter(dataset([row(0), row(1)], batch_size=4)).set_state(state)
+    with pytest.raises(ValueError, match="it has 3 rows and .* knew 2; row 1 is new"):
+        iter(dataset([row(0)] * 3)).set_state(state)
     with pytest.raises(ValueError, match="expected version 1, found None"):
         iter(dataset([row(0)])).set_state({})
 
@@ -620,7 +629,10 @@ def test_the_real_processor_feeds_the_pipeline(tiny_dir, tmp_path):
         rows.append(
             {
                 "messages": [
-                    {"role": "user", "content": [*parts, {"type": "text", "text": "What?" * i}]},
+                    {
+                        "role": "user",
+                        "content": [*parts, {"type": "text", "text": "What?" * (i + 1)}],
+                    },
                     {"role": "assistant", "content": [{"type": "text", "text": str(i)}]},
                 ]
             }

@@ -324,6 +324,14 @@ def test_epochs_end_with_whole_rollout_steps(settings, limits, expected):
     assert grpo.total_steps(settings(**limits), num_rows=20) == expected
 
 
+def test_prompts_of_the_end_that_fill_no_rollout_step_are_said(settings, capsys):
+    config = settings(max_steps=None, num_train_epochs=1)
+    for rows, said in ((8, ""), (7, f"last {7 % config.batch_size} of 7 prompts (1 epochs)")):
+        grpo.say_of_end(config, rows, grpo.total_steps(config, rows))
+        out = capsys.readouterr().out
+        assert said in out and bool(said) == bool(out)
+
+
 def test_evaluation_needs_one_whole_batch(settings, data):
     config = settings(batch_size=16)
     config.data.eval_path = str(data / "text.jsonl")

@@ -123,6 +123,11 @@ def test_a_kernel_that_says_how_much_it_does_is_believed():
 # ---- Hardware.
 
 
+def test_no_chips_are_refused():
+    with pytest.raises(ValueError, match="topology: expected at least one chip, found 'cpu:0'"):
+        hardware("cpu:0")
+
+
 @pytest.mark.parametrize("topology", ["v5e", "v5e:", "v9:2x2", "h200:two", ""])
 def test_unknown_chips_are_refused_with_those_that_are_known(topology):
     with pytest.raises(ValueError, match=r"topology: expected one such as v5e:2x4, .*h200:8"):
@@ -424,3 +429,11 @@ def stored(fsdp, tp):
 @pytest.mark.parametrize("mesh", [(8, 1), (4, 2), (2, 4)])
 def test_each_chip_stores_its_share_of_everything(mesh):
     assert stored(*mesh) * 8 <= 1.05 * stored(1, 1)
+
+
+def test_chips_of_sampling_count_beside_those_of_training(tmp_path, directory, capsys):
+    path = write(tmp_path, GRPO, directory)
+    meshes = ["mesh.fsdp=2", "rollout_mesh.fsdp=2"]
+    assert main(["plan", path, "--weights", "topology=h200:4", *meshes]) == 0
+    assert main(["plan", path, "--weights", "topology=h200:2", *meshes]) == 2
+    assert "rollout_mesh: fsdp 2 x tp 1 is 2 chips beside the 2" in capsys.readouterr().err

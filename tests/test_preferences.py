@@ -160,7 +160,7 @@ def test_a_batch_has_the_hosts_fields_prompts_left_padded_and_answers_right(proc
                 "chosen": shown(picture(0)) + answer("one"),
                 "rejected": shown(picture(1)) + answer("nine"),
             },
-            "answer two different prompts",
+            "differ in their images",
         ),
         ({"prompt": shown(), "chosen": "a", "rejected": "b"}, "an image part without an image"),
     ],
@@ -192,6 +192,13 @@ def test_rows_that_are_too_long_are_left_out_and_counted(processor, caplog):
     assert again == prompts
     other = PreferenceBatches(rows, processor, batch_size=2, epochs=2, seed=1, **LENGTHS)
     assert [row.tobytes() for batch in other for row in batch["prompt_ids"]] != prompts
+
+
+def test_rows_that_fill_no_batch_are_said(processor, caplog):
+    batches = PreferenceBatches(rows_of(5), processor, batch_size=4, **LENGTHS)
+    with caplog.at_level(logging.WARNING):
+        assert len(list(batches)) == 1
+    assert "the last 1 of 5 rows (1 epochs) are left out" in caplog.text
 
 
 def test_too_few_rows_that_fit_are_refused(processor):

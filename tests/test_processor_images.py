@@ -31,6 +31,13 @@ def png(array):
     return buffer.getvalue()
 
 
+def moving(*arrays):
+    buffer = io.BytesIO()
+    first, *others = map(Image.fromarray, arrays)
+    first.save(buffer, "gif", save_all=True, append_images=others)
+    return buffer.getvalue()
+
+
 def base64_of(array):
     return base64.b64encode(png(array)).decode()
 
@@ -122,6 +129,7 @@ REFUSED = {
     "data_empty": ("data:image/png", "expected data:TYPE;base64,CONTENT"),
     "no_file": ("no/such/file.png", "there is no file 'no/such/file.png'"),
     "no_image": (b"plain text", "the given bytes cannot be decoded as an image"),
+    "moving": (moving(picture(), picture(seed=1)), "the given bytes: 2 frames"),
     "truncated": (png(picture(64, 64))[:500], "cannot be decoded as an image"),
 }
 

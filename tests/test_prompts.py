@@ -104,6 +104,7 @@ def test_images_count_with_their_own_size_where_it_matters(read, processor, tmp_
 @pytest.mark.parametrize(
     ("row", "message"),
     [
+        ({"prompt": " ", "images": []}, "row 1 of rows.jsonl: 'prompt' is empty"),
         ({"question": "hi"}, "row 1 of rows.jsonl: expected 'prompt' or 'messages', .* question"),
         ({"prompt": "hi", "rewards": 1}, "row 1 .*the column 'rewards' has a name that"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "row 1 .*conversation is empty"),

@@ -167,7 +167,8 @@ def test_own_function_is_found_in_a_module_or_a_file(tmp_path, monkeypatch):
         ("matches(pattern='(')", "not a regular expression"),
         ("no_such_module_here:f", "no_such_module_here: cannot be imported"),
         ("nowhere.py:f", r"nowhere\.py: there is no such file"),
-        ("math:pi", "expected a function, found float"),
+        ("math:pi", "expected a function, .* found float"),
+        ("decimal:Decimal", "an object that is called, found a class"),
     ],
 )
 def test_mistaken_name_is_answered_with_what_there_is(spec, message):

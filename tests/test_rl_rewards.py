@@ -2,6 +2,7 @@
 """Rewards that go wrong stop the run and name the sample."""
 
 import math
+import os
 import sys
 import threading
 
@@ -43,6 +44,27 @@ def test_only_the_columns_that_are_named_are_given():
 
     assert call(reward, answer=[1, 2, 3], mode="train", trajectory_ids=["0"] * 3) == [1, 2, 3]
     assert checked(reward).__name__ == "reward"
+
+
+def test_a_function_that_changes_the_folder_moves_nothing_of_the_run(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other").mkdir()
+
+    def leaves(prompts, completions):
+        os.chdir("other")
+        return [1.0] * len(prompts)
+
+    with caplog.at_level("WARNING"):
+        assert call(leaves) == [1.0] * 3
+    assert os.getcwd() == str(tmp_path)
+    assert "reward function leaves changed the current folder to" in caplog.text
+
+    def removes(prompts, completions):
+        os.chdir("other")
+        os.rmdir(os.getcwd())
+        return [1.0] * len(prompts)
+
+    assert call(removes) == [1.0] * 3 and os.getcwd() == str(tmp_path)
 
 
 def test_prompts_are_those_of_the_data_set():

@@ -597,6 +597,32 @@ def test_rows_of_another_kind_of_training_are_refused(row, error):
         read_conversation(row)
 
 
+@pytest.mark.parametrize("content", ["", " ", [], [{"type": "text", "text": ""}]])
+def test_an_empty_user_turn_is_an_error_on_every_road(content):
+    asked = [USER, ANSWER, {"role": "user", "content": content}]
+    for read, row in (
+        (read_conversation, [*asked, ANSWER]),
+        (read_prompt, {"messages": asked}),
+        (read_preference_pair, {"prompt": asked, "chosen": "B", "rejected": "W"}),
+    ):
+        with pytest.raises(ValueError, match="message 2: the user turn is empty"):
+            read(row)
+
+
+def test_an_empty_prompt_is_an_error_unless_there_is_a_picture():
+    row = {"prompt": "", "history": [["Q", "A"]]}
+    answers = {"chosen": "B", "rejected": "W"}
+    for read, more in (
+        (read_conversation, {"completion": "A"}),
+        (read_prompt, {}),
+        (read_preference_pair, answers),
+    ):
+        with pytest.raises(ValueError, match="'prompt' is empty"):
+            read(row | more)
+    shown = read_prompt({"instruction": "", "images": [np.zeros((4, 4, 3), np.uint8)]})
+    assert len(shown.images) == 1
+
+
 # ---- Columns.
 
 
@@ -750,6 +776,18 @@ def test_paths_below_the_file_are_those_of_images_alone(tmp_path):
     assert read["messages"][1:] == row["messages"][1:]
     assert read["images"] == [str(tmp_path / "e.png"), *row["images"][1:]]
     assert (read["path"], read["rejected_images"]) == ("f", [str(tmp_path / "g.png")])
+
+
+def test_rows_that_are_told_to_think_and_do_not_are_counted(tiny_dir):
+    rows = [{"messages": [USER, ANSWER | {"reasoning": "T"}]}, *[{"messages": TALK}] * 2]
+    for thinking, shown in (
+        (True, ["told to think, and without a thought to learn: 2"]),
+        (False, []),
+    ):
+        said = []
+        processor = Processor.from_pretrained(tiny_dir, thinking=thinking)
+        make_dataset(rows, processor, batch_size=1, max_length=64).check(log=said.append)
+        assert [line.strip() for line in "\n".join(said).split("\n") if "think" in line] == shown
 
 
 def test_keys_and_thoughts_that_are_left_out_are_named_once(tiny_dir, tmp_path):

@@ -246,9 +246,10 @@ def test_learning_rate_is_planned_from_what_is_trained_on(settings, tmp_path, ca
         assert 0 < schedule(steps - 1) < 0.03 and schedule(steps) == 0
 
 
-def test_epochs_end_the_run(settings):
-    config = settings(max_steps=None, num_train_epochs=1, lora=LoraSettings(rank=4))
+def test_epochs_end_the_run(settings, capsys):
+    config = settings(max_steps=5, num_train_epochs=1, lora=LoraSettings(rank=4))
     assert sft.run(config).trainer.train_steps == 3
+    assert "max_steps=5 is more than num_train_epochs=1 has, 3 steps," in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("lora", [None, LoraSettings(rank=4, alpha=8)], ids=["full", "lora"])

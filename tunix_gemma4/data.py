@@ -55,7 +55,8 @@ class ConversationRoad(Road):
             )
         # The first token of a row is predicted from nothing, so it is never a target.
         supervised = int(np.sum(np.asarray(example.loss_mask)[1:] != 0))
-        return Measure((len(example.tokens),), images, supervised, example.thoughts_left_out)
+        said = example.thoughts_left_out, example.unthinking
+        return Measure((len(example.tokens),), images, supervised, *said)
 
     def collate(
         self, examples: list[Example], shape: tuple[int, int], size: int, denominator: float

@@ -26,7 +26,7 @@ from .data_rows import Encoder, Measure, RowError
 
 How = str | int | bool | None
 _ALL_BELOW, _SOME = 20_000, 2_000  # rows
-_VERSION = 1
+_VERSION = 2
 _SECONDS = 30  # between lines where there is no terminal
 _NAMED = 10  # rows that an error lists by number
 
@@ -103,6 +103,9 @@ class Checked:
         thoughts = sum(measure.thoughts * count for measure, count in self.kept.items())
         if thoughts:
             lines.append(f"  left out, as when the model is asked: {thoughts:,} earlier thoughts")
+        unthinking = sum(count for measure, count in self.kept.items() if measure.unthinking)
+        if unthinking:
+            lines.append(f"  told to think, and without a thought to learn: {unthinking:,}")
         if self.long:
             lines.append(f"  left out: {len(self.long):,} longer than {limits}")
         if self.bad:

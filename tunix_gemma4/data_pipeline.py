@@ -73,6 +73,9 @@ class Plan:
     def __post_init__(self):
         named = ("batch_size", "gradient_accumulation_steps", "prefetch", "num_epochs", "seed")
         require(**{name: vars(self)[name] for name in named}, **self.road.limits)
+        for name in ("shuffle", "skip_bad_rows"):
+            if not isinstance(vars(self)[name], bool):
+                raise ValueError(f"{name}: expected True or False, found {vars(self)[name]!r}")
         if self.batch_size % self.process_count:
             raise ValueError(
                 f"batch_size: expected a multiple of the number of processes, "
@@ -471,6 +474,16 @@ class BatchDataset(grain.IterDataset):
         """
         threads = _ENCODING_THREADS if self._plan.prefetch else 0
         self.checked = Checker(self._plan.encoder, threads, log).run(how, cache, key, before)
+        plan, epochs = self._plan, self._plan.num_epochs
+        if epochs is not None and not plan.road.bucketed and self.checked.is_whole:
+            rest = self.checked.examples * epochs % plan.batch_size
+            if rest:
+                logging.warning(
+                    "%s: the last %d of %d rows (%d epochs) are left out, because they do not fill "
+                    "a batch of %d.",
+                    *(plan.rows.name, rest, self.checked.examples * epochs, epochs),
+                    plan.batch_size,
+                )
         return self.checked
 
     def steps_per_epoch(self) -> int | None:

@@ -36,12 +36,14 @@ class Measure(NamedTuple):
         images: how many.
         supervised: tokens that are learnt.
         thoughts: how many of earlier turns are left out.
+        unthinking: whether the template tells to think, and no thought is learnt.
     """
 
     lengths: tuple[int, ...]
     images: int
     supervised: int
     thoughts: int = 0
+    unthinking: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

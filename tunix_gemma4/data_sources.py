@@ -47,6 +47,11 @@ class Rows:
             path = self.path
             self.name, self._folder, self._records = path.name, path.parent, _open(path)
         else:
+            if not isinstance(source, Sequence) and not hasattr(source, "__len__"):
+                raise ValueError(
+                    "rows: expected a file's path or a sequence, found "
+                    f"{type(source).__name__}; a generator's rows are given as list(...)"
+                )
             self.name, self._folder, self._records = "the given sequence", None, source
         if len(self._records) == 0:
             raise ValueError(f"{self.name}: expected at least one row, found none.")
@@ -224,9 +229,11 @@ class _JsonLines:
         try:
             return json.loads(line, object_pairs_hook=_once)
         except (ValueError, RecursionError) as error:
+            coding = line[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in line
+            remedy = "Save it as UTF-8" if coding else "Correct or remove the line"
             raise ValueError(
                 f"{self._path}, line {number}: expected one JSON object, found something "
-                f"that is not JSON ({error}). Correct or remove the line."
+                f"that is not JSON ({error}). {remedy}."
             ) from error
 
     def __len__(self) -> int:

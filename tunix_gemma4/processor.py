@@ -35,6 +35,7 @@ class Example:
     loss_mask: Int[np.ndarray, " T"]  # 1: this token is learnt
     images: Float[np.ndarray, "I M C"] | None  # None: no images
     thoughts_left_out: int = 0  # of earlier turns
+    unthinking: bool = False  # the template tells the model to think, and no thought is learnt
 
 
 @flax.struct.dataclass
@@ -213,6 +214,10 @@ class Processor:
         if not isinstance(conversation, Conversation):
             read = read_conversation(conversation, prompt_only=add_generation_prompt)
         if not add_generation_prompt and not any(read.trained):
+            if any(message["role"] == "assistant" for message in read.messages):
+                raise ValueError(
+                    "there is no assistant message to learn: the loss switch of each is off"
+                )
             raise ValueError(
                 "there is no assistant message to learn; add one, or build prompts with "
                 "add_generation_prompt=True"
@@ -231,7 +236,10 @@ class Processor:
         tokens, loss_mask = self._tokens(segments, counts)
         if self._thoughts == "each_turn":
             left_out = 0  # Each is learnt in the row of its own turn.
-        return self._example(tokens, loss_mask, images, left_out)
+        example = self._example(tokens, loss_mask, images, left_out)
+        thinks = any(message.get("reasoning_content") for message in read.messages)
+        told = not add_generation_prompt and self.chat.tells_to_think(read.arguments)
+        return dataclasses.replace(example, unthinking=told and not thinks)
 
     def encode_all(self, conversation: Any) -> list[Example]:
         """One row to learn from as the examples it makes: one, or one for each of its turns.

@@ -210,6 +210,10 @@ class ChatFormat:
                 "thinking, data.chat_template_kwargs) cannot be put into it; give its messages"
             )
 
+    def tells_to_think(self, arguments: Mapping[str, Any]) -> bool:
+        """Whether the template gets `enable_thinking`, of a row's `arguments` or of all."""
+        return bool((self._arguments | dict(arguments))["enable_thinking"])
+
     @functools.cached_property
     def _signs(self) -> set[str]:
         """Special tokens that a prompt has where the model is told to think, and else not."""

@@ -260,6 +260,8 @@ def _check(conversation: Conversation) -> None:
     if not conversation.messages and conversation.text is None:
         raise ValueError("the conversation is empty; expected at least one message")
     for index, message in enumerate(conversation.messages):
+        if message["role"] == "user" and _says_nothing(message["content"]):
+            raise ValueError(f"message {index}: the user turn is empty; give it a text")
         if message["role"] != "assistant":
             continue
         says = message.get("tool_calls") or message.get("reasoning_content")
@@ -267,3 +269,9 @@ def _check(conversation: Conversation) -> None:
             raise ValueError(
                 f"message {index}: the assistant turn is empty; give it a text or remove it"
             )
+
+
+def _says_nothing(content: str | list[dict[str, Any]]) -> bool:
+    """Whether there is neither text nor image."""
+    shown = not isinstance(content, str) and any(part["type"] == "image" for part in content)
+    return not shown and not text_of(content).strip()

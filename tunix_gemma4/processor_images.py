@@ -143,8 +143,12 @@ def _decode(value: Any) -> Image.Image:
         image = value if isinstance(value, Image.Image) else Image.open(value)
         if 0 in image.size:
             raise ValueError(f"it has no pixels: width {image.width}, height {image.height}")
+        # A photograph in MPO has a preview, or its other eye, behind it.
+        frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+        if frames > 1:
+            raise ValueError(f"{name}: {frames} frames; give the one that is meant as an image")
         return ImageOps.exif_transpose(image)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except (EOFError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{name} cannot be decoded as an image ({error})") from error
 
 

@@ -245,6 +245,8 @@ def _prompt(row: Mapping[str, Any], form: str) -> tuple[list[Message], str | Non
         if not isinstance(row["input"], str):
             raise ValueError(f"'input': expected a string, found {type(row['input']).__name__}")
         prompt = f"{prompt}\n{row['input']}" if prompt else row["input"]
+    if not prompt.strip() and not _beside(row):
+        raise ValueError(f"{form!r} is empty; give it a text, or remove the row")
     if _TEMPLATED.match(prompt):
         lost = [name for name in keys.BESIDE if not is_empty(row.get(name))]
         if lost:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import functools
 import inspect
 import math
+import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -57,7 +59,8 @@ def checked(reward_fn: RewardFn) -> Callable[..., list[float]]:
     timed = Timed(called, limit_of(reward_fn))
 
     def call(given: dict[str, Any]) -> Any:
-        return timed(lambda: _call(reward_fn, given))
+        with _same_folder(called):
+            return timed(lambda: _call(reward_fn, given))
 
     @functools.wraps(reward_fn)
     def reward(prompts: list[Any], completions: list[str], **columns: Any) -> list[float]:
@@ -90,6 +93,27 @@ def checked(reward_fn: RewardFn) -> Callable[..., list[float]]:
 
     reward.__name__ = called
     return reward
+
+
+@contextlib.contextmanager
+def _same_folder(called: str) -> Iterator[None]:
+    """Goes back to the current folder, which the paths of the run are relative to."""
+    before = os.getcwd()
+    try:
+        yield
+    finally:
+        try:
+            after = os.getcwd()
+        except OSError:
+            after = "one that is gone"
+        if after != before:
+            os.chdir(before)
+            logging.log_first_n(
+                logging.WARNING,
+                "reward function %s changed the current folder to %s; the run goes back to %s.",
+                1,
+                *(called, after, before),
+            )
 
 
 def _copied(value: Any) -> Any:

@@ -64,6 +64,7 @@ class Report(hooks.TrainingHooks):
         self._updates, self._log = updates_per_batch, log
         self._log_completions, self._after_step = log_completions, after_step
         self._samples: list[str] = []
+        self._rollouts_before = cluster.actor_trainer.train_steps // updates_per_batch
         cluster.with_external_metrics_logger(self.take)
         cluster.actor_trainer.with_training_hooks(self)
         cluster.actor_trainer._pbar = NoBar()
@@ -93,10 +94,13 @@ class Report(hooks.TrainingHooks):
 
     def _line(self, train_step: int) -> None:
         parts = [self._progress.place(train_step)]
+        rollouts = -(-train_step // self._updates) - self._rollouts_before
         for short, prefix, name in _SHOWN:
             if self._logger.metric_exists(prefix, name, "train"):
                 values = self._logger.get_metric_history(prefix, name, "train")
-                parts.append(f"{short} {values[-1]:.4g}")
+                # The host logs a rollout step's when it ends; until then the latest are another's.
+                if prefix == ACTOR or self._updates == 1 or len(values) >= rollouts:
+                    parts.append(f"{short} {values[-1]:.4g}")
         # The time of a step stays last.
         parts[-1:-1] = self._progress.rest(train_step)
         self._log("  ".join(parts))

@@ -99,6 +99,8 @@ def hardware(topology: str) -> Hardware:
     if kind not in {*_TPUS, *_GPUS, "cpu"}:
         raise ValueError(f"topology: expected one such as {_KNOWN}, found {topology!r}")
     count = math.prod(int(size) for size in match[2].split("x"))
+    if not count:
+        raise ValueError(f"topology: expected at least one chip, found {topology!r}")
     if kind == "cpu":
         return Hardware(topology, "cpu", count, None, None)
     if kind in _TPUS:

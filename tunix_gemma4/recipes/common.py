@@ -211,6 +211,21 @@ def total_steps(config: TrainSettings, steps_per_epoch: int) -> int:
     return min(limits)
 
 
+def say_of_epochs(config: TrainSettings, steps: int, about: str = "") -> None:
+    """Says where the epochs, of so many `steps`, end before `max_steps`.
+
+    Args:
+        config: the settings.
+        steps: optimizer steps of all epochs.
+        about: a word before their number where that is an estimate.
+    """
+    if config.num_train_epochs and config.max_steps and steps < config.max_steps:
+        say(
+            f"max_steps={config.max_steps} is more than num_train_epochs={config.num_train_epochs} "
+            f"has, {about}{steps} steps, after which the run ends; num_train_epochs=null goes on."
+        )
+
+
 def make_processor(config: TrainSettings) -> Processor:
     """The checkpoint's, as the section `data` of a recipe says."""
     data = config.data

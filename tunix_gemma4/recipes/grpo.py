@@ -109,6 +109,7 @@ def run(config: GrpoRunConfig, *, after_step: Callable[[Any], None] | None = Non
     policy, reference = prepare_models(config, common.load_base(config, mesh))
     record.settle(rows_are_known=rows.are_known)
     steps = total_steps(config, len(rows))
+    say_of_end(config, len(rows), steps)
     cluster = make_cluster(
         *(policy, reference, processor),
         optimizer=common.optimizer_of(config, steps),
@@ -313,6 +314,27 @@ def total_steps(config: GrpoRunConfig, num_rows: int) -> int:
         batches = max(num_rows * config.num_train_epochs // config.batch_size, 1)
         limits.append(batches * config.updates_per_batch)
     return min(limits)
+
+
+def say_of_end(config: GrpoRunConfig, num_rows: int, steps: int) -> None:
+    """Says where the epochs end first, and which prompts the last rollout step leaves.
+
+    Args:
+        config: the settings.
+        num_rows: prompts of an epoch.
+        steps: of the run, as `total_steps` has them.
+    """
+    if config.num_train_epochs is None:
+        return
+    if config.max_steps is not None and steps < config.max_steps:
+        common.say_of_epochs(config, steps)
+    asked = num_rows * config.num_train_epochs
+    rest = asked - steps // config.updates_per_batch * config.batch_size
+    if 0 < rest < config.batch_size:
+        say(
+            f"{config.data.path}: the last {rest} of {asked} prompts ({config.num_train_epochs} "
+            f"epochs) are left out, because they do not fill a batch_size of {config.batch_size}"
+        )
 
 
 # ---- Model and algorithm.

@@ -103,10 +103,18 @@ def _print_weights(config: RunConfig | GrpoRunConfig, topology: str | None, as_j
     model_config = common.model_config(config, model_source(config.model))
     sizes, axes = (config.mesh.fsdp, config.mesh.tp), ("fsdp", "tp")
     chips = None if topology is None else hardware(topology)
-    if chips is not None and math.prod(sizes) > chips.chips:
+    used = math.prod(sizes)
+    if chips is not None and used > chips.chips:
         raise ValueError(
-            f"mesh: fsdp {sizes[0]} x tp {sizes[1]} is {math.prod(sizes)} chips, and {topology} "
-            f"has {chips.chips}"
+            f"mesh: fsdp {sizes[0]} x tp {sizes[1]} is {used} chips, and {topology} has "
+            f"{chips.chips}"
+        )
+    rollout = getattr(config, "rollout_mesh", None)
+    more = 0 if rollout is None else rollout.fsdp * rollout.tp
+    if chips is not None and used + more > chips.chips:
+        raise ValueError(
+            f"rollout_mesh: fsdp {rollout.fsdp} x tp {rollout.tp} is {more} chips beside the "
+            f"{used} of mesh, and {topology} has {chips.chips}"
         )
     mesh = AbstractMesh(sizes, axes, axis_types=(AxisType.Auto,) * 2)
     parts = dataclasses.asdict(resident_of(config, Shapes(model_config, mesh)))

@@ -73,7 +73,11 @@ def _encoded(pair: Mapping[str, Conversation], processor: Processor) -> Preferen
                 for prompt, answer in ((tokens, chosen), (other_tokens, rejected))
             )
             tokens, other_tokens = tokens[:most], other_tokens[:most]
-    if not np.array_equal(tokens, other_tokens) or not _same(images, other_images):
+    if not _same(images, other_images):
+        raise ValueError(
+            "'chosen' and 'rejected' differ in their images; both have those of the prompt alone"
+        )
+    if not np.array_equal(tokens, other_tokens):
         raise ValueError(
             "'chosen' and 'rejected' answer two different prompts; expected two conversations "
             "that differ in their last message alone"

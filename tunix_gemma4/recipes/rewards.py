@@ -208,8 +208,11 @@ def load_reward(spec: str) -> RewardFn:
         functions = [key for key, value in vars(module).items() if inspect.isfunction(value)]
         raise ValueError(f"{place}: it has no {name!r}; its functions are {', '.join(functions)}")
     function = vars(module)[name]
-    if not callable(function):
-        raise ValueError(f"{spec!r}: expected a function, found {type(function).__name__}")
+    if not callable(function) or inspect.isclass(function):
+        kind = "a class" if inspect.isclass(function) else type(function).__name__
+        raise ValueError(
+            f"{spec!r}: expected a function, or an object that is called, found {kind}"
+        )
     return function
 
 

@@ -193,8 +193,11 @@ def make_trainer(
 
 
 def say_of_estimate(config: RunConfig, train_ds: BatchDataset) -> None:
-    """Says where the learning rate cannot be planned exactly: it ends with rows not yet read."""
+    """Says where the epochs end first, and where the rate ends with rows that are not yet read."""
     whole = train_ds.checked is not None and train_ds.checked.is_whole
+    per_epoch = steps_per_epoch(config, train_ds.num_rows, train_ds.steps_per_epoch())
+    steps = per_epoch * (config.num_train_epochs or 0)
+    common.say_of_epochs(config, steps, "" if whole else "about ")
     if config.max_steps is None and config.lr_scheduler_type != "constant" and not whole:
         steps = total_steps(config, train_ds.num_rows, train_ds.steps_per_epoch())
         say(
@@ -203,17 +206,21 @@ def say_of_estimate(config: RunConfig, train_ds: BatchDataset) -> None:
         )
 
 
-def total_steps(config: RunConfig, num_rows: int, steps_per_epoch: int | None = None) -> int:
-    """Steps for the learning rate to reach zero in.
+def total_steps(config: RunConfig, num_rows: int, found: int | None = None) -> int:
+    """Steps for the learning rate to reach zero in; see `steps_per_epoch`."""
+    return common.total_steps(config, steps_per_epoch(config, num_rows, found))
+
+
+def steps_per_epoch(config: RunConfig, num_rows: int, found: int | None) -> int:
+    """Optimizer steps of an epoch.
 
     Args:
         config: the settings.
         num_rows: of the file.
-        steps_per_epoch: what `BatchDataset.steps_per_epoch` found. Where no row was checked this
-            is reckoned from `num_rows`: rows that are left out make for fewer steps, and the rest
-            of each bucket at an epoch's end for more.
+        found: what `BatchDataset.steps_per_epoch` found. Where no row was checked this is reckoned
+            from `num_rows`: rows that are left out make for fewer steps, and the rest of each
+            bucket at an epoch's end for more.
     """
-    if steps_per_epoch is None:
-        rows_per_step = config.batch_size * config.gradient_accumulation_steps
-        steps_per_epoch = math.ceil(num_rows / rows_per_step)
-    return common.total_steps(config, steps_per_epoch)
+    if found is not None:
+        return found
+    return math.ceil(num_rows / (config.batch_size * config.gradient_accumulation_steps))
