@@ -18,7 +18,7 @@ PIP := $(BIN)/python -m pip
 PYTEST := $(BIN)/python -m pytest $(PYTEST_ARGS)
 PACKAGING := setup.cfg pyproject.toml
 
-.PHONY: demo demo-rl test parity parity-latest slow aot bench bench-quick tunix wheel lint format clean
+.PHONY: demo demo-rl test parity parity-latest parity-slow slow aot bench bench-quick tunix wheel lint format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/tunix-gemma4 demo $(DEMO_ARGS)
@@ -41,6 +41,9 @@ parity-latest: $(LATEST)/.made
 
 slow: $(VENV)/.parity
 	$(PYTEST) $(PARALLEL) -m "slow and not aot and not accelerator"
+
+parity-slow: $(VENV)/.parity
+	$(PYTEST) $(PARALLEL) -m "(parity or slow) and not aot and not accelerator"
 
 # One process: libtpu locks the machine.
 aot: $(VENV)/.aot

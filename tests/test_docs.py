@@ -62,7 +62,7 @@ def workplace(tiny_checkpoint, tmp_path, monkeypatch):
     from PIL import Image
     from sklearn.datasets import load_digits
 
-    shutil.copytree(tiny_checkpoint("e2b"), tmp_path / "gemma-4-E2B-it")
+    shutil.copytree(tiny_checkpoint("demo"), tmp_path / "gemma-4-E2B-it")
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     (tmp_path / "digits").mkdir()
     digits = load_digits()
