@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from small_models import random_model
 from tunix.rl import algo_core, common, function_registry, rl_cluster
 from tunix.rl.grpo.grpo_learner import TrainExample
 from tunix.rl.ppo import ppo_learner
@@ -19,7 +20,7 @@ from tunix.sft.dpo import dpo_trainer
 
 import tunix_gemma4
 from tunix_gemma4.host import learner as hooks
-from tunix_gemma4.host import micro_batches
+from tunix_gemma4.host import micro_batches, orpo
 from tunix_gemma4.host.binding import Bound, bind
 from tunix_gemma4.host.grpo import KL_ESTIMATORS, make_algorithm
 from tunix_gemma4.model.gemma4 import Gemma4Model
@@ -314,6 +315,15 @@ def test_orpo_compares_mean_log_probabilities(smoothing):
     # Odds of answers that are nearly sure, and of very unlikely ones.
     sure = draw(5) * np.array([1e-3, 10, 10, 1e-3])[:, None]
     assert_is(orpo_loss(lambda_orpo=0.5, label_smoothing=smoothing), formula, sure)
+
+
+def test_orpo_is_the_hosts_own_where_that_takes_means():
+    def newer(model, train_example, algorithm="dpo", beta=0.1, average_log_prob_orpo=False):
+        return model, train_example, algorithm, beta, average_log_prob_orpo
+
+    model = random_model("demo", text_only=True)
+    given = model, "example", "orpo", 0.2, True
+    assert orpo.wrap_dpo_loss_fn(newer)(*given) == given
 
 
 def test_orpo_stays_finite_where_an_answer_is_sure():

@@ -8,6 +8,7 @@ of 0 where an answer is sure.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -24,17 +25,14 @@ _SURE = -float(jnp.finfo(jnp.float32).eps)
 
 def wrap_dpo_loss_fn(original: Callable) -> Callable:
     """ORPO's loss for Gemma 4; DPO's, and other models, are the host's."""
+    # Newer hosts take means themselves, where they are asked to.
+    takes_means = "average_log_prob_orpo" in inspect.signature(original).parameters
 
     @functools.wraps(original)
     def dpo_loss_fn(
         model: Any, train_example: Any, algorithm: str = "dpo", *args: Any, **kwargs: Any
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        # Newer hosts take means themselves, and say so.
-        if (
-            algorithm == "orpo"
-            and isinstance(model, Gemma4Model)
-            and "average_log_prob_orpo" not in kwargs
-        ):
+        if algorithm == "orpo" and isinstance(model, Gemma4Model) and not takes_means:
             return _orpo_loss(model, train_example, *args, **kwargs)
         return original(model, train_example, algorithm, *args, **kwargs)
 

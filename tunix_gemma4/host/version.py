@@ -92,8 +92,9 @@ def doubt(host: Found) -> str | None:
     if host.version in TRIED:
         return (
             f"{host}: commit {TRIED[host.version]} of Tunix's main branch was tried with "
-            "tunix_gemma4, and SFT, GRPO and DPO with images gave the losses of "
-            f"{TESTED[-1]}; nothing else was"
+            "tunix_gemma4. SFT, GRPO and DPO with images gave the losses of "
+            f"{TESTED[-1]}; the other learners, meshes and resuming passed the tests once; ORPO's "
+            "loss is that host's own; packing was not tried"
         )
     return f"{host} is untested with tunix_gemma4; tested: {', '.join(TESTED)}"
 
