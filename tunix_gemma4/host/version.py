@@ -93,8 +93,8 @@ def doubt(host: Found) -> str | None:
         return (
             f"{host}: commit {TRIED[host.version]} of Tunix's main branch was tried with "
             "tunix_gemma4. SFT, GRPO and DPO with images gave the losses of "
-            f"{TESTED[-1]}; the other learners, meshes and resuming passed the tests once; ORPO's "
-            "loss is that host's own; packing was not tried"
+            f"{TESTED[-1]}; the other learners, packing, meshes and resuming passed the tests "
+            "once; ORPO's loss is that host's own"
         )
     return f"{host} is untested with tunix_gemma4; tested: {', '.join(TESTED)}"
 
