@@ -326,8 +326,7 @@ def say_of_end(config: GrpoRunConfig, num_rows: int, steps: int) -> None:
     """
     if config.num_train_epochs is None:
         return
-    if config.max_steps is not None and steps < config.max_steps:
-        common.say_of_epochs(config, steps)
+    common.say_of_epochs(config, steps)
     asked = num_rows * config.num_train_epochs
     rest = asked - steps // config.updates_per_batch * config.batch_size
     if 0 < rest < config.batch_size:
