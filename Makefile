@@ -103,9 +103,12 @@ $(VENV)/.build: $(VENV)/.made
 	$(PIP) install build
 	touch $@
 
-$(LATEST)/.made: tests/parity/latest.txt $(PACKAGING)
+$(LATEST)/.dependencies: tests/parity/latest.txt
 	$(PYTHON) -m venv --clear $(LATEST)
-	$(LATEST)/bin/python -m pip install -r tests/parity/latest.txt
+	$(LATEST)/bin/python -m pip install --no-compile -r tests/parity/latest.txt
+	touch $@
+
+$(LATEST)/.made: $(LATEST)/.dependencies $(PACKAGING)
 	$(LATEST)/bin/python -m pip install --no-deps .
 	touch $@
 

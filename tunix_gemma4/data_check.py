@@ -206,7 +206,7 @@ def _all_text(bad: dict[int, str], name: str) -> str:
     listed = ", ".join(map(str, others[:_NAMED])) + (", ..." if len(others) > _NAMED else "")
     return (
         f"{bad[first]}\nOf {name} {len(others)} more cannot be read: {listed}. Correct or remove "
-        "them, or leave them out with data.skip_bad_rows: true"
+        "them, or leave them out with skip_bad_rows (data.skip_bad_rows in a recipe)"
     )
 
 

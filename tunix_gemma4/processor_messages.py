@@ -342,7 +342,10 @@ def _part(part: Any) -> dict[str, Any]:
             raise ValueError(f"{key!r}: {error}") from error
     if kind in ("audio", "audio_url", "input_audio", "video", "video_url"):
         raise ValueError(f"{kind!r} parts are not supported; supported: text and image")
-    raise ValueError(f"unknown part type {kind!r:.80}; expected 'text' or 'image'")
+    raise ValueError(
+        f"unknown part type {kind!r:.80}; expected 'text' or 'image', or of an assistant "
+        "'thinking' or 'tool_use', of a user 'tool_result'"
+    )
 
 
 # ---- Tools.
