@@ -4,8 +4,10 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -199,6 +201,47 @@ def test_sigterm_to_the_command_saves_and_exits_with_143(settings, unbroken, tmp
     assert last[1].endswith("the same command goes on from there.")
     assert main(["sft", *command]) == 0
     assert results(tmp_path / "run") == results(unbroken[0])
+
+
+_PROCESS = """
+import sys
+import jax
+jax.distributed.initialize(sys.argv[2], 2, int(sys.argv[1]))
+from tunix_gemma4.__main__ import main
+sys.exit(main(["sft", *sys.argv[3:]]))
+"""
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_of_two_processes_saves_the_same_step_of_both(settings, tmp_path):
+    overrides = ["logging_steps=1", "max_steps=2000", "mesh.fsdp=2"]
+    command = settings(tmp_path / "run", *overrides, as_words=True)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", _PROCESS, rank, address, *command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=Path(__file__).parents[1],
+            env={**os.environ, "XLA_FLAGS": ONE_DEVICE},
+        )
+        for rank in "01"
+    ]
+    try:
+        next(line for line in processes[0].stdout if line.startswith("step 1/"))
+        processes[1].send_signal(signal.SIGTERM)
+        said = [process.communicate(timeout=120)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [143, 143], said
+    stopped = {text.strip().splitlines()[-2] for text in said}
+    assert len(stopped) == 1, said
+    step = re.search(r"stopped by SIGTERM after step (\d+), which is saved", stopped.pop())[1]
+    assert (tmp_path / "run" / "checkpoints" / step).is_dir()
 
 
 # ---- One message, and what it says.
