@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+import types
 from pathlib import Path
 
 import absl.logging
@@ -520,3 +521,21 @@ def test_settings_are_compared_one_by_one(settings, tmp_path):
     for text in ("batch_size: [", "batch_size: 1"):  # Not YAML, and cut behind a digit.
         (tmp_path / "run" / "run_config.yaml").write_text(text)
         common.prepare_output(changed, ("data", "lora", "batch_size"))
+
+
+def test_writes_that_come_back_to_a_save_given_up_say_nothing(settings, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(sys, "excepthook", lambda kind, error, trace: said.append(str(error)))
+    monkeypatch.setattr(sys, "unraisablehook", lambda given: said.append(str(given.exc_value)))
+
+    @one_way_out
+    def run(config):
+        raise ValueError("no space is left")
+
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no space is left"):
+            run(settings(tmp_path / "run"))
+    for error in (RuntimeError("Event loop is closed"), RuntimeError("another")):
+        sys.excepthook(type(error), error, None)
+        sys.unraisablehook(types.SimpleNamespace(exc_value=error))
+    assert said == ["another", "another"]

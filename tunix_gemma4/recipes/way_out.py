@@ -50,25 +50,35 @@ def _quieten() -> Callable[[], None]:
 
     Behind a failed run it stays, because they go on for a while.
     """
-    loggers, hook = [logging.getLogger(name) for name in ("absl", "asyncio")], sys.excepthook
-    hook = getattr(hook, "around", hook)  # One that an earlier failed run has left.
-    for logger in loggers:
-        logger.addFilter(_is_raised_nowhere_else)
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    hooks = sys.excepthook, sys.unraisablehook
+    # Those that an earlier failed run has left are taken off.
+    error_hook, unraisable_hook = (getattr(hook, "around", hook) for hook in hooks)
 
     def excepthook(kind: type, error: BaseException, trace: Any) -> None:
-        # Tensorstore's writes that come back to a save which was given up.
-        if not (kind is RuntimeError and str(error) == "Event loop is closed"):
-            hook(kind, error, trace)
+        if not _comes_back(error):
+            error_hook(kind, error, trace)
 
-    excepthook.around = hook
-    sys.excepthook = excepthook
+    def unraisablehook(given: Any) -> None:
+        if not _comes_back(given.exc_value):
+            unraisable_hook(given)
+
+    excepthook.around, unraisablehook.around = error_hook, unraisable_hook
+    for logger in loggers:
+        logger.addFilter(_is_raised_nowhere_else)
+    sys.excepthook, sys.unraisablehook = excepthook, unraisablehook
 
     def undo() -> None:
         for logger in loggers:
             logger.removeFilter(_is_raised_nowhere_else)
-        sys.excepthook = hook
+        sys.excepthook, sys.unraisablehook = error_hook, unraisable_hook
 
     return undo
+
+
+def _comes_back(error: BaseException | None) -> bool:
+    """Whether it is of a write of tensorstore that comes back to a save which was given up."""
+    return isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
 
 
 def _is_raised_nowhere_else(record: logging.LogRecord) -> bool:
