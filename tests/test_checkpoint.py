@@ -642,13 +642,19 @@ def test_an_empty_target_is_filled(directory, tmp_path):
 
 
 def test_an_earlier_output_is_replaced_when_asked_also_by_a_model_read_from_it(directory, tmp_path):
+    """What others have put into it stays."""
     out = tmp_path / "out"
     save_checkpoint(load_checkpoint(directory), out, max_shard_bytes=50_000)
     model = load_checkpoint(out)
     model.language_model.norm.weight[...] = jnp.full((32,), 3.0)
     with pytest.raises(ValueError, match="pass overwrite=True to replace an earlier output"):
         save_checkpoint(model, out)
+    (out / "README.md").write_text("a model card")
+    (out / "eval").mkdir()
+    (out / "eval" / "r.json").write_text("{}")
     save_checkpoint(model, out, overwrite=True)
+    assert (out / "README.md").read_text() == "a model card"
+    assert (out / "eval" / "r.json").read_text() == "{}"
     assert_same(stored(out), stored(directory) | {NORM: np.full((32,), 3.0, np.float32)})
     assert not (out / INDEX).exists()
     assert {path.name for path in tmp_path.iterdir()} == {"e2b", "out"}

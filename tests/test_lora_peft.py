@@ -175,9 +175,11 @@ def test_an_earlier_adapter_is_replaced_and_anything_else_is_not(saved, tmp_path
     target = tmp_path / "adapter"
     target.mkdir()
     save_adapter(lora, target)
-    (target / "leftover.txt").write_text("old")
+    (target / "notes.txt").write_text("mine")
+    (target / "tokenizer.json").write_text("of another base")
     save_adapter(lora, target)
-    assert not (target / "leftover.txt").exists()
+    assert (target / "notes.txt").read_text() == "mine"
+    assert not (target / "tokenizer.json").exists()
     other = tmp_path / "other"
     other.mkdir()
     (other / "notes.txt").write_text("mine")

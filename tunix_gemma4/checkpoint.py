@@ -191,7 +191,8 @@ def save_checkpoint(
         source: checkpoint directory to complete the model from; the one it was loaded from if
             None.
         max_shard_bytes: size of the largest file, unless a single tensor is larger.
-        overwrite: replace `directory` if this function wrote it.
+        overwrite: replace `directory` if this function wrote it; what others have put into it, such
+            as a model card, stays.
 
     Raises:
         ValueError: adapters or quantised kernels in the model, a target that is in the way, or a

@@ -48,6 +48,8 @@ _COMPANIONS = (
     "*processor_config.json",
     "generation_config.json",
 )
+# What a directory that is replaced is not asked to keep: it is written anew, or not of it any more.
+_WRITTEN = (*_COMPANIONS, "*.safetensors", INDEX, "config.json", "adapter_config.json")
 _CODES = {dtype: code for code, dtype in FLOATS.items()}
 _MARK = "tunix_gemma4"  # In the metadata of every file written here: this output may be replaced.
 _BLOCK_BYTES = 8 * 2**20
@@ -354,7 +356,8 @@ def _is_our_output(directory: Path) -> bool:
 def replacing(directory: Path) -> Iterator[Path]:
     """A new directory beside `directory` that takes its place when the block ends well.
 
-    If anything goes wrong, the new one is removed and whatever was there before stays.
+    If anything goes wrong, the new one is removed and whatever was there before stays. What others
+    have put into it, a model card say, is found in the new one.
     """
     directory = directory.resolve()
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -364,6 +367,7 @@ def replacing(directory: Path) -> Iterator[Path]:
     try:
         yield new
         if directory.exists():
+            _keep_foreign(directory, new)
             directory.rename(old)
         try:
             new.rename(directory)
@@ -375,6 +379,18 @@ def replacing(directory: Path) -> Iterator[Path]:
         shutil.rmtree(new, ignore_errors=True)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _keep_foreign(directory: Path, new: Path) -> None:
+    """Puts into `new` what `directory` holds and neither a checkpoint nor an adapter has."""
+    for path in directory.iterdir():
+        written = any(path.match(pattern) for pattern in _WRITTEN)
+        if written or (new / path.name).exists():
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.copytree(path, new / path.name, symlinks=True)
+        else:
+            shutil.copy2(path, new / path.name, follow_symlinks=False)
 
 
 def copy_companions(origin: Path, new: Path) -> None:

@@ -79,7 +79,8 @@ def save_adapter(
 ) -> None:
     """Writes what `peft.PeftModel.from_pretrained` loads, and the base's tokenizer beside it.
 
-    The directory appears whole or not at all; one that an earlier call wrote is replaced.
+    The directory appears whole or not at all; one that an earlier call wrote is replaced, and what
+    others have put into that, such as a model card, stays.
 
     Args:
         model: from `apply_lora` or `load_adapter`; it may be quantised.
@@ -89,7 +90,7 @@ def save_adapter(
             copied from that one.
 
     Raises:
-        ValueError: if there are no adapters, or `directory` holds anything else.
+        ValueError: if there are no adapters, or `directory` exists and was not written here.
         NonFiniteError: if adapters hold NaN or infinity, by name.
     """
     require_single_layers(model)
@@ -156,7 +157,7 @@ def _settings(modules: dict[str, LoraLinear], base: str | None) -> dict[str, Any
 
 
 def _check_target(directory: Path) -> None:
-    """Refuses a directory with anything in it that an earlier `save_adapter` did not write."""
+    """Refuses a directory that has something in it and no adapter of `save_adapter`."""
     if directory.is_dir() and not any(directory.iterdir()):
         return
     if directory.exists() and not _is_ours(directory):
