@@ -45,6 +45,12 @@ def test_exact_answer_is_exact_but_for_space(said, reward):
         (".5", Fraction(1, 2)),
         ("50%", 50),
         ("#### none, but 12", 12),
+        ("1e3", 1000),
+        ("2.5E-1 m", Fraction(1, 4)),
+        ("it is -1/2.", Fraction(-1, 2)),
+        ("#### 1,000/4", 250),
+        ("on 1/2/2024", 2024),
+        ("1/0 is 1e99999", 99999),
         ("no number", None),
         ("", None),
         ("9" * 5000, None),
@@ -58,6 +64,8 @@ def test_numbers_are_compared_by_value():
     assert one("numeric_answer", "so it is 42.0", answer="19 + 23 = 42\n#### 42") == 1
     assert one("numeric_answer", "#### 42", answer=42) == 1
     assert one("numeric_answer", "0.1", answer=0.1) == 1
+    assert one("numeric_answer", "1e3 = 10^3 = 1000", answer=1e3) == 1
+    assert one("numeric_answer", "1/2", answer="0.5") == 1
     assert one("numeric_answer", "#### 43", answer="#### 42") == 0
     assert one("numeric_answer", "forty-two", answer="#### 42") == 0
 
@@ -73,6 +81,16 @@ def test_answer_without_a_number_or_letter_is_the_users_mistake():
         one("numeric_answer", "8", answer="many")
     with pytest.raises(ValueError, match="no letter A to J in the answer 'paris'"):
         one("multiple_choice", "B", answer="paris")
+    with pytest.raises(ValueError, match="'answer': the number in the answer '9.* 400 characters"):
+        one("numeric_answer", "8", answer="9" * 400)
+
+
+@pytest.mark.parametrize("column", ["answer", "solution"])
+@pytest.mark.parametrize("wrong", [None, [5], {"a": 1}, "", float("nan"), float("inf")])
+def test_answer_that_is_none_is_named_with_its_sample(wrong, column):
+    for name in ("exact_answer", "numeric_answer", "multiple_choice"):
+        with pytest.raises(ValueError, match=f"^sample 1: '{column}': expected a text or a .* fou"):
+            load_reward(name)(["p"] * 2, ["A"] * 2, **{column: ["A 1", wrong]})
 
 
 @pytest.mark.parametrize(
@@ -110,6 +128,7 @@ def test_multiple_choice_compares_letters():
         ("one\ntwo\n#### 12", 1),
         ("#### 1,200.50\n", 1),
         ("#### $3", 1),
+        ("#### -1/2", 1),
         ("#### 3 apples", 0),
         ("#### ", 0),
         ("so #### 3", 0),

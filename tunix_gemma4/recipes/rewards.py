@@ -14,16 +14,20 @@ import importlib
 import importlib.util
 import inspect
 import math
+import numbers
 import re
 from collections.abc import Callable, Mapping, Sequence
+from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 RewardFn = Callable[..., list[float | None]]
 
-_NUMBER = re.compile(r"[-+]?(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)")
-_FINAL = re.compile(r"####\s*([-+]?[0-9.,]+)")
+_DIGITS = r"(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)"
+_POWER = r"(?:[eE][-+]?[0-9]{1,3}(?!\.?[0-9]))?"
+_NUMBER = re.compile(rf"[-+]?{_DIGITS}{_POWER}(?:/{_DIGITS})*")
+_FINAL = re.compile(rf"####\s*([-+]?[0-9.,]+{_POWER}(?:/{_DIGITS})*)")
 _LONGEST_NUMBER = 100  # characters; a policy may write digits without end
 
 
@@ -48,9 +52,9 @@ def exact_answer(
     solution: Sequence[Any] | None = None,
 ) -> list[float]:
     """1 where the completion is the answer to the letter, but for space around it."""
-    wanted = _wanted(answer, solution)
+    wanted = _wanted(answer, solution, lambda right: str(right).strip())
     return [
-        float(said.strip() == str(right).strip())
+        float(said.strip() == right)
         for said, right in zip(_texts(completions), wanted, strict=True)
     ]
 
@@ -64,30 +68,49 @@ def numeric_answer(
     """1 where the completion's number equals the answer's.
 
     The number is the last one behind `####`, as GSM8K writes it, or else the last of the text;
-    thousands may have commas, and 42, 42.0 and $42 are the same.
+    thousands may have commas, and 42, 42.0, $42, 4.2e1 and 84/2 are the same.
     """
-    rewards = []
-    for said, right in zip(_texts(completions), _wanted(answer, solution), strict=True):
-        number = read_number(right) if isinstance(right, str) else Fraction(str(right))
-        if number is None:
-            raise ValueError(f"there is no number in the answer {right!r}")
-        rewards.append(float(read_number(said) == number))
-    return rewards
+    wanted = _wanted(answer, solution, _number_of)
+    return [
+        float(read_number(said) == right)
+        for said, right in zip(_texts(completions), wanted, strict=True)
+    ]
+
+
+def _number_of(right: Any) -> Fraction:
+    written = _written(str(right))
+    if written is not None and len(written) > _LONGEST_NUMBER:
+        raise ValueError(
+            f"the number in the answer {right!r:.80} has {len(written)} characters; expected at "
+            f"most {_LONGEST_NUMBER}"
+        )
+    number = read_number(str(right))
+    if number is None:
+        raise ValueError(f"there is no number in the answer {right!r:.80}")
+    return number
 
 
 def read_number(text: str) -> Fraction | None:
     """The number that a solution ends in, exactly; None if there is none."""
+    written = _written(text)
+    if written is None or len(written) > _LONGEST_NUMBER:
+        return None
+    *above, last = [Fraction(part) for part in written.replace(",", "").split("/")]
+    # 1/2/2024 is no fraction, and neither is 1/0.
+    return above[0] / last if len(above) == 1 and last else last
+
+
+def _written(text: str) -> str | None:
+    """The number that a solution ends in as it stands there."""
     text = text.replace("$", "").replace("\N{MINUS SIGN}", "-")
     finals = _FINAL.findall(text)
     found = _NUMBER.findall(finals[-1] if finals else _separated(text))
-    if not found or len(found[-1]) > _LONGEST_NUMBER:
-        return None
-    return Fraction(found[-1].replace(",", ""))
+    return found[-1] if found else None
 
 
 def _separated(text: str) -> str:
     """`text` where a sign or comma between numbers is no part of them: 3-4, (1, 2)."""
-    text = re.sub(r"(?<=[\w)])[-+](?=[0-9.])", " ", text)
+    text = re.sub(r"(?<=[\w)])(?<![0-9][eE])[-+](?=[0-9.])", " ", text)
     return re.sub(r",(?![0-9]{3}(?![0-9]))", " ", text)
 
 
@@ -102,13 +125,18 @@ def multiple_choice(
     That is a capital letter A to J that stands alone, the first behind the last word "answer" or,
     where there is none, the first of all: "B", "(B)", "B. Paris", "The answer is B."
     """
-    rewards = []
-    for said, right in zip(_texts(completions), _wanted(answer, solution), strict=True):
-        letter = read_choice(str(right))
-        if letter is None:
-            raise ValueError(f"there is no letter A to J in the answer {right!r}")
-        rewards.append(float(read_choice(said) == letter))
-    return rewards
+    wanted = _wanted(answer, solution, _letter_of)
+    return [
+        float(read_choice(said) == right)
+        for said, right in zip(_texts(completions), wanted, strict=True)
+    ]
+
+
+def _letter_of(right: Any) -> str:
+    letter = read_choice(str(right))
+    if letter is None:
+        raise ValueError(f"there is no letter A to J in the answer {right!r:.80}")
+    return letter
 
 
 def read_choice(text: str) -> str | None:
@@ -122,10 +150,29 @@ def read_choice(text: str) -> str | None:
     return None
 
 
-def _wanted(answer: Sequence[Any] | None, solution: Sequence[Any] | None) -> Sequence[Any]:
-    wanted = solution if answer is None else answer
-    if wanted is None:
+def _wanted(
+    answer: Sequence[Any] | None, solution: Sequence[Any] | None, read: Callable[[Any], Any]
+) -> list[Any]:
+    """What `read` makes of each answer, which is a text or a number; all rewards take theirs here.
+
+    Raises:
+        ValueError: an answer is neither, or is empty, or `read` refuses it; says which.
+    """
+    name, column = ("solution", solution) if answer is None else ("answer", answer)
+    if column is None:
         raise ValueError("the data has neither a column 'answer' nor 'solution'")
+    wanted = []
+    for index, right in enumerate(column):
+        is_text = isinstance(right, str) and right.strip()
+        is_number = isinstance(right, numbers.Real | Decimal) and right - right == 0
+        if not is_text and not is_number:
+            raise ValueError(
+                f"sample {index}: {name!r}: expected a text or a finite number, found {right!r:.80}"
+            )
+        try:
+            wanted.append(read(right))
+        except ValueError as error:
+            raise ValueError(f"sample {index}: {name!r}: {error}") from error
     return wanted
 
 
@@ -134,7 +181,7 @@ def _wanted(answer: Sequence[Any] | None, solution: Sequence[Any] | None) -> Seq
 
 def final_answer_format(prompts: Sequence[Any], completions: Sequence[Any]) -> list[float]:
     """1 where the last line is `####` and a number."""
-    pattern = re.compile(r"(?:^|\n)#### ?\$?[-+]?[\d.,]*\d\s*$")
+    pattern = re.compile(r"(?:^|\n)#### ?\$?[-+]?[\d.,]*\d(?:[eE][-+]?\d+)?(?:/\d+)?\s*$")
     return [float(pattern.search(said) is not None) for said in _texts(completions)]
 
 
