@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Settings of a run: defaults, overrides and what a mistake is answered with."""
 
+import json
 import re
 from pathlib import Path
 
@@ -139,3 +140,43 @@ def test_every_setting_is_documented():
         for kind in section.__mro__[:-1]:
             documented |= set(re.findall(r"\b\w+(?=[,:])", kind.__doc__))
         assert set(section.__dataclass_fields__) <= documented
+
+
+@pytest.mark.parametrize(
+    "text", ["Cost ${seed} dollars", "bash ${", r"\${x}", "1e3", "012", "yes", "2024", "a: b"]
+)
+def test_a_text_is_what_stands_there(text, tmp_path):
+    """No interpolation, and no number or switch that YAML 1.1 would have made of it."""
+    path = tmp_path / "run.yaml"
+    shown = json.dumps(text) if text == "a: b" else text
+    path.write_text(f"model: {shown}\noutput_dir: out\ndata: {{path: t.jsonl}}\n")
+    config = load_run_config(path)
+    assert config.model == text
+    assert load_run_config(path, [f"output_dir={text}"]).output_dir == text
+    path.write_text(to_yaml(config))
+    assert load_run_config(path) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("output_dir=???", "output_dir: '???' stands for a value that is missing"),
+        ("compilation_cache_dir=false", "compilation_cache_dir: expected a text, found false"),
+        ("data.chat_template_kwargs=[a]", "chat_template_kwargs: expected keys and values"),
+        ("keep_steps=5", "keep_steps: expected a list, found 5"),
+        ("max_steps=1:30", "max_steps: Value '1:30'"),
+    ],
+)
+def test_a_value_of_another_kind_is_named_with_its_key(override, message, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("model: m\noutput_dir: out\ndata: {path: t.jsonl}\n")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_run_config(path, [override])
+
+
+def test_numbers_and_switches_are_read_as_in_yaml_1_2(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("model: m\noutput_dir: out\ndata: {path: t.jsonl}\nmax_steps: 010\n")
+    config = load_run_config(path, ["learning_rate=1e-5", "text_only=yes", "seed=1_000"])
+    assert (config.max_steps, config.learning_rate) == (10, 1e-5)
+    assert (config.text_only, config.seed) == (True, 1000)

@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
+import re
+import types
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from yaml.constructor import ConstructorError
 
 from .settings import TrainSettings
 from .shipped import command_of, find_recipe
@@ -81,14 +86,10 @@ def load_config(
     if command is not None and own not in (None, command):
         raise ValueError(f"{path.stem} is a recipe of `{own}`, and this is `{command}`")
     config = OmegaConf.structured(kind)
-    try:
-        given = OmegaConf.load(path)
-    except Exception as error:  # YAML's own errors have no common class that omegaconf exports.
-        raise ValueError(f"{path}: not readable as YAML: {error}") from error
-    if not isinstance(given, DictConfig):
-        raise ValueError(f"{path}: expected keys and values, found a list")
-    config = _merge(kind, config, given, str(path))
-    config = _merge(kind, config, _parsed(overrides), "the command line")
+    for given, texts, source in (_file(path), _assigned(overrides)):
+        if not isinstance(given, dict):
+            raise ValueError(f"{source}: expected keys and values, found {given!r:.80}")
+        config = _merge(kind, config, _literal(kind, given, texts, source), source)
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise ValueError(
@@ -104,7 +105,12 @@ def load_config(
 
 def to_yaml(config: TrainSettings) -> str:
     """All settings, as `load_config` reads them."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+
+
+def read_yaml(text: str) -> Any:
+    """What YAML 1.2 says; raises yaml.YAMLError, also for a key that is there twice."""
+    return yaml.load(text, _Loader)
 
 
 def sections(kind: type) -> dict[str, type]:
@@ -118,7 +124,7 @@ def sections(kind: type) -> dict[str, type]:
     }
 
 
-def _merge(kind: type, config: DictConfig, given: DictConfig, source: str) -> DictConfig:
+def _merge(kind: type, config: DictConfig, given: dict, source: str) -> DictConfig:
     try:
         return OmegaConf.merge(config, given)
     except ConfigKeyError as error:
@@ -129,20 +135,142 @@ def _merge(kind: type, config: DictConfig, given: DictConfig, source: str) -> Di
         raise ValueError(f"{source}: {key}{reason}") from error
 
 
-def _parsed(overrides: Sequence[str]) -> DictConfig:
-    """The overrides as one tree."""
+# ---- YAML 1.2. In 1.1, which PyYAML and OmegaConf read, `yes` is true, 010 is 8 and 1:30 is 90.
+
+
+class _Texts(yaml.SafeLoader):
+    """Numbers are the texts that stand there."""
+
+    yaml_implicit_resolvers: typing.ClassVar[dict] = {}
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        found = set()
+        for key, _ in node.value:
+            if key.tag != "tag:yaml.org,2002:merge" and key.value in found:
+                raise ConstructorError(None, None, f"the key {key.value!r} twice", key.start_mark)
+            found.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+class _Loader(_Texts):
+    """All of version 1.2's core schema."""
+
+    yaml_implicit_resolvers: typing.ClassVar[dict] = {}
+
+
+_WORDS = {
+    "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    "bool": (r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    "merge": (r"<<", ["<"]),
+}
+_NUMBERS = {
+    "int": (r"[-+]?(0|[1-9][0-9_]*)|0x[0-9a-fA-F]+", list("-+0123456789")),
+    "float": (
+        r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+"
+        r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
+}
+for _loader, _scalars in ((_Texts, _WORDS), (_Loader, _WORDS | _NUMBERS)):
+    for _name, (_form, _first) in _scalars.items():
+        _loader.add_implicit_resolver(
+            f"tag:yaml.org,2002:{_name}", re.compile(f"^(?:{_form})$"), _first
+        )
+
+
+def _file(path: Path) -> tuple[Any, Any, str]:
+    """A file's tree, the same with texts for numbers, and its name."""
+    try:
+        text = path.read_text("utf-8-sig")
+        given, texts = read_yaml(text), yaml.load(text, _Texts)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: not readable as YAML: {error}") from error
+    return ({}, {}, str(path)) if given is None else (given, texts, str(path))
+
+
+def _assigned(overrides: Sequence[str]) -> tuple[dict, dict, str]:
+    """The like of overrides. The text of one is whole, whatever YAML would make of it."""
+    given: dict[str, Any] = {}
+    texts: dict[str, Any] = {}
     for override in overrides:
-        key, equals, _ = override.partition("=")
-        if not equals or not all(part.strip() for part in key.split(".")):
+        key, equals, text = override.partition("=")
+        parts = [part.strip() for part in key.split(".")]
+        if not equals or not all(parts):
             raise ValueError(f"{override!r}: expected key=value, such as learning_rate=1e-4")
         try:
-            OmegaConf.from_dotlist([override])
-        except Exception as error:  # As above.
+            values = read_yaml(text), yaml.load(text, _Texts)
+        except yaml.YAMLError as error:
             reason = str(error).splitlines()[0]
             raise ValueError(
                 f"{override!r}: its value is not readable as YAML: {reason}"
             ) from error
-    return OmegaConf.from_dotlist(list(overrides))
+        is_prose = isinstance(values[1], dict) and not text.lstrip().startswith("{")
+        whole = text if is_prose else values[1]
+        for tree, value in ((given, values[0]), (texts, _Whole(values[1], whole))):
+            for part in parts[:-1]:
+                tree[part] = tree = tree[part] if isinstance(tree.get(part), dict) else {}
+            tree[parts[-1]] = value
+    return given, texts, "the command line"
+
+
+class _Whole(typing.NamedTuple):
+    """A value of the command line: parsed, and for a field that is a text."""
+
+    parsed: Any
+    text: Any
+
+
+def _literal(hint: Any, given: Any, texts: Any, source: str, key: str = "") -> Any:
+    """`given` with every text as it stands there, for OmegaConf, which would interpolate.
+
+    Args:
+        hint: the field's type.
+        given: its value.
+        texts: the same with texts for numbers.
+        source, key: for messages.
+
+    Raises:
+        ValueError: for what is no text where one is wanted, or no keys and values.
+    """
+    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    choices = {*typing.get_args(hint)} - {type(None)} if is_union else {hint}
+    of_list = next((one for one in choices if typing.get_origin(one) is list), None)
+    if isinstance(texts, _Whole):
+        texts = texts.text if choices == {str} else texts.parsed
+    kind = next((choice for choice in choices if dataclasses.is_dataclass(choice)), None)
+    if isinstance(given, dict):
+        hints = typing.get_type_hints(kind) if kind is not None else {}
+        beside = texts if isinstance(texts, dict) else {}
+        result = {
+            name: _literal(
+                hints.get(name, Any), value, beside.get(name), source, f"{key}.{name}".lstrip(".")
+            )
+            for name, value in given.items()
+        }
+        if choices != {str}:
+            return result
+    where = f"{source}: {key}: "
+    of_keys = kind is not None or any(typing.get_origin(one) is dict for one in choices)
+    if given is not None and of_keys:
+        raise ValueError(f"{where}expected keys and values, found {given!r:.80}")
+    if isinstance(given, list) and choices != {str}:
+        (inner,) = typing.get_args(of_list) if of_list else (Any,)
+        return [_literal(inner, *both, source, key) for both in zip(given, texts, strict=True)]
+    if given is not None and choices == {of_list}:
+        raise ValueError(f"{where}expected a list, found {given!r:.80}")
+    if choices == {str} and given is not None:
+        if isinstance(texts, bool | dict | list):
+            found = json.dumps(given, default=str)
+            raise ValueError(f"{where}expected a text, found {found:.80}; quote it if it is one")
+        given = texts
+    if given == "???":
+        raise ValueError(f"{where}'???' stands for a value that is missing; give one")
+    return _escaped(given) if isinstance(given, str) else given
+
+
+def _escaped(text: str) -> str:
+    r"""What OmegaConf reads as `text`: `${` is written `\${` there, backslashes before it twice."""
+    return re.sub(r"(\\*)\$\{", lambda found: f"{found[1]}{found[1]}\\${{", text)
 
 
 def _unknown(kind: type, key: str) -> str:

@@ -6,6 +6,7 @@ It lies beside the checkpoints and goes with them. A run that is resumed must ag
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import threading
 from collections.abc import Mapping, Sequence
@@ -13,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import yaml
 from absl import logging
 from omegaconf import OmegaConf
 
 from ..checkpoint_disk import sha256, write_text
 from ..host.settings import CHECKPOINTS
-from .load_config import to_yaml
+from .load_config import read_yaml, to_yaml
 from .settings import TrainSettings
 
 SETTINGS = "run_config.yaml"
@@ -153,7 +155,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 def plain(config: TrainSettings) -> dict[str, Any]:
     """The settings as dicts, lists and scalars."""
-    return OmegaConf.to_container(OmegaConf.structured(config))
+    return dataclasses.asdict(config)
 
 
 def write_settings(output: Path, config: TrainSettings) -> None:
@@ -174,8 +176,8 @@ def earlier_settings(settings: Path) -> dict[str, Any] | None:
         return None
     try:
         text = settings.read_text("utf-8")
-        given = OmegaConf.to_container(OmegaConf.create(text)) if text.endswith("\n") else None
-    except Exception as error:  # YAML's own errors have no common class that omegaconf exports.
+        given = read_yaml(text) if text.endswith("\n") else None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         given, reason = None, str(error).partition("\n")[0]
     else:
         reason = "it is cut"
