@@ -144,6 +144,16 @@ def test_a_config_json_that_is_none(tmp_path, content):
     assert_named(tmp_path, lambda: ModelConfig.from_hf(tmp_path), tmp_path / "config.json")
 
 
+@pytest.mark.parametrize(
+    ("name", "read"), [("config.json", ModelConfig.from_hf), ("adapter_config.json", check_adapter)]
+)
+def test_a_key_that_stands_twice(tmp_path, name, read):
+    (tmp_path / name).write_text('{"r": 1, "of": {"lora_alpha": 1, "lora_alpha": 9}}')
+    message = f"{name}: the key 'lora_alpha' stands in one object twice$"
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path)
+
+
 # ---- safetensors and their index
 
 

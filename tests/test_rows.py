@@ -546,6 +546,22 @@ MESSAGES = {
         said(ANSWER, tool_calls=[{"name": "f", "arguments": "[1]"}]),
         "message 1: tool_calls: expected 'arguments' to be an object",
     ),
+    **{
+        f"arguments {written}": (
+            said(ANSWER, tool_calls=[{"name": "f", "arguments": written}]),
+            f"message 1: tool_calls: 'arguments': expected .*{found}",
+        )
+        for written, found in (
+            ('{"a": 1, "b": {"a": 1, "a": 2}}', "the key 'a' stands in one object twice"),
+            ('{"a": 1e400}', "1e400 is no finite number"),
+            ('{"a": [NaN]}', "NaN is no finite number"),
+            ('{"a": -Infinity}', "-Infinity is no finite number"),
+        )
+    },
+    "infinite arguments": (
+        said(ANSWER, tool_calls=[{"name": "f", "arguments": {"a": [np.inf]}}]),
+        "message 1: tool_calls: 'arguments': expected finite numbers, found inf",
+    ),
     "arguments of another name": (
         said(ANSWER, tool_calls=[{"name": "f", "args": {"x": 1}}]),
         r"message 1: tool_calls: a call has no 'arguments', and has \['args'\]",

@@ -9,11 +9,11 @@ import json
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from .checkpoint_disk import sha256
+from .config_json import parse_json
 from .processor_images import is_path
 from .processor_keys import ANSWERS, CHOSEN, CONVERSATIONS, IMAGE_PARTS, IMAGES, PROMPTS, REJECTED
 
@@ -227,7 +227,7 @@ class _JsonLines:
 
     def _parse(self, line: bytes, number: int):
         try:
-            return json.loads(line, object_pairs_hook=_once)
+            return parse_json(line)
         except (ValueError, RecursionError) as error:
             coding = line[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in line
             remedy = "Save it as UTF-8" if coding else "Correct or remove the line"
@@ -275,19 +275,9 @@ class _ParquetTable:
         return (self[index] for index in range(len(self)))
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON whose keys stand there once; readers differ in which of two they take."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} stands in one object twice")
-    return found
-
-
 def _json_list(path: Path) -> list:
     try:
-        rows = json.loads(path.read_bytes(), object_pairs_hook=_once)
+        rows = parse_json(path.read_bytes())
     except json.JSONDecodeError as error:
         raise ValueError(
             f"{path}, line {error.lineno}: not JSON ({error.msg}). "

@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from .config_json import parse_json
 from .processor_keys import (
     IMAGE_KEYS,
     IMAGE_PARTS,
@@ -355,7 +355,7 @@ def _parsed(value: Any, what: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        return parse_json(value, finite=True)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{what}: expected JSON, found {value!r:.80} ({error})") from error
 
@@ -383,6 +383,7 @@ def _calls(given: Any, what: str) -> list[dict[str, Any]]:
                 f"{what}: expected 'arguments' to be an object or JSON of one, found "
                 f"{arguments!r:.80}"
             )
+        _refuse_infinite(arguments, f"{what}: {key!r}")
         # JSON in a string has nulls of its own.
         if not any(isinstance(v, str) for v in (given, written, given_arguments)):
             arguments = _without_none(arguments)
@@ -390,6 +391,16 @@ def _calls(given: Any, what: str) -> list[dict[str, Any]]:
         function = {"name": function["name"], "arguments": dict(arguments)}
         result.append(identity | {"type": "function", "function": function})
     return result
+
+
+def _refuse_infinite(value: Any, what: str) -> None:
+    """Raises ValueError for an infinite number in an object, which JSON cannot hold."""
+    if isinstance(value, float | np.floating) and np.isinf(value):
+        raise ValueError(f"{what}: expected finite numbers, found {value!r}")
+    inner = value.values() if isinstance(value, Mapping) else value
+    if isinstance(value, Mapping | np.ndarray) or is_list(value):
+        for part in inner:
+            _refuse_infinite(part, what)
 
 
 def _result(message: Message, given: Mapping[str, Any]) -> Message:
