@@ -373,3 +373,44 @@ def test_budget_and_transparency_are_settings_of_the_processor(tiny_dir):
         for alpha in (False, True)
     )
     assert (white[0, :256, :48] == 1).all() and not black[0, :256, :48].any()
+
+
+@pytest.mark.parametrize("end", ["", "<turn|>", "<turn|>\n", "<eos>", "<turn|>\n<eos> "])
+def test_an_answers_own_end_of_turn_is_learnt_once(small, end):
+    rows = [
+        {"prompt": "Q", "completion": f"A{end}"},
+        {"prompt": PROMPT, "completion": f"A{end}"},
+        {"messages": [USER, {"role": "assistant", "content": f"A{end}"}]},
+        {
+            "messages": [
+                USER,
+                {"role": "assistant", "content": [{"type": "text", "text": f"A{end}"}]},
+            ]
+        },
+    ]
+    pairs = [
+        {"prompt": "Q", "chosen": f"A{end}", "rejected": "B"},
+        {"prompt": PROMPT, "chosen": f"{PROMPT}A{end}", "rejected": f"{PROMPT}B{end}"},
+        {"chosen": f"{PROMPT}A{end}", "rejected": f"{PROMPT}B{end}"},
+    ]
+    rows += [read_preference_pair(pair)["chosen"] for pair in pairs]
+    assert [learnt(small, row) for row in rows] == [["A<turn|>"]] * len(rows)
+    asked = {"messages": [USER, {"role": "assistant", "content": f"A{end}"}]}
+    assert read_prompt(asked).columns["answer"] == "A"
+
+
+def test_turns_of_the_template_within_a_text_are_named(small):
+    for row in (
+        {"prompt": PROMPT, "completion": f"{PROMPT}A"},
+        {"prompt": PROMPT, "completion": "A<turn|><|turn>user\nx"},
+        {"prompt": f"Explain {PROMPT}", "completion": "A"},
+    ):
+        with pytest.raises(ValueError, match=r"it holds '<\|turn>user'"):
+            small.encode(row)
+    other = PROMPT.replace("Q", "R")
+    with pytest.raises(ValueError, match="begins with another prompt than 'prompt'"):
+        read_preference_pair({"prompt": PROMPT, "chosen": f"{other}A", "rejected": "B"})
+    with pytest.raises(ValueError, match="<bos> behind its beginning"):
+        small.encode({"prompt": PROMPT.replace("Q", "<bos>Q"), "completion": "A"})
+    spaced = small.encode({"prompt": f"\n{PROMPT}", "completion": "A"})
+    assert runs(small, spaced) == [(PROMPT, 0), ("A<turn|>", 1)]

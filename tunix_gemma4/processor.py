@@ -22,6 +22,7 @@ from .processor_chat import ChatFormat, Segment, special_tokens, text_tokenizer
 from .processor_conversation import Conversation, read_conversation
 from .processor_files import load_tokenizer, stop_ids_of
 from .processor_images import ImagePacker, soft_tokens_of
+from .processor_rows import without_bos
 from .processor_turns import each_turn, keep_thoughts
 
 THOUGHTS = ("last", "none", "each_turn")
@@ -337,6 +338,12 @@ class Processor:
         `<bos>`, once, however often `text` begins with it.
         """
         packed, counts = self._pack(Conversation([], list(images), []))
+        text = without_bos(text)
+        if self.tokenizer.bos_token in text:
+            raise ValueError(
+                f"the prompt follows the chat template and has {self.tokenizer.bos_token} behind "
+                "its beginning; remove it"
+            )
         pieces = text.split(self._image_token)
         if len(pieces) - 1 != len(counts):
             raise ValueError(

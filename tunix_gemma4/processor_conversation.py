@@ -14,16 +14,19 @@ from typing import Any
 
 from . import processor_keys as keys
 from .processor_keys import first_of, is_empty, is_list, one_of
-from .processor_messages import ROLES, Message, join, read_messages
+from .processor_messages import ROLES, Message, answer_of_text, join, read_messages
 from .processor_rows import (
     PROMPTS,
+    TURN,
     Conversation,
     Row,
     form_of,
     read_row,
+    templated_parts,
     text_of,
     with_default_system,
     with_system,
+    without_bos,
 )
 
 __all__ = ["Conversation", "read_conversation", "read_preference_pair", "read_prompt"]
@@ -147,6 +150,13 @@ def _side(row: Mapping[str, Any], name: str) -> tuple[list[Message], list[Messag
     if not isinstance(answer, str):
         answer = read_messages([answer] if isinstance(answer, Mapping) else answer, name)
     rest = {key: row[key] for key in row if key not in (*keys.CHOSEN, *keys.REJECTED)}
+    if isinstance(answer, str) and (parts := templated_parts(answer)):
+        # The prompt is in both sides, as the template has written it.
+        prompt, answer = parts
+        if is_empty(rest.get("prompt")):
+            rest["prompt"] = prompt
+        elif without_bos(str(rest["prompt"])) != without_bos(prompt):
+            raise ValueError("it begins with another prompt than 'prompt'; give the answer alone")
     # Messages that end in an answer are no prompt: ultrafeedback_binarized has both.
     ended = {key: v for key, v in rest.items() if key in keys.CONVERSATIONS and _ended(v)}
     rest = {key: value for key, value in rest.items() if key not in ended}
@@ -165,7 +175,7 @@ def _side(row: Mapping[str, Any], name: str) -> tuple[list[Message], list[Messag
     read = read_row(rest, answered=True)
     read.columns.update(ended)
     if isinstance(answer, str):
-        return read.messages, [Message("assistant", answer)], read
+        return read.messages, [answer_of_text(answer)], read
     if len(answer) > 1 and _repeats(answer[:-1], read):
         longer = answer[:-1] if len(answer) - 1 > len(read.messages) else read.messages
         return longer, answer[-1:], read
@@ -260,6 +270,11 @@ def _check(conversation: Conversation) -> None:
     if not conversation.messages and conversation.text is None:
         raise ValueError("the conversation is empty; expected at least one message")
     for index, message in enumerate(conversation.messages):
+        if found := TURN.search(text_of(message["content"])):
+            raise ValueError(
+                f"message {index}: it holds {found[0].strip()!r}, with which the chat template "
+                "begins a turn, and would be read letter by letter; give the turns as messages"
+            )
         if message["role"] == "user" and _says_nothing(message["content"]):
             raise ValueError(f"message {index}: the user turn is empty; give it a text")
         if message["role"] != "assistant":

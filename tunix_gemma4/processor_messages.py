@@ -52,6 +52,7 @@ _ARGUMENTS = ("arguments", "parameters", "input")
 _OF_CALLS = ("name", "id", "type", "index")
 _SWITCHES = ("weight", "train", "loss", "loss_scale")
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+_END = re.compile(r"(?:\s*(?:<turn\|>|<eos>))+\s*\Z")
 _CHANNEL = re.compile(r"\s*<\|channel>thought\n?(.*?)<channel\|>", re.DOTALL)
 _READ = {
     *("role", "from", "content", "value", "tool_calls", "function_call", "tool_responses"),
@@ -109,11 +110,29 @@ def read_messages(given: Any, name: str) -> list[Message]:
     messages: list[Message] = []
     for index, message in enumerate(given):
         try:
-            messages += _read(message)
+            messages += map(_without_end, _read(message))
         except ValueError as error:
             raise ValueError(f"message {index}: {error}") from error
     _name_results(messages)
     return messages
+
+
+def answer_of_text(text: str) -> Message:
+    """An answer that is a string."""
+    return _without_end(Message("assistant", text))
+
+
+def _without_end(message: Message) -> Message:
+    """An answer without the end of its turn, which is learnt once, as the template writes it."""
+    if message.role != "assistant":
+        return message
+    if isinstance(message.content, str):
+        return dataclasses.replace(message, content=_END.sub("", message.content))
+    if is_list(message.content) and message.content and "text" in message.content[-1]:
+        *parts, last = message.content
+        parts.append({**last, "text": _END.sub("", last["text"])})
+        return dataclasses.replace(message, content=parts)
+    return message
 
 
 def _read(given: Any) -> Iterator[Message]:

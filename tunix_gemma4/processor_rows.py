@@ -10,15 +10,26 @@ from typing import Any
 
 from . import processor_keys as keys
 from .processor_keys import first_of, is_empty, is_list, one_of
-from .processor_messages import Message, join, read_messages, read_tools, text_in
+from .processor_messages import (
+    Message,
+    answer_of_text,
+    join,
+    read_messages,
+    read_tools,
+    text_in,
+)
 
 PROMPTS = "'prompt' or 'messages', or data.prompt_column to name the column of the prompts"
 _FORMS = (
     "a list of messages, or an object with 'messages', with 'conversations' (from, value), or "
     "with 'prompt' and 'completion'"
 )
-# A string that a chat template has written already.
-_TEMPLATED = re.compile(r"\s*(<bos>\s*)*<\|turn>(\w+)\n")
+# How the chat template begins a turn.
+TURN = re.compile(r"<\|turn>\w+\n")
+_BOS = re.compile(r"\s*(<bos>\s*)*")
+# A string that the template has written already.
+_TEMPLATED = re.compile(_BOS.pattern + r"<\|turn>(\w+)\n")
+_ANSWER = "<|turn>model\n"
 # Words of other tools for an image's place; the longest first, for one contains another.
 _MARKS = (
     *("<|vision_start|><|image_pad|><|vision_end|>", "<start_of_image>", "<image_soft_token>"),
@@ -267,8 +278,21 @@ def _prompt(row: Mapping[str, Any], form: str) -> tuple[list[Message], str | Non
     for pair in history:
         if not is_list(pair) or len(pair) != 2 or not all(isinstance(s, str) for s in pair):
             raise ValueError(f"'history': expected pairs of two strings, found {pair!r:.80}")
-        messages += [Message("user", pair[0]), Message("assistant", pair[1])]
+        messages += [Message("user", pair[0]), answer_of_text(pair[1])]
     return [*messages, Message("user", prompt)], None
+
+
+def without_bos(text: str) -> str:
+    """A text that follows the template, from its first turn on."""
+    return text[_BOS.match(text).end() :]
+
+
+def templated_parts(text: str) -> tuple[str, str] | None:
+    """Prompt and answer of a text that follows the template; None if it does not."""
+    if not _TEMPLATED.match(text) or _ANSWER not in text:
+        return None
+    end = text.rindex(_ANSWER) + len(_ANSWER)
+    return text[:end], text[end:]
 
 
 def _listed(given: Any, row: Mapping[str, Any], form: str) -> list[Message]:
@@ -292,7 +316,7 @@ def with_default_system(read: Row, system: str) -> list[Message]:
 
 def _completion(given: Any, name: str, asked: bool) -> list[Message] | None:
     if isinstance(given, str):
-        return [Message("assistant", given)]
+        return [answer_of_text(given)]
     if isinstance(given, Mapping) and ("role" in given or "from" in given):
         given = [given]
     is_talk = is_list(given) and all(
