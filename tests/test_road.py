@@ -61,9 +61,9 @@ class Counting:
 def counts(processor, monkeypatch):
     """How often each row was parsed, read as a conversation, and tokenized."""
     found = {name: collections.Counter() for name in ("parsed", "read", "tokenized")}
-    parse, read = json.loads, processor_conversation.read_row
+    parse, read = data_sources.parse_json, processor_conversation.read_row
 
-    def counting_loads(text, *args, **options):
+    def counting_parse(text, *args, **options):
         value = parse(text, *args, **options)
         found["parsed"][value["id"]] += 1
         return value
@@ -72,13 +72,7 @@ def counts(processor, monkeypatch):
         found["read"][given["id"]] += 1
         return read(given, *args, **options)
 
-    class Json:
-        loads = staticmethod(counting_loads)
-
-        def __getattr__(self, name):
-            return getattr(json, name)
-
-    monkeypatch.setattr(data_sources, "json", Json())
+    monkeypatch.setattr(data_sources, "parse_json", counting_parse)
     monkeypatch.setattr(processor_conversation, "read_row", counting_read)
     counter = Counting(processor._text_tokenizer, found["tokenized"])
     monkeypatch.setattr(processor, "_text_tokenizer", counter)
