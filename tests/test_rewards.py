@@ -180,6 +180,8 @@ def test_own_function_is_found_in_a_module_or_a_file(tmp_path, monkeypatch):
         ("soft_overlong", r"needs arguments: soft_overlong\(max_length=\.\.\., buffer=\.\.\.\)"),
         ("soft_overlong(max_length=3)", r"expected soft_overlong\(max_length=\.\.\., buffer"),
         ("soft_overlong(3, 2)", r"expected soft_overlong\(max_length"),
+        ("soft_overlong(max_length='3', buffer=5)", "an argument is of another kind"),
+        ("matches(pattern=1)", "an argument is of another kind"),
         ("soft_overlong(max_length=3, buffer=5)", "0 < buffer <= max_length, found buffer=5"),
         ("soft_overlong(max_length=open('x'), buffer=1)", r"expected name\(key=value, \.\.\.\)"),
         ("numeric_answer(tolerance=1)", "numeric_answer takes no arguments here"),

@@ -294,7 +294,10 @@ def _called(spec: str) -> RewardFn:
     maker = WITH_ARGUMENTS[name]
     if positional or arguments.keys() != inspect.signature(maker).parameters.keys():
         raise ValueError(f"{spec!r}: expected {_form(name)}")
-    return maker(**arguments)
+    try:
+        return maker(**arguments)
+    except TypeError as error:
+        raise ValueError(f"{spec!r}: an argument is of another kind ({error})") from error
 
 
 def _form(name: str) -> str:
