@@ -80,6 +80,10 @@ FORMS = {
         ROUND,
     ),
     "ms-swift conversation": ({"conversation": [{"human": "Q", "assistant": "A"}]}, TALK),
+    "ms-swift system in the first turn": (
+        {"conversation": [{"system": "S", "human": "Q", "assistant": "A"}]},
+        [SYSTEM, *TALK],
+    ),
     "ms-swift query, response": (
         {"query": "Q", "response": "A", "history": [["Q", "A"]], "system": "S"},
         [SYSTEM, *TALK, *TALK],
@@ -258,6 +262,22 @@ def test_an_image_of_the_answer_is_none_of_the_prompt(row, left):
         assert read_conversation(row, prompt_only=True).images == left
 
 
+@pytest.mark.parametrize("kind", [int, float, np.int64])
+def test_an_image_part_names_its_image_by_index(kind):
+    def shown(*order):
+        parts = [IMAGE | {"index": i if i in (None, 0.5) else kind(i), "text": None} for i in order]
+        return {"messages": [user(*parts, text("Q") | {"index": None}), ANSWER]}
+
+    row = shown(1, 0, 1) | {"images": ["a.png", "b.png"]}
+    found = read_conversation(row)
+    assert found.messages == [user(IMAGE, IMAGE, IMAGE, text("Q")), ANSWER]
+    assert (found.images, found.unread) == (["b.png", "a.png", "b.png"], ())
+    assert read_prompt(row).images == found.images
+    for order in ((1, 2), (0, 0), (0, None), (0, -1), (0.5, 0)):
+        with pytest.raises(ValueError, match="'index': 2 images are given .* expected each of 0"):
+            read_conversation(shown(*order) | {"images": ["a.png", "b.png"]})
+
+
 def test_a_mark_in_a_thought_is_refused():
     row = {"messages": said(ANSWER, reasoning="see <image>"), "images": ["a"]}
     for read in (read_conversation, read_prompt):
@@ -354,6 +374,35 @@ def test_results_are_named_after_their_calls():
     ):
         with pytest.raises(ValueError, match="(it answers|the) call .*f \\(1\\)"):
             read_prompt([*row[:2], *wrong])
+
+
+def test_a_call_that_nothing_answers_ends_the_conversation_or_is_refused():
+    pair = [{"name": "f", "arguments": {}}, {"name": "g", "arguments": {}}]
+    asked = [USER, {"role": "function_call", "content": json.dumps(pair)}]
+    both = {"role": "observation", "content": '[{"r": 1}, {"r": 2}]'}
+    assert len(read_conversation(asked).messages) == 2
+    assert len(read_conversation([*asked, both, both, ANSWER]).messages) == 5
+    for rest in ([both], [both, ANSWER], [both, USER, ANSWER], [USER, ANSWER]):
+        with pytest.raises(ValueError, match=r"the call [fg] \(None\) before it has no answer"):
+            read_conversation([*asked, *rest])
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        {"role": "tool", "tool_call_id": "1", "content": None},
+        {"role": "tool", "content": NAN},
+        {"role": "tool"},
+        user({"type": "tool_result", "tool_use_id": "1"}),
+        user({"type": "tool_result", "tool_use_id": "1", "content": None}),
+        {"role": "tool", "content": ""},
+    ],
+)
+def test_a_tool_may_answer_nothing(result):
+    asked = [USER, ROUND[1] | {"tool_calls": [CALL | {"id": "1"}]}]
+    assert read_prompt([*asked, result]).messages[2] == RESULT | {"content": ""}
+    native = ROUND[1] | {"tool_responses": [{"name": "f", "response": None}]}
+    assert read_prompt([USER, native]).messages[2] == RESULT | {"content": ""}
 
 
 # ---- Template arguments.
@@ -534,7 +583,22 @@ MESSAGES = {
     "two contents": ([USER | {"value": "other"}, ANSWER], "'content' and 'value' mean the same"),
     "two roles": ([USER | {"from": "gpt"}, ANSWER], "'role' and 'from' contradict"),
     "another role": ([{"role": "bot", "content": "a"}], "no role 'bot'; expected .* human, .* gpt"),
-    "an image in a text": ([user(text("a") | {"image": "b"}), ANSWER], "a text part has 'image'"),
+    "an image in a text": ([user(text("a") | {"image": "b"}), ANSWER], "its text part has 'image'"),
+    "a text of an image": ([user(IMAGE | {"image": "b", "text": "a"}), ANSWER], "has 'text'; give"),
+    "a thought in a text": (
+        said(ANSWER, content=[text("A") | {"thinking": "T"}]),
+        "message 1: its text part has 'thinking'",
+    ),
+    "a text of a call": (
+        said(ANSWER, content=[{"type": "tool_use", "name": "f", "input": {}, "text": "A"}]),
+        "message 1: its tool_use part has 'text'",
+    ),
+    "a call that is half off": (
+        said(ANSWER, content=[text("A"), {"type": "tool_use", "name": "f", "train": False}]),
+        "message 1: its parts differ in their loss switches",
+    ),
+    "a system in a message": (said(ANSWER, system="S"), "message 1: 'system': give it in a mes"),
+    "tools in a message": ([USER | {"tools": [TOOL]}, ANSWER], "message 0: 'tools': give them"),
     "two thoughts": (
         said(ANSWER, reasoning="a", thinking="b"),
         "message 1: it has two thoughts that differ",
@@ -571,7 +635,11 @@ MESSAGES = {
         "message 1: function_call: expected JSON, found",
     ),
     "result of nothing": ([USER, RESULT], "message 1: it answers a call, and none precedes it"),
-    "result": (ROUND[:2] + [RESULT | {"content": None}], "message 2: expected what a tool answ"),
+    "result": (ROUND[:2] + [RESULT | {"content": 5}], "message 2: expected what a tool answ"),
+    "result of another word": (
+        ROUND[:2] + [{"role": "tool", "content": None, "output": "R"}],
+        "message 2: what a tool answered has no 'content', and 'output'",
+    ),
     "one learnt, one not": (
         [USER, ANSWER | {"weight": 0}, ANSWER],
         "message 2: it follows an assistant message, and one",

@@ -245,7 +245,7 @@ class _JsonLines:
         # A file handle of its own for each read, because several threads read at once.
         with self._path.open("rb") as file:
             file.seek(self._offsets[index])
-            return json.loads(file.readline())
+            return parse_json(file.readline())
 
 
 class _ParquetTable:

@@ -8,12 +8,11 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
-from .config_json import parse_json
 from .processor_keys import (
     IMAGE_KEYS,
     IMAGE_PARTS,
+    SYSTEMS,
+    TOOLS,
     first_of,
     image_in,
     is_blank,
@@ -22,6 +21,7 @@ from .processor_keys import (
     is_null,
     one_of,
 )
+from .processor_tools import read_calls, without_none
 
 ROLES = {
     "system": "system",
@@ -47,9 +47,10 @@ _TEXT_KEYS = ("text", "content", "value")
 THINKING_PARTS = ("thinking", "reasoning")
 _OF_IMAGES = (*IMAGE_KEYS, "type", "media_type")
 _THINKING_KEYS = (*THINKING_PARTS, *_TEXT_KEYS)
-# Words for the arguments of a call, and what else a call has.
-_ARGUMENTS = ("arguments", "parameters", "input")
-_OF_CALLS = ("name", "id", "type", "index")
+# What else parts of Anthropic's tools have.
+_OF_TOOL_PARTS = {"tool_use": ("id", "name", "input"), "tool_result": ("tool_use_id", "content")}
+# Words that others may have for what a tool answered.
+_OUTPUTS = ("output", "result", "response", "text")
 _SWITCHES = ("weight", "train", "loss", "loss_scale")
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 _END = re.compile(r"(?:\s*(?:<turn\|>|<eos>))+\s*\Z")
@@ -64,6 +65,8 @@ _REFUSED = {
     "refusal": "a refusal is not supported; give it as the message's content",
     "audio": "only text and images are supported",
     "images": "give them in image parts, or in a list 'images' beside the messages",
+    **dict.fromkeys(SYSTEMS, "give it in a message of the role system, or beside the messages"),
+    **dict.fromkeys(TOOLS, "give them beside the messages"),
 }
 
 
@@ -155,12 +158,12 @@ def _read(given: Any) -> Iterator[Message]:
         yield _result(message, given)
         return
     if said in _CALLING:
-        message.calls, message.content = _calls(message.content, said), ""
+        message.calls, message.content = read_calls(message.content, said), ""
         if not message.calls:
             raise ValueError(f"{said}: expected a call as JSON, found nothing")
     if role == "assistant":
-        message.calls += _calls(given.get("tool_calls"), "tool_calls")
-        message.calls += _calls(given.get("function_call"), "function_call")
+        message.calls += read_calls(given.get("tool_calls"), "tool_calls")
+        message.calls += read_calls(given.get("function_call"), "function_call")
     if message.content is None and (message.calls or any(_is_given(given, k) for k in _THOUGHTS)):
         message.content = ""
     results = [*_split_parts(message), *_native_results(given)]
@@ -267,14 +270,18 @@ def _split_parts(message: Message) -> list[Message]:
     for part in message.content:
         kind = part.get("type") if isinstance(part, Mapping) else "text"
         message.unread += _unread(part)
+        flag = _flag(part, _SWITCHES) if isinstance(part, Mapping) else None
+        if flag is not None or kind not in (*_OF_TOOL_PARTS, *THINKING_PARTS):
+            flags.append(flag)
         if kind == "tool_result" and message.role == "user":
             if parts:
                 raise ValueError("a tool_result stands behind a text; put it before")
             result = Message("tool", part.get("content"), call_id=part.get("tool_use_id"))
-            results.append(_result(result, {}))
+            results.append(_result(result, {key: part.get(key) for key in _OUTPUTS}))
         elif kind == "tool_use" and message.role == "assistant":
+            _refuse_second(part, _TEXT_KEYS)
             call = {"id": part.get("id"), "name": part.get("name"), "arguments": part.get("input")}
-            calls += _calls([call], "tool_use")
+            calls += read_calls([call], "tool_use")
         elif kind in THINKING_PARTS and message.role == "assistant":
             thought = _thought_of(part)
             if thought.strip() and (parts or calls):
@@ -288,7 +295,6 @@ def _split_parts(message: Message) -> list[Message]:
             if calls and (read["type"] != "text" or read["text"].strip()):
                 raise ValueError(f"a part of {read['type']} stands behind a call; put it before")
             parts.append(read)
-            flags.append(_flag(part, _SWITCHES) if isinstance(part, Mapping) else None)
     message.calls += calls
     message.thought = "\n".join(thought for thought in thoughts if thought.strip())
     said = {flag for flag in flags if flag is not None}
@@ -315,12 +321,17 @@ def text_in(value: Any, what: str) -> str:
 
 def _unread(part: Any) -> tuple[str, ...]:
     """Keys of a part that mean nothing here, such as an image's `detail`."""
-    if not isinstance(part, Mapping) or part.get("type") in ("tool_use", "tool_result"):
+    if not isinstance(part, Mapping):
         return ()
+    if part.get("type") in _OF_TOOL_PARTS:
+        read = {"type", *_SWITCHES, *_OF_TOOL_PARTS[part["type"]]}
+        return tuple(key for key in part if key not in read and not is_empty(part[key]))
     names = IMAGE_KEYS if part.get("type") in IMAGE_PARTS else _THINKING_KEYS
     used = first_of(part, names)
     # Data sets of Hugging Face keep the path of an image beside its bytes.
     read = {"type", *_SWITCHES, used, *(("path",) if used == "bytes" else ())}
+    if names is IMAGE_KEYS and is_blank(part.get(used)):
+        read.add("index")
     inner = part.get(used) if names is IMAGE_KEYS else None
     inner = inner if isinstance(inner, Mapping) else {}
     return tuple(
@@ -330,14 +341,21 @@ def _unread(part: Any) -> tuple[str, ...]:
 
 
 def _thought_of(part: Mapping[str, Any]) -> str:
-    key = first_of(part, _THINKING_KEYS)
+    key = one_of(part, _THINKING_KEYS)
     if key is None:
         raise ValueError(f"a {part['type']} part needs a string 'thinking', found {part!r:.80}")
     return text_in(part[key], repr(key))
 
 
+def _refuse_second(part: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Refuses what a part of another type says under `names`; tables fill those with nulls."""
+    key = first_of(part, names)
+    if key is not None and not is_empty(part[key]):
+        raise ValueError(f"its {part['type']} part has {key!r}; give that a part of its own")
+
+
 def _part(part: Any) -> dict[str, Any]:
-    """One part, its image (if it is one and has one) under `image`."""
+    """One part; an image has `image`, or perhaps the `index` of one beside the messages."""
     if isinstance(part, str):
         return {"type": "text", "text": part}
     if not isinstance(part, Mapping):
@@ -345,16 +363,16 @@ def _part(part: Any) -> dict[str, Any]:
     kind = part.get("type")
     if kind in _TEXTS:
         key = one_of(part, _TEXT_KEYS)
-        shown = first_of(part, ("image", "image_url"))
-        if shown is not None and not is_empty(part[shown]):
-            raise ValueError(f"a text part has {shown!r}; give the image a part of its own")
+        _refuse_second(part, ("image", "image_url", *THINKING_PARTS))
         if key is None or not isinstance(part[key], str):
             raise ValueError(f"a text part needs a string 'text', found {part!r:.80}")
         return {"type": "text", "text": part[key]}
     if kind in IMAGE_PARTS:
+        _refuse_second(part, _TEXT_KEYS)
         key = first_of(part, IMAGE_KEYS)
         if key is None or is_blank(part[key]):
-            return {"type": "image"}
+            index = part.get("index")
+            return {"type": "image"} | ({} if is_blank(index) else {"index": index})
         try:
             return {"type": "image", "image": image_in(part[key])}
         except ValueError as error:
@@ -370,67 +388,20 @@ def _part(part: Any) -> dict[str, Any]:
 # ---- Tools.
 
 
-def _parsed(value: Any, what: str) -> Any:
-    if not isinstance(value, str):
-        return value
-    try:
-        return parse_json(value, finite=True)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{what}: expected JSON, found {value!r:.80} ({error})") from error
-
-
-def _calls(given: Any, what: str) -> list[dict[str, Any]]:
-    """Calls of tools, whose arguments are an object or JSON of one."""
-    if is_empty(given) or is_empty(read := _parsed(given, what)):
-        return []
-    result = []
-    for written in read if is_list(read) else [read]:
-        call = _parsed(written, what)
-        function = call.get("function") if isinstance(call, Mapping) else None
-        function = call if function is None else function
-        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise ValueError(f"{what}: expected calls with a 'name', found {call!r:.80}")
-        key = one_of(function, _ARGUMENTS)
-        others = [name for name in function if name not in (*_ARGUMENTS, *_OF_CALLS)]
-        if key is None and any(not is_empty(function[name]) for name in others):
-            raise ValueError(f"{what}: a call has no 'arguments', and has {others}; rename them")
-        given_arguments = None if key is None or is_empty(function[key]) else function[key]
-        arguments = _parsed(given_arguments, f"{what}: {key!r}")
-        arguments = {} if arguments is None else arguments
-        if not isinstance(arguments, Mapping):
-            raise ValueError(
-                f"{what}: expected 'arguments' to be an object or JSON of one, found "
-                f"{arguments!r:.80}"
-            )
-        _refuse_infinite(arguments, f"{what}: {key!r}")
-        # JSON in a string has nulls of its own.
-        if not any(isinstance(v, str) for v in (given, written, given_arguments)):
-            arguments = _without_none(arguments)
-        identity = {} if is_empty(call.get("id")) else {"id": call["id"]}
-        function = {"name": function["name"], "arguments": dict(arguments)}
-        result.append(identity | {"type": "function", "function": function})
-    return result
-
-
-def _refuse_infinite(value: Any, what: str) -> None:
-    """Raises ValueError for an infinite number in an object, which JSON cannot hold."""
-    if isinstance(value, float | np.floating) and np.isinf(value):
-        raise ValueError(f"{what}: expected finite numbers, found {value!r}")
-    inner = value.values() if isinstance(value, Mapping) else value
-    if isinstance(value, Mapping | np.ndarray) or is_list(value):
-        for part in inner:
-            _refuse_infinite(part, what)
-
-
 def _result(message: Message, given: Mapping[str, Any]) -> Message:
     """What a tool answered: text, parts or an object."""
     message.name = given["name"] if _is_given(given, "name") else None
     if _is_given(given, "tool_call_id"):
         message.call_id = given["tool_call_id"]
+    if is_null(message.content):
+        other = first_of(given, _OUTPUTS)
+        if other is not None and not is_empty(given[other]):
+            raise ValueError(f"what a tool answered has no 'content', and {other!r}; rename that")
+        message.content = ""
     if is_list(message.content):
         message.content = [_part(part) for part in message.content]
     elif isinstance(message.content, Mapping):
-        message.content = _without_none(message.content)
+        message.content = without_none(message.content)
     elif not isinstance(message.content, str | Mapping):
         raise ValueError(
             "expected what a tool answered to be a string, parts or an object, found "
@@ -444,7 +415,7 @@ def _native_results(given: Mapping[str, Any]) -> Iterator[Message]:
     responses = given.get("tool_responses")
     responses = [] if is_empty(responses) else responses
     for response in responses if is_list(responses) else [responses]:
-        if not isinstance(response, Mapping) or response.get("response") is None:
+        if not isinstance(response, Mapping) or "response" not in response:
             raise ValueError(
                 f"'tool_responses': expected 'name' and 'response', found {response!r:.80}"
             )
@@ -454,15 +425,12 @@ def _native_results(given: Mapping[str, Any]) -> Iterator[Message]:
 def _name_results(messages: list[Message]) -> None:
     """Gives each result the name of the tool that was called, by its id or in their order."""
     calls: list[dict[str, Any]] = []
-    by_id = False
     for index, message in enumerate(messages):
+        goes_on = message.role == "assistant" and index and messages[index - 1].role == "assistant"
+        if message.role != "tool" and not goes_on:
+            _refuse_open(calls, f"message {index}")
         if message.role != "tool":
-            _refuse_open(calls if by_id else [], f"message {index}")
-            by_id = False
-        if message.role == "assistant":
-            calls = calls + message.calls if _follows(messages, index) else list(message.calls)
-        elif message.role != "tool":
-            calls = []
+            calls = calls + message.calls
         elif not calls:
             raise ValueError(f"message {index}: it answers a call, and none precedes it")
         else:
@@ -474,17 +442,17 @@ def _name_results(messages: list[Message]) -> None:
                     f"({message.call_id}), and those without an answer before it are: {called}"
                 )
             message.name = calls.pop(place)["function"]["name"]
-            by_id = by_id or message.call_id is not None
-    _refuse_open(calls if by_id else [], "the end")
+    if messages and messages[-1].role == "tool":
+        _refuse_open(calls, "the end")
 
 
 def _refuse_open(calls: Sequence[Mapping[str, Any]], where: str) -> None:
-    """Refuses calls that are left where others are answered by id; in order one may do for all."""
+    """Refuses calls that no tool has answered where the conversation goes on."""
     if calls:
         call = calls[0]
         raise ValueError(
-            f"{where}: the call {call['function']['name']} ({call.get('id')}) has no answer, and "
-            "others beside it have; add one, or remove the call"
+            f"{where}: the call {call['function']['name']} ({call.get('id')}) before it has no "
+            "answer; add a message of its tool, one for each call, or remove the call"
         )
 
 
@@ -495,46 +463,6 @@ def _answered(calls: Sequence[Mapping[str, Any]], result: Message) -> int | None
         if same_id and result.name in (None, call["function"]["name"]):
             return place
     return None
-
-
-def _follows(messages: list[Message], index: int) -> bool:
-    return index > 0 and messages[index - 1].role == "assistant"
-
-
-def read_tools(given: Any, what: str) -> list[dict[str, Any]] | None:
-    """Definitions of tools, as OpenAI and transformers write them; None for none.
-
-    Args:
-        given: a list of definitions, objects or JSON, or JSON of the list; bare functions and
-            Anthropic's `input_schema` are taken too.
-        what: the key's name, for errors.
-    """
-    given = _parsed(given, repr(what))
-    if is_empty(given):
-        return None
-    result = []
-    for tool in given if is_list(given) else [given]:
-        tool = _without_none(_parsed(tool, repr(what)))
-        function = tool.get("function", tool) if isinstance(tool, Mapping) else None
-        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise ValueError(f"{what!r}: expected definitions with a 'name', found {tool!r:.80}")
-        function = {key: value for key, value in function.items() if key != "type"} | {
-            "description": function.get("description", "")
-        }
-        parameters = function.pop("input_schema", function.get("parameters"))
-        if parameters is not None:
-            function["parameters"] = _parsed(parameters, f"{what!r}: 'parameters'")
-        result.append({"type": "function", "function": function})
-    return result
-
-
-def _without_none(value: Any) -> Any:
-    """An object without its nulls, at every depth: tables give every object the keys of all."""
-    if isinstance(value, np.ndarray):
-        value = value.tolist()
-    if isinstance(value, Mapping):
-        return {key: _without_none(part) for key, part in value.items() if not is_null(part)}
-    return [_without_none(part) for part in value] if is_list(value) else value
 
 
 # ---- Messages that follow each other.

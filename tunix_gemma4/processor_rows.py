@@ -8,16 +8,12 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from . import processor_keys as keys
 from .processor_keys import first_of, is_empty, is_list, one_of
-from .processor_messages import (
-    Message,
-    answer_of_text,
-    join,
-    read_messages,
-    read_tools,
-    text_in,
-)
+from .processor_messages import Message, answer_of_text, join, read_messages, text_in
+from .processor_tools import read_tools
 
 PROMPTS = "'prompt' or 'messages', or data.prompt_column to name the column of the prompts"
 _FORMS = (
@@ -229,13 +225,19 @@ def _refuse_form(row: Mapping[str, Any], expected: str) -> None:
 
 
 def _pairs(given: Any) -> Any:
-    """ms-swift's turns `{"human", "assistant"}` as messages; others as they are."""
+    """ms-swift's turns `{"human", "assistant"}` as messages; others as they are.
+
+    The first may have the `system` message; in others `read_messages` refuses it.
+    """
     if not is_list(given) or not all(
         isinstance(turn, Mapping) and "human" in turn and "assistant" in turn for turn in given
     ):
         return given
     result = []
     for turn in given:
+        if not result and isinstance(turn.get("system"), str) and turn["system"]:
+            result.append({"role": "system", "content": turn["system"]})
+            turn = {key: value for key, value in turn.items() if key != "system"}
         # Other keys are of the answer: what they are called there says whether they are read.
         rest = {key: value for key, value in turn.items() if key not in ("human", "assistant")}
         result.append({"role": "human", "content": turn["human"]})
@@ -396,7 +398,7 @@ def _place_images(
         messages = [_at_marks(message) for message in messages]
         if beside and not any(part["type"] == "image" for m in messages for part in _parts(m)):
             messages = _put_first(messages, len(beside))
-    beside = beside or []
+    beside = _in_order_of_parts(messages, beside or [])
     found, used = [], 0
     for message in messages:
         for part in _parts(message):
@@ -419,6 +421,27 @@ def _place_images(
             "without an image of their own, or marks; there must be one for each"
         )
     return messages, found
+
+
+def _in_order_of_parts(messages: list[Message], beside: list[Any]) -> list[Any]:
+    """The images beside the messages as their empty parts ask for them, by `index` or in order."""
+    asked = [
+        part.get("index")
+        for message in messages
+        for part in _parts(message)
+        if part["type"] == "image" and "image" not in part
+    ]
+    if not beside or all(index is None for index in asked):
+        return beside
+    # Tables with nulls may have made them floats.
+    numbers = int | float | np.integer | np.floating
+    whole = [i for i in asked if isinstance(i, numbers) and not isinstance(i, bool)]
+    if len(whole) < len(asked) or set(whole) != set(range(len(beside))):
+        raise ValueError(
+            f"'index': {len(beside)} images are given beside the messages, and the image parts "
+            f"ask for {asked!r:.80}; expected each of 0 to {len(beside) - 1}, or no 'index' at all"
+        )
+    return [beside[int(index)] for index in whole]
 
 
 def _parts(message: Message) -> list[dict[str, Any]]:
