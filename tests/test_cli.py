@@ -84,6 +84,16 @@ def test_answer_from_a_weight_that_is_not_finite_names_it(tiny_checkpoint, tmp_p
     assert not said.out
 
 
+def test_option_that_is_given_twice_is_refused(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["generate", "base", "hi", "--adapter", "q1", "--adapter=q2"])
+    assert stopped.value.code == 2
+    assert "--adapter: expected once, found q1 and then q2" in capsys.readouterr().err
+    # What may be given again still may be.
+    assert main(["generate", "no_such_directory", "hi", "--image", "a", "--image", "b"]) == 2
+    assert "no_such_directory" in capsys.readouterr().err
+
+
 def test_command_that_does_not_exist_is_refused(capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["train"])

@@ -93,7 +93,15 @@ def test_unknown_key_of_the_file_names_the_file(write):
         ("model=''", r"model: expected a path, found ''"),
         ("data.path=''", r"data\.path: expected a path, found ''"),
         ("seed=99999999999999999999", r"seed: expected .*at most 4294967295, found 9999"),
-        ("max_grad_norm=1e-50", r"max_grad_norm: expected at least 0, found 1e-50"),
+        ("max_grad_norm=1e-50", r"at least 0, as float32 holds it without becoming 0, found 1e-50"),
+        ("adam_beta1=0.999999999", r"below 1, as float32 holds it, found 0\.9+, which is 1 there"),
+        (
+            "learning_rate=1e39",
+            r"at least 0, as float32 holds it, found 1e\+39, which is inf there",
+        ),
+        ("learning_rate=.inf", r"learning_rate: expected a finite number, at least 0, found inf"),
+        ("lora.quantize=none", r"lora\.quantize: expected one of null, nf4, int8, found 'none'"),
+        ("lora.targets='('", r"lora\.targets='\(': not a regular expression"),
     ],
 )
 def test_wrong_value_is_named(write, override, message):

@@ -2,6 +2,7 @@
 """The supervised recipe: what it leaves on disk, what it refuses, where it goes on."""
 
 import json
+import re
 import shutil
 
 import jax
@@ -179,13 +180,32 @@ def test_checkpoints_are_not_overwritten_without_resuming(broken_off):
         ({"mesh": MeshConfig(fsdp=8)}, "batch_size: expected a multiple of mesh.fsdp=8, found 4"),
         ({"max_steps": None, "num_train_epochs": None}, "both are null"),
         ({"text_only": True}, "text_only=False"),
-        ({"lora": LoraSettings(targets="nothing_like_it")}, "nothing_like_it"),
-        ({"lora": LoraSettings(quantize="int3")}, "quantize: .*'int3'"),
+        (
+            {"lora": LoraSettings(targets="nothing_like_it")},
+            r"lora\.targets='nothing_like_it' matches",
+        ),
+        ({"lora": LoraSettings(quantize="int3")}, r"^lora\.quantize: .*'int3'"),
     ],
 )
 def test_mistake_is_answered_with_a_clear_error(settings, changes, message):
     with pytest.raises(ValueError, match=message):
         sft.run(settings(**changes))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        ((12, 1), ""),
+        ((13, 1), "batch_size=13 is more than the 12 rows to train on: .* other 1 are computed"),
+        ((4, 4), "batch_size=4 x gradient_accumulation_steps=4 is 16 rows .* other 4 are computed"),
+    ],
+)
+def test_batch_that_no_epoch_fills_is_mentioned(settings, capsys, sizes, said):
+    config = settings(batch_size=sizes[0], gradient_accumulation_steps=sizes[1])
+    train_ds, _ = sft.make_datasets(config, common.make_processor(config))
+    train_ds.check()
+    sft.say_of_empty_rows(config, train_ds)
+    assert re.search(f"^{said}", found := capsys.readouterr().out) and bool(found) == bool(said)
 
 
 def test_images_longer_than_the_window_are_mentioned(settings, tiny_checkpoint, capsys):

@@ -133,13 +133,19 @@ def test_interrupted_run_goes_on_to_the_same_numbers_and_a_broken_off_end_is_fin
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("lora.rank=4", r"none of its checkpoints .* can be used"),
-        ("data.bucket_lengths=[32,64]", "saved position: .*bucket_lengths was"),
+        ("lora=null", r"another lora \(.*: lora was .*, is None\..* depends on lora$"),
+        (
+            "lora.rank=4",
+            r"lora.rank was 2, is 4\. .* the shape of what is trained, depends on lora",
+        ),
+        ("data.bucket_lengths=[32,64]", "the place in the data, .*depends on data.bucket_lengths$"),
+        ("model=OTHER", r"none of its checkpoints .*Their run had other settings: model was .*2b"),
     ],
 )
 def test_run_that_is_refused_leaves_what_the_checkpoints_say_of_themselves(
-    change, message, settings, unbroken, tmp_path
+    change, message, settings, unbroken, tiny_checkpoint, tmp_path
 ):
+    change = change.replace("OTHER", str(tiny_checkpoint("e2b")))
     shutil.copytree(unbroken[0], tmp_path / "run")
     for name in ("adapter", "model"):
         shutil.rmtree(tmp_path / "run" / name)
@@ -513,6 +519,10 @@ def test_settings_are_compared_one_by_one(settings, tmp_path):
     with pytest.raises(ValueError, match=found) as raised:
         common.prepare_output(changed, ("data", "lora", "batch_size"))
     assert "emove" not in str(raised.value)
+    assert "allow_changes" not in str(raised.value)  # It could not help with the rank.
+    changed = settings(tmp_path / "run", "data.max_length=32", "max_steps=9")
+    with pytest.raises(ValueError, match="allow_changes=true goes on all the same"):
+        common.prepare_output(changed, ("data", "lora"))
     common.prepare_output(dataclasses.replace(changed, allow_changes=True), ("data", "lora"))
     common.prepare_output(config, ("data", "lora", "batch_size"))  # It was not restored.
     settle_and_keep(Record(tmp_path / "run", changed))
@@ -521,6 +531,19 @@ def test_settings_are_compared_one_by_one(settings, tmp_path):
     for text in ("batch_size: [", "batch_size: 1"):  # Not YAML, and cut behind a digit.
         (tmp_path / "run" / "run_config.yaml").write_text(text)
         common.prepare_output(changed, ("data", "lora", "batch_size"))
+
+
+def test_same_place_spelt_another_way_is_the_same(settings, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").mkdir()
+    (tmp_path / "run" / "checkpoints" / "1").mkdir(parents=True)
+    common.write_settings(tmp_path / "run", settings("run", "model=base", "data.path=rows.jsonl"))
+    for start in ("./", "base/../", f"{tmp_path}/"):
+        words = [f"model={start}base", f"data.path={start}rows.jsonl"]
+        common.prepare_output(settings("run", *words), ("model", "data"))
+    other = settings("run", "model=base", "data.path=base/rows.jsonl")
+    with pytest.raises(ValueError, match="data.path was rows.jsonl, is base/rows.jsonl"):
+        common.prepare_output(other, ("model", "data"))
 
 
 def test_writes_that_come_back_to_a_save_given_up_say_nothing(settings, tmp_path, monkeypatch):

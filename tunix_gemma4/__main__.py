@@ -74,8 +74,37 @@ def _message(error: BaseException, *, anew: bool = False) -> str:
     return "\n".join([said or "stopped", *notes])
 
 
+class _Once(argparse.Action):
+    """Stores what stands behind an option, or in its place, and refuses a second one."""
+
+    given = False
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        if option_string is not None and self.given:
+            earlier = getattr(namespace, self.dest)
+            parser.error(
+                f"{option_string}: expected once, found {earlier} and then {values}; give one"
+            )
+        self.given = option_string is not None
+        setattr(namespace, self.dest, values)
+
+
+class _Parser(argparse.ArgumentParser):
+    """One, and those of its commands, whose options are given once if nothing else is said."""
+
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options)
+        self.register("action", None, _Once)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="tunix-gemma4", description="Fine-tune Gemma 4 on text and images in JAX."
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)

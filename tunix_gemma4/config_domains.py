@@ -39,11 +39,13 @@ class Domain:
             if not isinstance(value, numbers.Integral):
                 return False
         else:
-            given = value
-            with np.errstate(over="ignore"):
-                value = float(np.float32(value))  # 1e39 is infinite in a step,
+            given, value = value, _in_float32(value)  # 1e39 is infinite in a step,
             if value == 0 != given:  # and 1e-50 is 0, which is not what it says.
                 return False
+        return self.bounds(value)
+
+    def bounds(self, value: float) -> bool:
+        """Whether a number is finite and within, whatever its type can hold."""
         above = value > self.low if self.low_open else value >= self.low
         below = value < self.high if self.high_open else value <= self.high
         return abs(value) < math.inf and above and below
@@ -56,6 +58,11 @@ class Domain:
             high = self.high if self.whole else f"{self.high:g}"
             parts.append(f"{'below' if self.high_open else 'at most'} {high}")
         return " and ".join(parts) or f"a {'whole' if self.whole else 'finite'} number"
+
+
+def _in_float32(value: Any) -> float:
+    with np.errstate(over="ignore"):
+        return float(np.float32(value))
 
 
 _COUNT = Domain(low=1, whole=True)
@@ -158,10 +165,27 @@ def require(owner: str = "", prefix: str = "", **values: Any) -> None:
         several = isinstance(value, list | tuple)
         for one in value if several else (value,):
             if value is not None and not allowed.holds(one):
-                kind = ""
-                if allowed.whole and not isinstance(one, numbers.Integral):
-                    kind = "" if allowed.low == -math.inf else "a whole number of "
-                raise ValueError(f"{prefix}{name}: expected {kind}{allowed}, found {one!r}")
+                expected, found = _unlike(allowed, one)
+                raise ValueError(f"{prefix}{name}: expected {expected}, found {found}")
+
+
+def _unlike(allowed: Domain, one: Any) -> tuple[str, str]:
+    """What was expected, and what was found in its place, so that one does not seem the other."""
+    expected, found = str(allowed), repr(one)
+    if allowed.whole:
+        is_whole = isinstance(one, numbers.Integral) or allowed.low == -math.inf
+        return expected if is_whole else f"a whole number of {expected}", found
+    one = one.item() if getattr(one, "ndim", None) == 0 else one
+    if isinstance(one, bool) or not isinstance(one, numbers.Real):
+        return expected, found
+    if not math.isfinite(one):
+        return expected if allowed == Domain() else f"a finite number, {expected}", found
+    held = _in_float32(one)
+    if held == 0 != one:
+        return f"{expected}, as float32 holds it without becoming 0", found
+    if not math.isfinite(held) or allowed.bounds(one):
+        return f"{expected}, as float32 holds it", f"{found}, which is {held:g} there"
+    return expected, found
 
 
 def require_fields(settings: Any, prefix: str = "") -> None:

@@ -72,15 +72,20 @@ def resolve(model: nnx.Module, targets: str) -> list[str]:
                 f"vision (text_only=True, or a config that has none).\n{_what_could_match(names)}"
             )
         return found
-    try:
-        pattern = re.compile(targets)
-    except re.error as error:
-        raise ValueError(f"targets={targets!r}: not a regular expression ({error})") from error
+    pattern = check_targets(targets)
     _refuse_experts(model, targets, pattern)
     spell = _tunix_names if is_tunix_pattern(targets) else _own_names
     spellings = {name: spell(name, names) for name in names}
     require_reached(f"targets={targets!r}", targets, spellings)
     return [name for name in names if any(map(pattern.fullmatch, spellings[name]))]
+
+
+def check_targets(targets: str, name: str = "targets") -> re.Pattern:
+    """Of what can be said without a model: raises ValueError for what is no regular expression."""
+    try:
+        return re.compile(targets)
+    except re.error as error:
+        raise ValueError(f"{name}={targets!r}: not a regular expression ({error})") from error
 
 
 def is_tunix_pattern(pattern: str) -> bool:

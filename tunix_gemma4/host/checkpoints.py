@@ -27,6 +27,10 @@ _DAMAGED = ".damaged"
 _METADATA = "_CHECKPOINT_METADATA"
 
 
+class UnusableError(ValueError):
+    """There are checkpoints, and none can be read into this model."""
+
+
 def kept_steps(
     steps: Sequence[int], newest: int, named: Collection[int] = (), finite: Collection[int] = ()
 ) -> set[int]:
@@ -185,7 +189,7 @@ class CheckpointManager(checkpoint_manager.CheckpointManager):
             The step and the metadata saved with it; 0 and nothing where there is no checkpoint.
 
         Raises:
-            ValueError: there are checkpoints, and none can be read.
+            UnusableError: there are checkpoints, and none can be read.
         """
         if self._checkpoint_manager is None:
             return 0, {}
@@ -206,7 +210,7 @@ class CheckpointManager(checkpoint_manager.CheckpointManager):
             self._tested.add(candidate)
             return candidate, metadata
         if problems:
-            raise ValueError(_none_readable(self._root, problems))
+            raise UnusableError(_none_readable(self._root, problems))
         return 0, {}
 
     def _read(self, step: int, states: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -29,7 +29,13 @@ from .settings import MeshConfig, TrainSettings
 ADAPTER, MODEL = "adapter", "model"
 
 
-def prepare_output(config: TrainSettings, fixed: Sequence[str]) -> Path:
+# What the shape of a run's state depends on.
+_SHAPE = ("lora", "lora.rank", "lora.targets", "scan_layers")
+
+
+def prepare_output(
+    config: TrainSettings, fixed: Sequence[str], position: Sequence[str] = ()
+) -> Path:
     """Makes the output directory, unless it holds what must not be overwritten or mixed.
 
     Where there are checkpoints, their settings stay beside them until `Record.keep`.
@@ -37,6 +43,7 @@ def prepare_output(config: TrainSettings, fixed: Sequence[str]) -> Path:
     Args:
         config: of the run.
         fixed: settings that a run which is resumed must have had.
+        position: those that its place in the data depends on, whatever `allow_changes` says.
     """
     _require_directory(config.model)
     require_backend(config.report_to)
@@ -59,10 +66,17 @@ def prepare_output(config: TrainSettings, fixed: Sequence[str]) -> Path:
                 f"{checkpoints}: they belong to a run with another {', '.join(changed)} (see "
                 f"{settings}): {'; '.join(changed.values())}",
                 "set these back",
+                [name for name in changed if name in (*position, *_of_shape(config))],
             )
     elif jax.process_index() == 0:
         write_settings(output, config)
     return output
+
+
+def _of_shape(config: TrainSettings) -> Sequence[str]:
+    """Settings without which no checkpoint fits the model."""
+    vision_is_trained = config.lora is None or config.lora.targets in ("vision", "all")
+    return (*_SHAPE, "text_only") if vision_is_trained else _SHAPE
 
 
 def has_checkpoints(output: Path) -> bool:
@@ -167,7 +181,12 @@ def load_base(config: TrainSettings, mesh: Mesh | None) -> nnx.Module:
 
 def add_lora(config: TrainSettings, model: nnx.Module) -> nnx.Module:
     """The model with adapters, sharing its arrays."""
-    return apply_lora(model, LoraConfig(**vars(config.lora)), rngs=nnx.Rngs(config.seed))
+    try:
+        return apply_lora(model, LoraConfig(**vars(config.lora)), rngs=nnx.Rngs(config.seed))
+    except ValueError as error:
+        if str(error).startswith(tuple(vars(config.lora))):
+            raise ValueError(f"lora.{error}") from error
+        raise
 
 
 def in_float32(model: nnx.Module) -> nnx.Module:

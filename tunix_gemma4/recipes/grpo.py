@@ -52,7 +52,8 @@ _FIXED = (
     *("beta", "kl_estimator"),
     *("epsilon", "epsilon_high", "temperature", "top_p", "top_k", "max_completion_length"),
 )
-
+# What of these the place in the prompts is reckoned from.
+_POSITION = ("batch_size", "mini_batch_size", "num_iterations")
 
 # Of `host.settings.training_fields`.
 _OUTPUT = ("eval_steps", "save_steps", "save_total_limit", "keep_steps", "report_to")
@@ -96,7 +97,7 @@ def run(config: GrpoRunConfig, *, after_step: Callable[[Any], None] | None = Non
     """
     register()
     reward_functions(config)  # What cannot be imported is named before anything is loaded.
-    output = common.prepare_output(config, _FIXED)
+    output = common.prepare_output(config, _FIXED, _POSITION)
     record = Record(output, config, source_files(config.reward_functions))
     mesh, rollout_mesh = make_meshes(config)
     processor = common.make_processor(config)
@@ -110,17 +111,18 @@ def run(config: GrpoRunConfig, *, after_step: Callable[[Any], None] | None = Non
     record.settle(rows_are_known=rows.are_known)
     steps = total_steps(config, len(rows))
     say_of_end(config, len(rows), steps)
-    cluster = make_cluster(
-        *(policy, reference, processor),
-        optimizer=common.optimizer_of(config, steps),
-        mesh=mesh,
-        rollout_mesh=rollout_mesh,
-        sizes=sizes_of(config),
-        rollout=rollout_of(config),
-        output_dir=config.output_dir,
-        max_steps=steps,
-        **{name: vars(config)[name] for name in _OUTPUT},
-    )
+    with record.restoring(_FIXED):
+        cluster = make_cluster(
+            *(policy, reference, processor),
+            optimizer=common.optimizer_of(config, steps),
+            mesh=mesh,
+            rollout_mesh=rollout_mesh,
+            sizes=sizes_of(config),
+            rollout=rollout_of(config),
+            output_dir=config.output_dir,
+            max_steps=steps,
+            **{name: vars(config)[name] for name in _OUTPUT},
+        )
     Report(
         cluster,
         progress=Progress(steps, len(rows) * config.updates_per_batch / config.batch_size),
@@ -317,13 +319,18 @@ def total_steps(config: GrpoRunConfig, num_rows: int) -> int:
 
 
 def say_of_end(config: GrpoRunConfig, num_rows: int, steps: int) -> None:
-    """Says where the epochs end first, and which prompts the last rollout step leaves.
+    """Says where the epochs end first, and which prompts the last rollout step leaves or repeats.
 
     Args:
         config: the settings.
         num_rows: prompts of an epoch.
         steps: of the run, as `total_steps` has them.
     """
+    if num_rows < config.batch_size:
+        say(
+            f"batch_size={config.batch_size} is more than the {num_rows} prompts of "
+            f"{config.data.path}: a rollout step takes some of them more than once."
+        )
     if config.num_train_epochs is None:
         return
     common.say_of_epochs(config, steps)

@@ -6,10 +6,11 @@ It lies beside the checkpoints and goes with them. A run that is resumed must ag
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from absl import logging
 from omegaconf import OmegaConf
 
 from ..checkpoint_disk import sha256, write_text
+from ..host.checkpoints import UnusableError
 from ..host.settings import CHECKPOINTS
 from .load_config import read_yaml, to_yaml
 from .settings import TrainSettings
@@ -99,6 +101,20 @@ class Record:
         content = {"settings": self._settings, "files": self._found}
         write_text(self._path, json.dumps(content, indent=2) + "\n")
 
+    @contextlib.contextmanager
+    def restoring(self, names: Sequence[str]) -> Iterator[None]:
+        """Around a restoration: where no checkpoint fits, says which of the settings are others."""
+        try:
+            yield
+        except UnusableError as error:
+            earlier = {} if self._earlier is None else self._earlier["settings"]
+            changed = differences(earlier, self._config, names).values()
+            if not changed:
+                raise
+            raise ValueError(
+                f"{error}. Their run had other settings: {'; '.join(changed)}"
+            ) from error
+
     def _compare(self, folder: Path, left_out: set[str]) -> None:
         if self._earlier is None:
             logging.warning(
@@ -121,8 +137,22 @@ class Record:
             )
 
 
-def refuse_change(config: TrainSettings, what: str, remedy: str) -> None:
-    """Raises ValueError for what a resumed run has otherwise, unless `allow_changes` is set."""
+def refuse_change(
+    config: TrainSettings, what: str, remedy: str, settled: Sequence[str] = ()
+) -> None:
+    """Raises ValueError for what a resumed run has otherwise, unless `allow_changes` is set.
+
+    Args:
+        config: of the run.
+        what: is otherwise.
+        remedy: what to do besides choosing another directory.
+        settled: what of it `allow_changes` does not cover, because no checkpoint could be used.
+    """
+    if settled:
+        raise ValueError(
+            f"{what}. Choose another output_dir, or {remedy}: the place in the data, or the shape "
+            f"of what is trained, depends on {', '.join(settled)}"
+        )
     if not config.allow_changes:
         raise ValueError(
             f"{what}. Choose another output_dir, or {remedy}; allow_changes=true goes on all the "
@@ -193,6 +223,8 @@ def earlier_settings(settings: Path) -> dict[str, Any] | None:
 
 # What may change within sections that are otherwise compared.
 _FREE = ("data.check", "data.skip_bad_rows", "data.eval_path")
+# Compared by the place that they name, however it is spelt.
+_PLACES = ("model", _DATA)
 
 
 def differences(
@@ -218,4 +250,5 @@ def _different(name: str, was: Any, now: Any, usual: Any) -> dict[str, str]:
                 f"{name}.{key}", was.get(key, usual.get(key)), now[key], usual.get(key)
             ).items()
         }
-    return {} if was == now or name in _FREE else {name: f"{name} was {was}, is {now}"}
+    same = was == now or (name in _PLACES and Path(str(was)).resolve() == Path(now).resolve())
+    return {} if same or name in _FREE else {name: f"{name} was {was}, is {now}"}

@@ -11,6 +11,8 @@ from ..config_checks import ATTENTION_IMPLEMENTATIONS
 from ..config_domains import require_fields
 from ..config_parts import RematConfig
 from ..host.optimizer import ON_NONFINITE, SCHEDULES
+from ..lora_layers import QTYPES
+from ..lora_targets import check_targets
 from .compile_cache import AUTO
 
 
@@ -142,6 +144,9 @@ class TrainSettings:
         one_of("dtype", self.dtype, (None, "bfloat16", "float32"))
         one_of("lr_scheduler_type", self.lr_scheduler_type, SCHEDULES)
         one_of("on_nonfinite", self.on_nonfinite, ON_NONFINITE)
+        if self.lora is not None:
+            one_of("lora.quantize", self.lora.quantize, (None, *QTYPES))
+            check_targets(self.lora.targets, "lora.targets")
         one_of("report_to", self.report_to, ("tensorboard", "wandb", "none"))
         never = [step for step in self.keep_steps if step % self.save_steps]
         if never:

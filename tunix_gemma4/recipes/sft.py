@@ -32,6 +32,11 @@ _FIXED = (
     *("model", "data", "lora", "text_only", "dtype", "scan_layers", "batch_size"),
     *("gradient_accumulation_steps", "seed"),
 )
+# What of these the saved place in the data depends on.
+_POSITION = (
+    *("batch_size", "gradient_accumulation_steps", "seed", "data.shuffle", "data.thoughts"),
+    *("data.max_length", "data.bucket_lengths", "data.image_buckets"),
+)
 
 
 @dataclasses.dataclass
@@ -60,7 +65,7 @@ def run(config: RunConfig, *, after_eval: Callable[[Gemma4Trainer], None] | None
         config: the settings.
         after_eval: called with the trainer after each evaluation.
     """
-    output = common.prepare_output(config, _FIXED)
+    output = common.prepare_output(config, _FIXED, _POSITION)
     record = Record(output, config)
     mesh = make_mesh(config)
     processor = common.make_processor(config)
@@ -72,18 +77,20 @@ def run(config: RunConfig, *, after_eval: Callable[[Gemma4Trainer], None] | None
         train_ds.refuse_other(position)
     say(f"{train_ds.num_rows} rows in {config.data.path}. The first:")
     say(first_row(config, processor, train_ds))
+    say_of_empty_rows(config, train_ds)
     say_of_estimate(config, train_ds)
 
     model = prepare_model(config, common.load_base(config, mesh))
     record.settle(rows_are_known=train_ds.rows_are_known)
-    trainer = make_trainer(
-        config,
-        model,
-        train_ds.num_rows,
-        after_eval,
-        steps_per_epoch=train_ds.steps_per_epoch(),
-        all_checked=train_ds.checked is not None and train_ds.checked.is_whole,
-    )
+    with record.restoring(_FIXED):
+        trainer = make_trainer(
+            config,
+            model,
+            train_ds.num_rows,
+            after_eval,
+            steps_per_epoch=train_ds.steps_per_epoch(),
+            all_checked=train_ds.checked is not None and train_ds.checked.is_whole,
+        )
     if trainer.train_steps:
         trainer.refuse_other_data(train_ds)
         common.say_resuming(config, trainer.train_steps, output / CHECKPOINTS)
@@ -189,6 +196,22 @@ def make_trainer(
         log=say,
         after_eval=after_eval,
         progress=Progress(steps, steps_per_epoch, estimated=estimated),
+    )
+
+
+def say_of_empty_rows(config: RunConfig, train_ds: BatchDataset) -> None:
+    """Says so where an epoch has fewer rows than a batch, or a step, which nothing can fill."""
+    rows = 0 if train_ds.checked is None else train_ds.checked.examples
+    batches = config.gradient_accumulation_steps
+    step = config.batch_size * batches
+    if not 0 < rows < step:
+        return
+    size = f"batch_size={config.batch_size}"
+    if batches > 1:
+        size += f" x gradient_accumulation_steps={batches} is {step} rows a step, which"
+    say(
+        f"{size} is more than the {rows} rows to train on: a step takes all of them, and the other "
+        f"{step - rows} are computed empty."
     )
 
 
