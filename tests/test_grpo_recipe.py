@@ -326,7 +326,11 @@ def test_epochs_end_with_whole_rollout_steps(settings, limits, expected):
 
 def test_prompts_of_the_end_that_fill_no_rollout_step_are_said(settings, capsys):
     config = settings(max_steps=None, num_train_epochs=1)
-    for rows, said in ((8, ""), (7, f"last {7 % config.batch_size} of 7 prompts (1 epochs)")):
+    for rows, said in (
+        (8, ""),
+        (7, f"last {7 % config.batch_size} of 7 prompts (1 epochs)"),
+        (1, f"batch_size={config.batch_size} is more than the 1 prompts"),
+    ):
         grpo.say_of_end(config, rows, grpo.total_steps(config, rows))
         out = capsys.readouterr().out
         assert said in out and bool(said) == bool(out)

@@ -133,7 +133,7 @@ def test_interrupted_run_goes_on_to_the_same_numbers_and_a_broken_off_end_is_fin
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("lora=null", r"another lora \(.*: lora was .*, is None\..* depends on lora$"),
+        ("lora=null merge=false", r"another lora \(.*: lora was .*, is None\..* depends on lora$"),
         (
             "lora.rank=4",
             r"lora.rank was 2, is 4\. .* the shape of what is trained, depends on lora",
@@ -152,7 +152,7 @@ def test_run_that_is_refused_leaves_what_the_checkpoints_say_of_themselves(
     kept = ("run_config.yaml", "checkpoints/record.json")
     before = [(tmp_path / "run" / name).read_bytes() for name in kept]
     with pytest.raises(ValueError, match=message) as refused:
-        sft.run(settings(tmp_path / "run", change, "allow_changes=true"))
+        sft.run(settings(tmp_path / "run", *change.split(), "allow_changes=true"))
     assert not hasattr(refused.value, "__notes__")
     assert [(tmp_path / "run" / name).read_bytes() for name in kept] == before
 

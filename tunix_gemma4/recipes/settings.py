@@ -89,7 +89,8 @@ class TrainSettings:
         keep_steps: steps whose checkpoints are kept besides; each a multiple of `save_steps`.
         resume_from_checkpoint: go on from the latest checkpoint in `output_dir`, if there is one.
         allow_changes: resume although settings or files that the checkpoints depend on are others
-            now, as after the correction of a reward function; says which.
+            now, as after the correction of a reward function; says which. Not where the place in
+            the data or the shape of what is trained depends on them.
         report_to: "tensorboard", "wandb" or "none".
         seed: of the data's order, of what is sampled and of the adapter's initial values.
         compilation_cache_dir: keeps compiled programs for the next start; null: keeps none. "auto"
