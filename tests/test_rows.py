@@ -725,6 +725,9 @@ def test_every_other_key_is_a_column_of_every_road():
     named = [user(shown, both, kept) | {"name": "Ann"}, ANSWER | {"id": "1"}]
     keys = {"name", "id", "detail", "max_pixels", "url"}
     assert set(read_conversation(named).unread) == keys
+    result = {"type": "tool_result", "content": [text("R") | {"of": 1}], "is_error": True}
+    answered = [*ROUND[:2], user(result) | {"tree_id": "a"}, ANSWER]
+    assert set(read_conversation(answered).unread) == {"tree_id", "is_error", "of"}
 
 
 @pytest.mark.parametrize(

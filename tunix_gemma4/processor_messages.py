@@ -172,8 +172,11 @@ def _read(given: Any) -> Iterator[Message]:
         yield message
         yield from results
     else:
+        is_said = message.content or not results
+        if not is_said:
+            results[0].unread += message.unread
         yield from results
-        if message.content or not results:
+        if is_said:
             yield message
 
 
@@ -399,6 +402,7 @@ def _result(message: Message, given: Mapping[str, Any]) -> Message:
             raise ValueError(f"what a tool answered has no 'content', and {other!r}; rename that")
         message.content = ""
     if is_list(message.content):
+        message.unread += tuple(key for part in message.content for key in _unread(part))
         message.content = [_part(part) for part in message.content]
     elif isinstance(message.content, Mapping):
         message.content = without_none(message.content)
