@@ -216,6 +216,15 @@ def test_broken_off_run_goes_on_as_if_nothing_had_happened(trained, tmp_path, ca
         np.testing.assert_allclose(adapters(result.model)[path], array, atol=1e-5)
 
 
+def test_place_in_the_prompts_is_not_reckoned_from_other_sizes(settings):
+    config = settings()
+    common.write_settings(Path(config.output_dir), config)
+    (Path(config.output_dir) / "checkpoints" / "actor" / "1").mkdir(parents=True)
+    config.num_iterations, config.max_steps, config.allow_changes = 2, 4, True
+    with pytest.raises(ValueError, match="num_iterations was 1, is 2.* depends on num_iterations"):
+        grpo.run(config)
+
+
 def test_all_parameters_are_trained_on_images_and_saved_merged(settings, tmp_path):
     """Two optimizer steps a batch, no KL penalty, on two devices."""
     config = settings(
