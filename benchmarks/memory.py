@@ -104,17 +104,9 @@ CASES = {
         "sft/26b_a4b_lora_image", _LORA.format(8, 8, 2048) + " text_only=true", "v5e:2x4"
     ),
 }
-CASES["lora-2048-cut"] = dataclasses.replace(CASES["lora-2048"], layers=4, peer=None)
 QUICK = {
     "quick-logps-1024": dataclasses.replace(CASES["logps-1024"], layers=4, peer=None),
-    # The step with images and both axes of a mesh.
-    "quick-image-1024": Case(
-        _IMAGE,
-        _LORA.format(4, 8, 1024) + " mesh.tp=2 lora.targets=all",
-        "v5e:2x4",
-        images=1,
-        layers=4,
-    ),
+    "quick-lora-2048": dataclasses.replace(CASES["lora-2048"], layers=4, peer=None),
 }
 
 
