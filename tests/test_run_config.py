@@ -151,12 +151,24 @@ def test_every_setting_is_documented():
 
 
 @pytest.mark.parametrize(
-    "text", ["Cost ${seed} dollars", "bash ${", r"\${x}", "1e3", "012", "yes", "2024", "a: b"]
+    "text",
+    [
+        "Cost ${seed} dollars",
+        "bash ${",
+        r"\${x}",
+        "1e3",
+        "012",
+        "yes",
+        "2024",
+        "a: b",
+        "a #b",
+        "*.x",
+    ],
 )
 def test_a_text_is_what_stands_there(text, tmp_path):
     """No interpolation, and no number or switch that YAML 1.1 would have made of it."""
     path = tmp_path / "run.yaml"
-    shown = json.dumps(text) if text == "a: b" else text
+    shown = json.dumps(text) if text in ("a: b", "a #b", "*.x") else text
     path.write_text(f"model: {shown}\noutput_dir: out\ndata: {{path: t.jsonl}}\n")
     config = load_run_config(path)
     assert config.model == text

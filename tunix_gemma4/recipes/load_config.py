@@ -197,15 +197,19 @@ def _assigned(overrides: Sequence[str]) -> tuple[dict, dict, str]:
         parts = [part.strip() for part in key.split(".")]
         if not equals or not all(parts):
             raise ValueError(f"{override!r}: expected key=value, such as learning_rate=1e-4")
+        is_plain = text.lstrip()[:1] not in tuple("[{\"'")
         try:
             values = read_yaml(text), yaml.load(text, _Texts)
         except yaml.YAMLError as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(
-                f"{override!r}: its value is not readable as YAML: {reason}"
-            ) from error
-        is_prose = isinstance(values[1], dict) and not text.lstrip().startswith("{")
-        whole = text if is_prose else values[1]
+            if not is_plain:
+                reason = str(error).splitlines()[0]
+                raise ValueError(
+                    f"{override!r}: its value is not readable as YAML: {reason}"
+                ) from error
+            values = text, text
+        # `a: b` and `a #b` are texts where one is wanted; null and switches are not.
+        is_word = values[1] is None or isinstance(values[1], bool)
+        whole = text.strip() if is_plain and not is_word else values[1]
         for tree, value in ((given, values[0]), (texts, _Whole(values[1], whole))):
             for part in parts[:-1]:
                 tree[part] = tree = tree[part] if isinstance(tree.get(part), dict) else {}
