@@ -42,6 +42,14 @@ def _texts(completions: Sequence[Any]) -> list[str]:
     return [completion_text(completion) for completion in completions]
 
 
+def _scores(
+    completions: Sequence[Any], read: Callable[[str], Any], wanted: Sequence[Any]
+) -> list[float]:
+    """1 where what is read of a completion is what is wanted."""
+    pairs = zip(_texts(completions), wanted, strict=True)
+    return [float(read(said) == right) for said, right in pairs]
+
+
 # ---- Whether the answer is right. Each reads the column `answer`, or else `solution`.
 
 
@@ -53,10 +61,7 @@ def exact_answer(
 ) -> list[float]:
     """1 where the completion is the answer to the letter, but for space around it."""
     wanted = _wanted(answer, solution, lambda right: str(right).strip())
-    return [
-        float(said.strip() == right)
-        for said, right in zip(_texts(completions), wanted, strict=True)
-    ]
+    return _scores(completions, str.strip, wanted)
 
 
 def numeric_answer(
@@ -71,10 +76,7 @@ def numeric_answer(
     thousands may have commas, and 42, 42.0, $42, 4.2e1 and 84/2 are the same.
     """
     wanted = _wanted(answer, solution, _number_of)
-    return [
-        float(read_number(said) == right)
-        for said, right in zip(_texts(completions), wanted, strict=True)
-    ]
+    return _scores(completions, read_number, wanted)
 
 
 def _number_of(right: Any) -> Fraction:
@@ -126,10 +128,7 @@ def multiple_choice(
     where there is none, the first of all: "B", "(B)", "B. Paris", "The answer is B."
     """
     wanted = _wanted(answer, solution, _letter_of)
-    return [
-        float(read_choice(said) == right)
-        for said, right in zip(_texts(completions), wanted, strict=True)
-    ]
+    return _scores(completions, read_choice, wanted)
 
 
 def _letter_of(right: Any) -> str:
