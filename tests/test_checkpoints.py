@@ -157,3 +157,20 @@ def test_signal_ends_a_run_behind_a_whole_step_with_its_checkpoint(tmp_path):
         assert raised.value.code == 143
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_several_processes_agree_on_a_step_that_can_be_stopped_at(tmp_path, monkeypatch):
+    run, asked = Run(tmp_path), []
+
+    def reached(count):
+        """As JAX's, with a signal behind the first count: at the one after it, and no other."""
+        asked.append(count)
+        return count == asked[0] + 1
+
+    run.manager.whole = 3
+    monkeypatch.setattr(run.manager._checkpoint_manager, "reached_preemption", reached)
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    monkeypatch.setattr(run.manager, "_write", lambda step, *_: None)
+    with pytest.raises(stop.Terminated, match="after step 6, which is saved"):
+        for step in range(1, 20):
+            run.save(step)

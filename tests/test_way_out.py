@@ -221,7 +221,7 @@ sys.exit(main(["sft", *sys.argv[3:]]))
 
 @pytest.mark.slow
 def test_sigterm_to_one_of_two_processes_saves_the_same_step_of_both(settings, tmp_path):
-    overrides = ["logging_steps=1", "max_steps=2000", "mesh.fsdp=2"]
+    overrides = ["logging_steps=1", "max_steps=2000", "num_train_epochs=null", "mesh.fsdp=2"]
     command = settings(tmp_path / "run", *overrides, as_words=True)
     with socket.socket() as free:
         free.bind(("localhost", 0))

@@ -160,8 +160,11 @@ class CheckpointManager(checkpoint_manager.CheckpointManager):
         if step % self.whole:
             return None
         manager = self._checkpoint_manager
-        if jax.process_count() > 1 and manager is not None and manager.reached_preemption(step):
-            return signal.SIGTERM  # JAX sees to it that all processes agree on the step.
+        # JAX sees to it that all processes agree on where to stop, which is at the count after the
+        # highest of theirs: one that comes, so that steps that cannot be stopped at do not count.
+        count = step // self.whole
+        if jax.process_count() > 1 and manager is not None and manager.reached_preemption(count):
+            return signal.SIGTERM
         return stop.asked()
 
     def _stop(self, step: int, number: int) -> None:
