@@ -7,7 +7,7 @@ import sysconfig
 from pathlib import Path
 
 import tunix_gemma4 as g4
-from tunix_gemma4.recipes.shipped import recipe_names
+from tunix_gemma4.settings.shipped import recipe_names
 
 
 def command(*arguments: str, exit_code: int = 0) -> str:

@@ -39,10 +39,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tunix_gemma4 import LoraConfig, ModelConfig, apply_lora, sharding
 from tunix_gemma4.config import LayerSpec
 from tunix_gemma4.losses import next_token_loss, per_token_logps
-from tunix_gemma4.model import attention, splash
+from tunix_gemma4.model import attention
 from tunix_gemma4.model.gemma4 import Gemma4ForConditionalGeneration
+from tunix_gemma4.model.kernels import splash
 from tunix_gemma4.model.masks import Visibility
-from tunix_gemma4.model.stacking import stack_layers
+from tunix_gemma4.model.scan import stack_layers
 from tunix_gemma4.model.vision import VisionLayer
 from tunix_gemma4.planning.hardware import hardware
 

@@ -26,7 +26,7 @@ import jax
 from memory import CASES, measured
 
 import tunix_gemma4
-from tunix_gemma4.recipes.plan import GB
+from tunix_gemma4.planning.plan import GB
 
 MESHES = {
     "fsdp 4": ("v5e:2x2", 4, 1),

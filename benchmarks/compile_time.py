@@ -62,10 +62,10 @@ Program = tuple[Callable[[], jax.stages.Traced], Mesh]
 
 def ours(size: str, *, stacked: bool) -> Program:
     """What traces the step of the supervised recipe, and its mesh."""
+    from tunix_gemma4.planning.command import load_settings
+    from tunix_gemma4.planning.plan import model_source
+    from tunix_gemma4.planning.programs import Shapes, sft_programs
     from tunix_gemma4.recipes import common
-    from tunix_gemma4.recipes.plan import model_source
-    from tunix_gemma4.recipes.plan_command import load_settings
-    from tunix_gemma4.recipes.plan_programs import Shapes, sft_programs
 
     case = SIZES[size]
     settings = [*case.settings.split(), f"scan_layers={stacked}", f"lora.rank={RANK}"]

@@ -81,7 +81,7 @@ def make_config(size: str, tiny: bool) -> Any:
     import jax.numpy as jnp
 
     import tunix_gemma4 as g4
-    from tunix_gemma4.tiny import tiny_config
+    from tunix_gemma4.testing.tiny import tiny_config
 
     if tiny:
         return tiny_config(size, text_only=True, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)

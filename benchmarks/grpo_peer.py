@@ -25,9 +25,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tunix.models.gemma4 import model as gemma4
 from tunix.rl.grpo.grpo_learner import TrainExample
 
-from tunix_gemma4.host import rl_step
-from tunix_gemma4.host.grpo import make_algorithm
 from tunix_gemma4.planning.hardware import hardware
+from tunix_gemma4.plugin.rl import step as rl_step
+from tunix_gemma4.plugin.rl.cluster import make_algorithm
 
 ROWS, LENGTH = 8, 1024
 TOPOLOGY = "v5p:2x2x2"

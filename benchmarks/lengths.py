@@ -21,10 +21,10 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 from memory import ROOT
 
 import tunix_gemma4
+from tunix_gemma4.planning.command import load_settings
 from tunix_gemma4.planning.hardware import hardware
-from tunix_gemma4.recipes.plan import GB
-from tunix_gemma4.recipes.plan_command import load_settings
-from tunix_gemma4.recipes.plan_search import Search
+from tunix_gemma4.planning.plan import GB
+from tunix_gemma4.planning.search import Search
 
 START = 8192
 

@@ -25,8 +25,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import tunix_gemma4
 from tunix_gemma4 import ModelConfig
-from tunix_gemma4.recipes.plan import GB, Plan, plan
-from tunix_gemma4.recipes.plan_command import load_settings
+from tunix_gemma4.planning.command import load_settings
+from tunix_gemma4.planning.plan import GB, Plan, plan
 
 ROOT = Path(__file__).parents[1]
 RECORD = Path(__file__).with_suffix(".json")

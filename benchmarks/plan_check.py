@@ -25,12 +25,12 @@ import jax
 import numpy as np
 from flax import nnx
 
+from tunix_gemma4.data.processor import Batch
 from tunix_gemma4.model.gemma4 import Gemma4ForConditionalGeneration
-from tunix_gemma4.processor import Batch
+from tunix_gemma4.planning.plan import plan
 from tunix_gemma4.recipes import common, sft
-from tunix_gemma4.recipes.plan import plan
-from tunix_gemma4.recipes.run_config import load_run_config
-from tunix_gemma4.tiny import tiny_hf_config
+from tunix_gemma4.settings.sft import load_run_config
+from tunix_gemma4.testing.tiny import tiny_hf_config
 
 MB = 1e6
 SETTINGS = """

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tunix_gemma4.recipes.demo_rl import (
+from tunix_gemma4.demos.demo_rl import (
     LEAST_AFTER,
     START,
     Curve,

@@ -43,13 +43,14 @@ from tunix.rl import common
 
 import tunix_gemma4
 from tunix_gemma4 import LoraConfig, ModelConfig, apply_lora, sharding
-from tunix_gemma4.host import binding, rl_step
-from tunix_gemma4.host.grpo import make_algorithm
-from tunix_gemma4.host.train_step import TrainStep
 from tunix_gemma4.model.gemma4 import Gemma4ForConditionalGeneration
+from tunix_gemma4.model.scan import stack_layers
 from tunix_gemma4.model.scores import Gemma4ForTokenScores
-from tunix_gemma4.model.stacking import stack_layers
 from tunix_gemma4.planning.hardware import hardware
+from tunix_gemma4.plugin.rl import context as binding
+from tunix_gemma4.plugin.rl import step as rl_step
+from tunix_gemma4.plugin.rl.cluster import make_algorithm
+from tunix_gemma4.plugin.train_step import TrainStep
 
 ROWS, GENERATIONS, RANK = 8, 4, 16
 PROGRAMS = ("logps", "score", "step")

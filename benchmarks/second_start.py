@@ -41,9 +41,9 @@ def make_files(directory: Path) -> None:
     """Checkpoints `demo` and `deep`, and rows.jsonl of digits."""
     from safetensors.numpy import save_file
 
-    from tunix_gemma4.recipes.digits import DIGIT, write_scans, write_task
-    from tunix_gemma4.tiny import build_tiny_checkpoint
-    from tunix_gemma4.tiny_weights import random_tensor, tensor_shapes
+    from tunix_gemma4.demos.digits import DIGIT, write_scans, write_task
+    from tunix_gemma4.testing.tiny import build_tiny_checkpoint
+    from tunix_gemma4.testing.weights import random_tensor, tensor_shapes
 
     build_tiny_checkpoint(directory / "demo", preset="demo")
     deep = build_tiny_checkpoint(directory / "deep", preset="e2b")
@@ -67,9 +67,9 @@ def start(case: str, directory: Path, output: str) -> dict[str, float]:
     """One start of the recipe, ended after a step."""
     import jax
 
-    from tunix_gemma4.host.trainer import Gemma4Trainer
+    from tunix_gemma4.plugin.sft.trainer import Gemma4Trainer
     from tunix_gemma4.recipes import sft
-    from tunix_gemma4.recipes.run_config import load_run_config
+    from tunix_gemma4.settings.sft import load_run_config
 
     events, result = [], {}
     jax.monitoring.register_event_listener(lambda name, **_: events.append(name.split("/")[-1]))

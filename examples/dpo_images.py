@@ -21,10 +21,10 @@ from absl import app, flags
 from tunix.sft.dpo.dpo_trainer import DPOTrainer, DPOTrainingConfig
 
 import tunix_gemma4 as g4
-from tunix_gemma4.host.optimizer import make_optimizer, make_schedule
-from tunix_gemma4.host.settings import training_fields
-from tunix_gemma4.recipes import digits
-from tunix_gemma4.recipes.preferences import PreferenceBatches
+from tunix_gemma4.data.preferences import PreferenceBatches
+from tunix_gemma4.demos import digits
+from tunix_gemma4.plugin.optimizer import make_optimizer, make_schedule
+from tunix_gemma4.plugin.training_config import training_fields
 
 _MODEL = flags.DEFINE_string("model", None, "Checkpoint directory.", required=True)
 _DATA = flags.DEFINE_string("data", None, "Preferences, .jsonl or .parquet; None: digits.")

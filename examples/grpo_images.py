@@ -19,10 +19,11 @@ from pathlib import Path
 
 from absl import app, flags
 
-from tunix_gemma4.recipes import digits, grpo
-from tunix_gemma4.recipes.rl_config import GrpoRunConfig, PromptConfig
-from tunix_gemma4.recipes.settings import LoraSettings
-from tunix_gemma4.tiny import build_tiny_checkpoint
+from tunix_gemma4.demos import digits
+from tunix_gemma4.recipes import grpo
+from tunix_gemma4.settings.common import LoraSettings
+from tunix_gemma4.settings.grpo import GrpoRunConfig, PromptConfig
+from tunix_gemma4.testing.tiny import build_tiny_checkpoint
 
 _MODEL = flags.DEFINE_string("model", None, "Checkpoint directory; None: a tiny one.")
 _DATA = flags.DEFINE_string("data", None, "Conversations, .jsonl or .parquet; None: digits.")

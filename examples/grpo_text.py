@@ -24,10 +24,10 @@ from tunix.rl.rollout.base_rollout import RolloutConfig
 import tunix_gemma4 as g4
 from tunix_gemma4.recipes.common import device_mesh
 from tunix_gemma4.recipes.prompts import Batches, PromptRows
-from tunix_gemma4.recipes.rewards import completion_text, read_number
-from tunix_gemma4.recipes.rl_config import PromptConfig
-from tunix_gemma4.recipes.settings import MeshConfig
-from tunix_gemma4.tiny import build_tiny_checkpoint
+from tunix_gemma4.rewards import completion_text, read_number
+from tunix_gemma4.settings.common import MeshConfig
+from tunix_gemma4.settings.grpo import PromptConfig
+from tunix_gemma4.testing.tiny import build_tiny_checkpoint
 
 _MODEL = flags.DEFINE_string("model", None, "Checkpoint directory; None: a tiny one.")
 _DATA = flags.DEFINE_string("data", None, "Prompts and answers, .jsonl; None: sums.")

@@ -20,11 +20,11 @@ from absl import app, flags
 from PIL import Image, ImageDraw
 
 import tunix_gemma4 as g4
-from tunix_gemma4.host import grpo
+from tunix_gemma4.plugin.rl import cluster as grpo
 from tunix_gemma4.recipes.common import device_mesh
-from tunix_gemma4.recipes.rewards import numeric_answer, soft_overlong
-from tunix_gemma4.recipes.settings import MeshConfig
-from tunix_gemma4.tiny import build_tiny_checkpoint
+from tunix_gemma4.rewards import numeric_answer, soft_overlong
+from tunix_gemma4.settings.common import MeshConfig
+from tunix_gemma4.testing.tiny import build_tiny_checkpoint
 
 _MODEL = flags.DEFINE_string("model", None, "Checkpoint directory; None: a tiny one.")
 _OUTPUT = flags.DEFINE_string("output", None, "Directory for the results.", required=True)

@@ -18,9 +18,9 @@ from pathlib import Path
 from absl import app, flags
 
 import tunix_gemma4 as g4
-from tunix_gemma4.host.optimizer import make_optimizer, make_schedule
-from tunix_gemma4.host.settings import make_training_config
-from tunix_gemma4.host.trainer import Gemma4Trainer
+from tunix_gemma4.plugin.optimizer import make_optimizer, make_schedule
+from tunix_gemma4.plugin.sft.trainer import Gemma4Trainer
+from tunix_gemma4.plugin.training_config import make_training_config
 
 _MODEL = flags.DEFINE_string("model", None, "Checkpoint directory.", required=True)
 _DATA = flags.DEFINE_string("data", None, "Conversations, .jsonl or .parquet.", required=True)

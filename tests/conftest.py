@@ -51,8 +51,8 @@ def _compiled_programs_go_with_their_file():
     import jax
 
     # A run of the recipe registers and leaves it so, as in a user's process.
-    if "tunix_gemma4.host.register" in sys.modules:
-        sys.modules["tunix_gemma4.host.register"].unregister()
+    if "tunix_gemma4.plugin.register" in sys.modules:
+        sys.modules["tunix_gemma4.plugin.register"].unregister()
     jax.clear_caches()
     gc.collect()
 
@@ -63,7 +63,7 @@ def tiny_checkpoint(tmp_path_factory):
 
     Each combination is built once per session and shared: read it, or copy it before writing.
     """
-    from tunix_gemma4.tiny import build_tiny_checkpoint
+    from tunix_gemma4.testing.tiny import build_tiny_checkpoint
 
     built = {}
 

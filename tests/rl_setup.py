@@ -12,10 +12,10 @@ from tunix.rl import rl_cluster
 from tunix.rl.rollout.base_rollout import RolloutConfig
 
 from tunix_gemma4.checkpoint import load_checkpoint
-from tunix_gemma4.host.learner import set_processor
+from tunix_gemma4.data.processor import Processor
 from tunix_gemma4.lora import LoraConfig, apply_lora
-from tunix_gemma4.processor import Processor
-from tunix_gemma4.recipes.rewards import completion_text
+from tunix_gemma4.plugin.rl.learner import set_processor
+from tunix_gemma4.rewards import completion_text
 
 Role = rl_cluster.Role
 STEPS = 5

@@ -14,18 +14,13 @@ from jax.sharding import Mesh
 from small_models import assert_logits_agree, draw_images, draw_tokens, forward, random_model
 
 from tunix_gemma4.losses import next_token_loss
-from tunix_gemma4.model import attention, splash, triton
-from tunix_gemma4.model.attention import (
-    attend,
-    attend_blocks,
-    attend_given,
-    attend_rows,
-    row_tiles,
-)
+from tunix_gemma4.model import attention
+from tunix_gemma4.model.attention import attend, attend_blocks, attend_given, attend_rows, row_tiles
+from tunix_gemma4.model.kernels import splash, triton
 from tunix_gemma4.model.masks import Visibility
-from tunix_gemma4.model.stacking import stack_layers
+from tunix_gemma4.model.scan import stack_layers
 from tunix_gemma4.sharding import shard_model
-from tunix_gemma4.tiny import tiny_config
+from tunix_gemma4.testing.tiny import tiny_config
 
 B, N, K, H = 2, 4, 2, 8
 

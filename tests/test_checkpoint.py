@@ -21,12 +21,13 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 from small_models import random_model
 
-from tunix_gemma4 import checkpoint, weights
+from tunix_gemma4 import checkpoint
 from tunix_gemma4.checkpoint import load_checkpoint, save_checkpoint
-from tunix_gemma4.checkpoint_files import read_header
+from tunix_gemma4.checkpoint import names as weights
+from tunix_gemma4.checkpoint.files import read_header
 from tunix_gemma4.config import ModelConfig
 from tunix_gemma4.sharding import param_shardings
-from tunix_gemma4.tiny import tiny_config
+from tunix_gemma4.testing.tiny import tiny_config
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 NORM = "model.language_model.norm.weight"

@@ -12,9 +12,9 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
-from tunix_gemma4.host import stop
-from tunix_gemma4.host.checkpoints import CheckpointManager, Kept, kept_steps
-from tunix_gemma4.weights_finite import NonFiniteError
+from tunix_gemma4.checkpoint.finite import NonFiniteError
+from tunix_gemma4.plugin import stop
+from tunix_gemma4.plugin.checkpoints import CheckpointManager, Kept, kept_steps
 
 
 class Run:
@@ -87,7 +87,7 @@ def test_state_that_is_not_finite_is_not_written_and_the_last_finite_stays(tmp_p
 
 def test_checkpoint_that_is_not_finite_is_passed_over(saved, monkeypatch, caplog):
     """As one that was written before this was looked at."""
-    monkeypatch.setattr("tunix_gemma4.host.checkpoints.require_finite_state", lambda *given: None)
+    monkeypatch.setattr("tunix_gemma4.plugin.checkpoints.require_finite_state", lambda *given: None)
     run = Run(saved)
     run.save(4, np.nan)
     run.manager.close()

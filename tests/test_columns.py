@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from tunix_gemma4.model import columns
+from tunix_gemma4.model import chunks as columns
 
 WORDS, FEATURES, B, T = 64, 16, 8, 50
 

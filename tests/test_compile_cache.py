@@ -168,9 +168,9 @@ START = """
 import json, sys
 import jax
 from tunix_gemma4.recipes import grpo, sft
-from tunix_gemma4.recipes.rl_config import GrpoRunConfig, PromptConfig
-from tunix_gemma4.recipes.run_config import DataConfig, RunConfig
-from tunix_gemma4.recipes.settings import LoraSettings, MeshConfig
+from tunix_gemma4.settings.grpo import GrpoRunConfig, PromptConfig
+from tunix_gemma4.settings.sft import DataConfig, RunConfig
+from tunix_gemma4.settings.common import LoraSettings, MeshConfig
 
 model, folder, output = sys.argv[1:]
 shared = {

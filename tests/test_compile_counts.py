@@ -10,9 +10,9 @@ import pytest
 from compiled import compiled_programs
 
 from tunix_gemma4.recipes import grpo, sft
-from tunix_gemma4.recipes.rl_config import GrpoRunConfig, PromptConfig
-from tunix_gemma4.recipes.run_config import DataConfig, RunConfig
-from tunix_gemma4.recipes.settings import LoraSettings, MeshConfig
+from tunix_gemma4.settings.common import LoraSettings, MeshConfig
+from tunix_gemma4.settings.grpo import GrpoRunConfig, PromptConfig
+from tunix_gemma4.settings.sft import DataConfig, RunConfig
 
 BUCKETS = (32, 64)
 SQUARE = MeshConfig(fsdp=2, tp=2)

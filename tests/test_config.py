@@ -13,7 +13,7 @@ from transformers import Gemma4Config, Gemma4UnifiedConfig
 
 from tunix_gemma4.config import LayerSpec, ModelConfig, RematConfig
 from tunix_gemma4.model.gemma4 import abstract_model, num_parameters
-from tunix_gemma4.tiny import tiny_config, tiny_hf_config
+from tunix_gemma4.testing.tiny import tiny_config, tiny_hf_config
 
 SIZES = ("e2b", "e4b", "12b", "26b_a4b", "31b")
 SLIDING, FULL = "sliding_attention", "full_attention"

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from tunix_gemma4.data import make_dataset
-from tunix_gemma4.data_sources import Rows
-from tunix_gemma4.processor import Batch, Example
-from tunix_gemma4.processor_conversation import read_conversation
+from tunix_gemma4.data.conversation import read_conversation
+from tunix_gemma4.data.processor import Batch, Example
+from tunix_gemma4.data.sources import Rows
 
 PATCHES, PATCH_DIM = 4, 5
 PIXEL = np.zeros((2, 2), np.uint8)
@@ -618,7 +618,7 @@ def test_a_position_beyond_the_last_epoch_is_refused():
 def test_the_real_processor_feeds_the_pipeline(tiny_dir, tmp_path):
     from PIL import Image
 
-    from tunix_gemma4.processor import Processor
+    from tunix_gemma4.data.processor import Processor
 
     processor = Processor.from_pretrained(tiny_dir, max_soft_tokens=70)
     colors = np.random.default_rng(0).integers(0, 255, (6, 20, 30, 3), np.uint8)

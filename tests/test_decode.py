@@ -14,7 +14,7 @@ from small_models import (
     random_model,
 )
 
-from tunix_gemma4.processor import Batch
+from tunix_gemma4.data.processor import Batch
 from tunix_gemma4.sampling import generate
 
 # Left-padded rows of 28 slots, of which the first 11 are the prompt: three and a half windows.

@@ -21,11 +21,11 @@ import pytest
 
 import tunix_gemma4
 from tunix_gemma4 import LoraConfig, ModelConfig
+from tunix_gemma4.checkpoint.names import named_buffers, named_parameters
 from tunix_gemma4.model.gemma4 import abstract_model
-from tunix_gemma4.recipes.rl_config import GrpoRunConfig, PromptConfig
-from tunix_gemma4.recipes.run_config import DataConfig, LoraSettings, MeshConfig, RunConfig
-from tunix_gemma4.tiny import tiny_config
-from tunix_gemma4.weights import named_buffers, named_parameters
+from tunix_gemma4.settings.grpo import GrpoRunConfig, PromptConfig
+from tunix_gemma4.settings.sft import DataConfig, LoraSettings, MeshConfig, RunConfig
+from tunix_gemma4.testing.tiny import tiny_config
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

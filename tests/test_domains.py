@@ -9,16 +9,16 @@ import optax
 import pytest
 
 from tunix_gemma4 import LoraConfig
-from tunix_gemma4.config_domains import DOMAINS, Domain, domain, numeric_fields
-from tunix_gemma4.host.grpo import Sizes, make_algorithm, make_rollout_config
-from tunix_gemma4.host.optimizer import make_optimizer, make_schedule
-from tunix_gemma4.host.settings import make_training_config
-from tunix_gemma4.host.trainer import Gemma4Trainer, TrainingConfig
-from tunix_gemma4.recipes.load_config import sections
-from tunix_gemma4.recipes.rl_config import GrpoRunConfig, load_grpo_config
-from tunix_gemma4.recipes.run_config import RunConfig, load_run_config
-from tunix_gemma4.recipes.settings import LoraSettings
+from tunix_gemma4.config.domains import DOMAINS, Domain, domain, numeric_fields
+from tunix_gemma4.plugin.optimizer import make_optimizer, make_schedule
+from tunix_gemma4.plugin.rl.cluster import Sizes, make_algorithm, make_rollout_config
+from tunix_gemma4.plugin.sft.trainer import Gemma4Trainer, TrainingConfig
+from tunix_gemma4.plugin.training_config import make_training_config
 from tunix_gemma4.sampling import generate
+from tunix_gemma4.settings.common import LoraSettings
+from tunix_gemma4.settings.grpo import GrpoRunConfig, load_grpo_config
+from tunix_gemma4.settings.load_config import sections
+from tunix_gemma4.settings.sft import RunConfig, load_run_config
 
 RECIPES = {RunConfig: load_run_config, GrpoRunConfig: load_grpo_config}
 MINIMAL = "{model: m, output_dir: out, data: {path: train.jsonl}%s}\n"

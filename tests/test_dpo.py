@@ -15,9 +15,9 @@ from tunix.sft.dpo import dpo_trainer
 
 import tunix_gemma4
 from tunix_gemma4.checkpoint import load_checkpoint
+from tunix_gemma4.data.preferences import collate, read_preference
+from tunix_gemma4.data.processor import Processor
 from tunix_gemma4.lora import LoraConfig, apply_lora
-from tunix_gemma4.processor import Processor
-from tunix_gemma4.recipes.preferences import collate, read_preference
 
 STEPS = 6
 LENGTHS = {"max_prompt_length": 96, "max_response_length": 12}

@@ -13,7 +13,7 @@ from flax import nnx
 from tunix_gemma4 import LoraConfig, ModelConfig, apply_lora
 from tunix_gemma4.model.gemma4 import abstract_model
 from tunix_gemma4.recipes.common import device_mesh
-from tunix_gemma4.recipes.rl_config import load_grpo_config
+from tunix_gemma4.settings.grpo import load_grpo_config
 from tunix_gemma4.sharding import param_shardings
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs" / "grpo").glob("*.yaml"))

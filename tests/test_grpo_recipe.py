@@ -17,12 +17,12 @@ from flax import nnx
 from PIL import Image
 
 from tunix_gemma4.checkpoint import load_checkpoint
-from tunix_gemma4.host.grpo import LOSS_TYPES, make_algorithm
+from tunix_gemma4.data.processor import Processor
 from tunix_gemma4.lora import load_adapter
-from tunix_gemma4.processor import Processor
+from tunix_gemma4.plugin.rl.cluster import make_algorithm
 from tunix_gemma4.recipes import common, grpo
-from tunix_gemma4.recipes.rl_config import GrpoRunConfig, PromptConfig
-from tunix_gemma4.recipes.settings import LoraSettings, MeshConfig
+from tunix_gemma4.settings.common import LoraSettings, MeshConfig
+from tunix_gemma4.settings.grpo import LOSS_TYPES, GrpoRunConfig, PromptConfig
 
 STEPS = 5
 # A tiny model draws letters at random, so that this has a spread within each group.

@@ -11,10 +11,10 @@ import pytest
 from tunix.rl import algo_core, common, rl_learner
 
 import tunix_gemma4
-from tunix_gemma4.host import register, version
-from tunix_gemma4.host.hooks import Hook, Installed
-from tunix_gemma4.host.register import EXTENDED, HOOKS, status
-from tunix_gemma4.host.version import TESTED
+from tunix_gemma4.plugin import register, version
+from tunix_gemma4.plugin.hooks import Hook, Installed
+from tunix_gemma4.plugin.register import EXTENDED, HOOKS, status
+from tunix_gemma4.plugin.version import TESTED
 
 MISSING = object()
 

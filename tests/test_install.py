@@ -17,8 +17,8 @@ import pytest
 from tunix_gemma4 import extras
 from tunix_gemma4.__main__ import main
 from tunix_gemma4.recipes import common
-from tunix_gemma4.recipes.run_config import RunConfig
-from tunix_gemma4.recipes.shipped import find_recipe, recipe_names
+from tunix_gemma4.settings.sft import RunConfig
+from tunix_gemma4.settings.shipped import find_recipe, recipe_names
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = "from setuptools import build_meta as b; b.{}('.')"
@@ -49,7 +49,7 @@ def test_wheel_holds_every_file_of_the_package_and_the_recipes(tmp_path):
     build("build_sdist", clone)
     build("build_wheel", clone)
     assert contents(clone) == wanted
-    assert {"tunix_gemma4/presets/e2b.json", "tunix_gemma4/host/base_config.yaml"} <= wanted
+    assert {"tunix_gemma4/presets/e2b.json", "tunix_gemma4/plugin/base_config.yaml"} <= wanted
 
     with tarfile.open(next(clone.glob("*.tar.gz"))) as archive:
         archive.extractall(tmp_path, filter="data")

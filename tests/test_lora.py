@@ -13,14 +13,14 @@ import qwix
 from flax import nnx
 from small_models import draw_images, draw_tokens, forward, random_model
 
-from tunix_gemma4.lora import LoraConfig, LoraLinear, apply_lora
-from tunix_gemma4.lora_layers import adapted, count_parameters
-from tunix_gemma4.lora_targets import as_regex, linears, resolve
+from tunix_gemma4.lora import LoraConfig, apply_lora
+from tunix_gemma4.lora.adapters import LoraLinear, adapted, count_parameters
+from tunix_gemma4.lora.targets import as_regex, linears, resolve
 from tunix_gemma4.model.gemma4 import Gemma4ForConditionalGeneration
-from tunix_gemma4.model.stacking import stack_layers
+from tunix_gemma4.model.scan import stack_layers
 from tunix_gemma4.planning.flops import count_flops
 from tunix_gemma4.sharding import shard_model
-from tunix_gemma4.tiny import tiny_config
+from tunix_gemma4.testing.tiny import tiny_config
 
 QUANTIZE = [None, "nf4", "int8"]
 

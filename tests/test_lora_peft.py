@@ -14,8 +14,8 @@ from small_models import random_model
 
 from tunix_gemma4.checkpoint import load_checkpoint
 from tunix_gemma4.lora import LoraConfig, apply_lora, load_adapter, save_adapter
-from tunix_gemma4.lora_layers import adapted
-from tunix_gemma4.lora_peft import check_adapter
+from tunix_gemma4.lora.adapters import adapted
+from tunix_gemma4.lora.peft import check_adapter
 from tunix_gemma4.sharding import shard_model
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -197,7 +197,7 @@ def test_a_failed_save_leaves_the_earlier_adapter(saved, tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr("tunix_gemma4.lora_peft.save_file", fail)
+    monkeypatch.setattr("tunix_gemma4.lora.peft.save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         save_adapter(trained(nnx.clone(lora)), target)
     after = load_file(target / TENSORS)

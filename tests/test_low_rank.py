@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tunix_gemma4.lora_layers import LoraConfig, adapt
-from tunix_gemma4.model.low_rank import project
+from tunix_gemma4.lora.adapters import LoraConfig, adapt
+from tunix_gemma4.model.lora import project
 from tunix_gemma4.planning.flops import count_flops
 
 SIZE = 32

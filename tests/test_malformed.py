@@ -15,15 +15,15 @@ import pytest
 from safetensors.numpy import save_file
 
 from tunix_gemma4.__main__ import main
-from tunix_gemma4.checkpoint_files import read_directory
+from tunix_gemma4.checkpoint.files import read_directory
 from tunix_gemma4.config import ModelConfig
 from tunix_gemma4.data import make_dataset
-from tunix_gemma4.lora_peft import check_adapter
-from tunix_gemma4.processor import Processor
-from tunix_gemma4.recipes.preferences import PreferenceBatches
+from tunix_gemma4.data.preferences import PreferenceBatches
+from tunix_gemma4.data.processor import Processor
+from tunix_gemma4.lora.peft import check_adapter
 from tunix_gemma4.recipes.prompts import PromptRows
-from tunix_gemma4.recipes.rl_config import PromptConfig, load_grpo_config
-from tunix_gemma4.recipes.run_config import load_run_config
+from tunix_gemma4.settings.grpo import PromptConfig, load_grpo_config
+from tunix_gemma4.settings.sft import load_run_config
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 

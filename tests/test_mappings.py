@@ -15,10 +15,10 @@ from tunix.generate.mappings import BackendMappingMixin, MappingConfig
 
 import tunix_gemma4
 from tunix_gemma4.config import ModelConfig
-from tunix_gemma4.host.mappings import to_vllm
 from tunix_gemma4.lora import LoraConfig, apply_lora, merge_lora
 from tunix_gemma4.model import backend_names
 from tunix_gemma4.model.gemma4 import Gemma4ForConditionalGeneration, abstract_model
+from tunix_gemma4.plugin.engines import to_vllm
 
 SIZES = ("e2b", "e4b", "12b", "26b_a4b", "31b")
 BACKENDS = ("vllm_jax", "sglang_jax")

@@ -10,7 +10,7 @@ from small_models import draw_images, draw_tokens, forward, random_model
 
 from tunix_gemma4.checkpoint import load_checkpoint, save_checkpoint
 from tunix_gemma4.lora import LoraConfig, apply_lora, load_adapter, merge_lora, save_adapter
-from tunix_gemma4.lora_layers import adapted
+from tunix_gemma4.lora.adapters import adapted
 from tunix_gemma4.model.gemma4 import Gemma4ForConditionalGeneration
 from tunix_gemma4.sharding import shard_model
 

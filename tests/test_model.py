@@ -21,7 +21,7 @@ from small_models import (
 from tunix_gemma4.config import RematConfig
 from tunix_gemma4.model import masks
 from tunix_gemma4.sharding import shard_model
-from tunix_gemma4.tiny import tiny_config
+from tunix_gemma4.testing.tiny import tiny_config
 
 # Two conversations and what they look like packed into one row, padding behind.
 FIRST, SECOND = "tt(iiii)tttttt", "(iiiiiiiiii)ttt(ii)t"

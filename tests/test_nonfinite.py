@@ -15,13 +15,13 @@ from tunix.sft import peft_trainer
 
 from tunix_gemma4 import register, unregister
 from tunix_gemma4.checkpoint import save_checkpoint
-from tunix_gemma4.host.health import NonFiniteError, state_is_finite
-from tunix_gemma4.host.optimizer import make_optimizer, skipped_steps
-from tunix_gemma4.host.settings import make_training_config
-from tunix_gemma4.host.trainer import Gemma4Trainer, model_input
+from tunix_gemma4.data.processor import Batch
 from tunix_gemma4.lora import LoraConfig, apply_lora, save_adapter
 from tunix_gemma4.losses import next_token_loss
-from tunix_gemma4.processor import Batch
+from tunix_gemma4.plugin.health import NonFiniteError, state_is_finite
+from tunix_gemma4.plugin.optimizer import make_optimizer, skipped_steps
+from tunix_gemma4.plugin.sft.trainer import Gemma4Trainer, model_input
+from tunix_gemma4.plugin.training_config import make_training_config
 
 BAD = 999.0  # A batch with this denominator has a loss of NaN.
 

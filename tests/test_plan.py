@@ -21,17 +21,17 @@ from jax.experimental import pallas as pl
 from jax.sharding import AbstractMesh, AxisType
 
 from tunix_gemma4.__main__ import main
-from tunix_gemma4.lora_targets import linears, resolve
+from tunix_gemma4.lora.targets import linears, resolve
 from tunix_gemma4.model.gemma4 import abstract_model
+from tunix_gemma4.planning import plan as planner
+from tunix_gemma4.planning.command import load_settings
 from tunix_gemma4.planning.flops import count_flops
 from tunix_gemma4.planning.hardware import hardware
 from tunix_gemma4.planning.measure import _asked, bits
+from tunix_gemma4.planning.programs import Shapes, resident_of
+from tunix_gemma4.planning.search import largest
 from tunix_gemma4.recipes import common, sft
-from tunix_gemma4.recipes import plan as planner
-from tunix_gemma4.recipes.plan_command import load_settings
-from tunix_gemma4.recipes.plan_programs import Shapes, resident_of
-from tunix_gemma4.recipes.plan_search import largest
-from tunix_gemma4.tiny import build_tiny_checkpoint
+from tunix_gemma4.testing.tiny import build_tiny_checkpoint
 
 ROOT = Path(__file__).parents[1]
 SFT = """

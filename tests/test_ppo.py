@@ -14,12 +14,12 @@ from tunix.rl.rollout.base_rollout import RolloutConfig
 
 import tunix_gemma4
 from tunix_gemma4.checkpoint import load_checkpoint
-from tunix_gemma4.host import ppo
-from tunix_gemma4.host.learner import set_processor
+from tunix_gemma4.checkpoint.finite import NonFiniteError
+from tunix_gemma4.data.processor import Processor
 from tunix_gemma4.lora import LoraConfig, apply_lora
 from tunix_gemma4.model.scores import Gemma4ForTokenScores
-from tunix_gemma4.processor import Processor
-from tunix_gemma4.weights_finite import NonFiniteError
+from tunix_gemma4.plugin.rl import ppo
+from tunix_gemma4.plugin.rl.learner import set_processor
 
 MAX_TOKENS = 4
 LORA = LoraConfig(rank=4, alpha=8)

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 from tunix.sft.dpo import dpo_trainer
 
-from tunix_gemma4.processor import Processor
-from tunix_gemma4.recipes.preferences import PreferenceBatches, collate, read_preference
+from tunix_gemma4.data.preferences import PreferenceBatches, collate, read_preference
+from tunix_gemma4.data.processor import Processor
 
 QUESTION = [{"role": "user", "content": "Which is larger?"}]
 LENGTHS = {"max_prompt_length": 96, "max_response_length": 16}

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from shown_tokens import prefix, runs
 
-from tunix_gemma4.processor import Processor, image_slots
-from tunix_gemma4.processor_conversation import read_conversation
-from tunix_gemma4.tiny_tokenizer import SPECIAL_TOKENS
+from tunix_gemma4.data.conversation import read_conversation
+from tunix_gemma4.data.processor import Processor, image_slots
+from tunix_gemma4.testing.tokenizer import SPECIAL_TOKENS
 
 EMPTY_THOUGHT = "<|channel>thought\n<channel|>"
 SYSTEM = {"role": "system", "content": " Be brief. "}

@@ -4,7 +4,7 @@
 import numpy as np
 import pytest
 
-from tunix_gemma4.processor_conversation import read_conversation
+from tunix_gemma4.data.conversation import read_conversation
 
 IMAGE, TEXT = {"type": "image"}, {"type": "text", "text": "What is this?"}
 PARTS = [IMAGE, TEXT]

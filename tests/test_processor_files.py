@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from tunix_gemma4.processor import Processor
+from tunix_gemma4.data.processor import Processor
 
 
 @pytest.fixture

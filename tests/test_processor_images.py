@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tunix_gemma4.config_parts import VisionConfig
-from tunix_gemma4.processor_images import ImagePacker, soft_tokens_of, to_rgb
+from tunix_gemma4.config.parts import VisionConfig
+from tunix_gemma4.data.images import ImagePacker, soft_tokens_of, to_rgb
 
 VISION = VisionConfig(patch_size=4, pooling_kernel_size=2, position_embedding_size=160)
 

@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 from shown_tokens import prefix, runs
 
-from tunix_gemma4.processor import Processor
-from tunix_gemma4.processor_conversation import read_preference_pair, read_prompt
-from tunix_gemma4.recipes.preferences import read_preference
+from tunix_gemma4.data.conversation import read_preference_pair, read_prompt
+from tunix_gemma4.data.preferences import read_preference
+from tunix_gemma4.data.processor import Processor
 
 USER, ANSWER = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
 THOUGHT = "<|channel>thought\nT\n<channel|>"

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tunix_gemma4.processor import Processor
+from tunix_gemma4.data.processor import Processor
 from tunix_gemma4.recipes.prompts import Batches, PromptRows
-from tunix_gemma4.recipes.rl_config import PromptConfig
+from tunix_gemma4.settings.grpo import PromptConfig
 
 
 @pytest.fixture(scope="module")

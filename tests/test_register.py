@@ -7,8 +7,8 @@ import pytest
 from tunix.models import automodel
 
 import tunix_gemma4
-from tunix_gemma4.host.hooks import Installed
-from tunix_gemma4.host.register import HOOKS, status
+from tunix_gemma4.plugin.hooks import Installed
+from tunix_gemma4.plugin.register import HOOKS, status
 
 OURS = [
     hook

@@ -36,10 +36,10 @@ def train(checkpoint, output, *, log, max_steps=STEPS, save_steps=1, die=False):
     """Trains with two micro-batches a step; `log` gets (step, rows) and (step, loss) at once."""
     from tunix_gemma4.checkpoint import load_checkpoint
     from tunix_gemma4.data import make_dataset
-    from tunix_gemma4.host.optimizer import make_optimizer, make_schedule
-    from tunix_gemma4.host.settings import make_training_config
-    from tunix_gemma4.host.trainer import Gemma4Trainer
-    from tunix_gemma4.processor import Processor
+    from tunix_gemma4.data.processor import Processor
+    from tunix_gemma4.plugin.optimizer import make_optimizer, make_schedule
+    from tunix_gemma4.plugin.sft.trainer import Gemma4Trainer
+    from tunix_gemma4.plugin.training_config import make_training_config
 
     processor = Processor.from_pretrained(checkpoint, max_soft_tokens=70)
 

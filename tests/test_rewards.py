@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tunix_gemma4.recipes import rewards
-from tunix_gemma4.recipes.rewards import load_reward, read_choice, read_number, weighted
+from tunix_gemma4 import rewards
+from tunix_gemma4.rewards import load_reward, read_choice, read_number, weighted
 
 
 def one(spec, completion, **columns):

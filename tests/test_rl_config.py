@@ -6,8 +6,8 @@ import re
 import pytest
 
 from tunix_gemma4.recipes.common import make_processor
-from tunix_gemma4.recipes.load_config import sections, to_yaml
-from tunix_gemma4.recipes.rl_config import GrpoRunConfig, load_grpo_config
+from tunix_gemma4.settings.grpo import GrpoRunConfig, load_grpo_config
+from tunix_gemma4.settings.load_config import sections, to_yaml
 
 MINIMAL = """
 model: m

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from tunix_gemma4 import ModelConfig
-from tunix_gemma4.host import learner, register, rl_report, version
-from tunix_gemma4.recipes import rewards
+from tunix_gemma4 import ModelConfig, rewards
+from tunix_gemma4.plugin import register, version
+from tunix_gemma4.plugin.rl import learner
+from tunix_gemma4.plugin.rl import report as rl_report
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 

@@ -16,7 +16,7 @@ import tunix_gemma4
 from tunix_gemma4.lora import LoraConfig, apply_lora
 from tunix_gemma4.model.gemma4 import Gemma4ForConditionalGeneration
 from tunix_gemma4.model.scores import Gemma4ForTokenScores
-from tunix_gemma4.tiny import tiny_config
+from tunix_gemma4.testing.tiny import tiny_config
 
 WORDS = 64
 PAD, EOS = 0, 1

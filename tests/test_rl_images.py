@@ -14,9 +14,9 @@ from tunix.rl.rl_cluster import Mode
 
 import tunix_gemma4
 from tunix_gemma4 import sampling
-from tunix_gemma4.host import learner as hooks
-from tunix_gemma4.host import logps
-from tunix_gemma4.host.binding import Bound, bind
+from tunix_gemma4.plugin.rl import learner as hooks
+from tunix_gemma4.plugin.rl import logps
+from tunix_gemma4.plugin.rl.context import Bound, bind
 
 GENERATIONS = 2
 

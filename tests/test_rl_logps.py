@@ -28,7 +28,7 @@ from tunix.sft.sharding_utils import shard_input
 
 import tunix_gemma4
 from tunix_gemma4 import losses
-from tunix_gemma4.host.binding import Bound, bind
+from tunix_gemma4.plugin.rl.context import Bound, bind
 from tunix_gemma4.sharding import shard_model
 
 

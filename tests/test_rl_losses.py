@@ -19,11 +19,12 @@ from tunix.rl.ppo import ppo_learner
 from tunix.sft.dpo import dpo_trainer
 
 import tunix_gemma4
-from tunix_gemma4.host import learner as hooks
-from tunix_gemma4.host import micro_batches, orpo
-from tunix_gemma4.host.binding import Bound, bind
-from tunix_gemma4.host.grpo import KL_ESTIMATORS, make_algorithm
 from tunix_gemma4.model.gemma4 import Gemma4Model
+from tunix_gemma4.plugin.rl import learner as hooks
+from tunix_gemma4.plugin.rl import micro_batches, orpo
+from tunix_gemma4.plugin.rl.cluster import make_algorithm
+from tunix_gemma4.plugin.rl.context import Bound, bind
+from tunix_gemma4.settings.grpo import KL_ESTIMATORS
 
 ROWS, LENGTH, GROUP = 4, 5, 2
 LENGTHS = np.array([5, 2, 1, 4])

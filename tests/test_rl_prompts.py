@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from rl_setup import draw_picture, question
 
-from tunix_gemma4.host.prompts import Cell, Prompt, PromptReader, unwrap
-from tunix_gemma4.processor import Processor
+from tunix_gemma4.data.processor import Processor
+from tunix_gemma4.plugin.rl.prompts import Cell, Prompt, PromptReader, unwrap
 
 
 @pytest.fixture(scope="module")

@@ -14,17 +14,17 @@ from tunix.rl.grpo.grpo_learner import GRPOConfig
 from tunix.rl.reward_manager import SequenceRewardManager
 
 import tunix_gemma4
-from tunix_gemma4.host.binding import Bound, bind
-from tunix_gemma4.host.metric_names import MetricNames
-from tunix_gemma4.host.reward_time import limited
-from tunix_gemma4.host.rewards import (
+from tunix_gemma4.plugin.metric_names import MetricNames
+from tunix_gemma4.plugin.rl.context import Bound, bind
+from tunix_gemma4.plugin.rl.reward_time import limited
+from tunix_gemma4.plugin.rl.rewards import (
     RewardError,
     checked,
     require_sums,
     without_abstained,
     without_spread,
 )
-from tunix_gemma4.recipes.rewards import exact_answer, weighted
+from tunix_gemma4.rewards import exact_answer, weighted
 
 PROMPTS, COMPLETIONS = ["p0", "p1", "p2"], ["c0", "c1", "c2"]
 
@@ -158,7 +158,7 @@ def test_function_that_does_not_return_is_named(monkeypatch, caplog):
         RewardError, match=r"(?s)ponder raised KeyError: 'x'\nsample 0: prompt 'p0'"
     ):
         quick(PROMPTS, COMPLETIONS, answer=["wrong"] * 3)
-    monkeypatch.setattr("tunix_gemma4.host.reward_time.WARN_AFTER", 0.02)
+    monkeypatch.setattr("tunix_gemma4.plugin.rl.reward_time.WARN_AFTER", 0.02)
     message = r"(?s)ponder did not return within reward_timeout=0.2 seconds.* 3 completions.*'p0'"
     with pytest.raises(RewardError, match=message):
         checked(limited(ponder, 0.2))(PROMPTS, COMPLETIONS, answer=["slowly"] * 3)

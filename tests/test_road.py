@@ -18,16 +18,17 @@ from test_data import (
     through_json,
 )
 
-from tunix_gemma4 import data_sources, processor_conversation
+from tunix_gemma4.data import conversation as processor_conversation
 from tunix_gemma4.data import make_dataset
-from tunix_gemma4.data_check import checked_rows
-from tunix_gemma4.host.prompts import PromptReader
-from tunix_gemma4.processor import Example, Processor
+from tunix_gemma4.data import sources as data_sources
+from tunix_gemma4.data.check import checked_rows
+from tunix_gemma4.data.preferences import PreferenceBatches
+from tunix_gemma4.data.processor import Example, Processor
+from tunix_gemma4.plugin.rl.prompts import PromptReader
 from tunix_gemma4.recipes import grpo, sft
-from tunix_gemma4.recipes.preferences import PreferenceBatches
 from tunix_gemma4.recipes.prompts import Batches, PromptRows
-from tunix_gemma4.recipes.rl_config import GrpoRunConfig, PromptConfig
-from tunix_gemma4.recipes.run_config import RunConfig
+from tunix_gemma4.settings.grpo import GrpoRunConfig, PromptConfig
+from tunix_gemma4.settings.sft import RunConfig
 
 
 @pytest.fixture(scope="module")

@@ -11,16 +11,12 @@ import pytest
 from PIL import Image
 
 from tunix_gemma4.data import make_dataset
-from tunix_gemma4.data_sources import Rows
-from tunix_gemma4.processor import Processor
-from tunix_gemma4.processor_conversation import (
-    read_conversation,
-    read_preference_pair,
-    read_prompt,
-)
-from tunix_gemma4.recipes.preferences import PreferenceBatches
+from tunix_gemma4.data.conversation import read_conversation, read_preference_pair, read_prompt
+from tunix_gemma4.data.preferences import PreferenceBatches
+from tunix_gemma4.data.processor import Processor
+from tunix_gemma4.data.sources import Rows
 from tunix_gemma4.recipes.prompts import PromptRows
-from tunix_gemma4.recipes.rl_config import PromptConfig
+from tunix_gemma4.settings.grpo import PromptConfig
 
 USER, ANSWER = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
 TALK = [USER, ANSWER]
@@ -924,7 +920,9 @@ def test_each_turn_is_a_row_of_the_pipeline(tiny_dir):
 
 
 def test_page_of_the_data_lists_every_key_and_mark():
-    from tunix_gemma4 import processor_keys, processor_messages, processor_rows
+    from tunix_gemma4.data import keys as processor_keys
+    from tunix_gemma4.data import messages as processor_messages
+    from tunix_gemma4.data import rows as processor_rows
 
     page = (Path(__file__).parents[1] / "docs/how-to/data.md").read_text("utf-8")
     names = [*processor_keys.CONSUMED, *processor_keys.REFUSED, *processor_keys.ANSWERS]

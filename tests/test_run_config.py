@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import pytest
 
 from tunix_gemma4.recipes.common import model_config
-from tunix_gemma4.recipes.load_config import sections
-from tunix_gemma4.recipes.run_config import RunConfig, load_run_config, to_yaml
-from tunix_gemma4.tiny import tiny_hf_config
+from tunix_gemma4.settings.load_config import sections
+from tunix_gemma4.settings.sft import RunConfig, load_run_config, to_yaml
+from tunix_gemma4.testing.tiny import tiny_hf_config
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs" / "sft").glob("*.yaml"))
 

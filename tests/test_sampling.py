@@ -17,10 +17,10 @@ from PIL import Image
 from small_models import draw_images, draw_tokens, forward, random_model
 
 from tunix_gemma4 import sampling
-from tunix_gemma4.processor import Batch
+from tunix_gemma4.data.processor import Batch
 from tunix_gemma4.sampling import generate, sample
 from tunix_gemma4.sharding import shard_model
-from tunix_gemma4.tiny import tiny_config
+from tunix_gemma4.testing.tiny import tiny_config
 
 ROOT = Path(__file__).parent.parent
 VOCAB = 16

@@ -16,12 +16,12 @@ from tunix.sft import peft_trainer
 
 import tunix_gemma4
 from tunix_gemma4.checkpoint import load_checkpoint, save_checkpoint
+from tunix_gemma4.checkpoint.names import SCORE
 from tunix_gemma4.lora import LoraConfig, apply_lora, load_adapter, merge_lora, save_adapter
-from tunix_gemma4.lora_layers import adapted
+from tunix_gemma4.lora.adapters import adapted
 from tunix_gemma4.model.gemma4 import Gemma4ForConditionalGeneration
 from tunix_gemma4.model.scores import Gemma4ForTokenScores
 from tunix_gemma4.sharding import param_shardings, shard_model
-from tunix_gemma4.weights import SCORE
 
 ROWS = ("t(iiii)ttttt", "tttt(iiii)tt")
 SIZES = ([(2, 2)], [(2, 2)])

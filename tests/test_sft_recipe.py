@@ -13,10 +13,10 @@ from PIL import Image
 
 from tunix_gemma4.checkpoint import load_checkpoint
 from tunix_gemma4.config import ModelConfig
-from tunix_gemma4.host.optimizer import make_schedule
 from tunix_gemma4.lora import load_adapter, merge_lora
+from tunix_gemma4.plugin.optimizer import make_schedule
 from tunix_gemma4.recipes import common, sft
-from tunix_gemma4.recipes.run_config import DataConfig, LoraSettings, MeshConfig, RunConfig
+from tunix_gemma4.settings.sft import DataConfig, LoraSettings, MeshConfig, RunConfig
 
 ROWS = 12
 

@@ -16,7 +16,7 @@ from tunix_gemma4.config import ModelConfig
 from tunix_gemma4.lora import LoraConfig, apply_lora
 from tunix_gemma4.model.gemma4 import abstract_model
 from tunix_gemma4.sharding import param_shardings, shard_model
-from tunix_gemma4.tiny import tiny_config
+from tunix_gemma4.testing.tiny import tiny_config
 
 
 def make_mesh(fsdp: int, tp: int) -> Mesh:

@@ -9,8 +9,8 @@ from safetensors.numpy import load_file
 from transformers import AutoTokenizer
 
 from tunix_gemma4.config import ModelConfig
-from tunix_gemma4.tiny import PRESETS, build_tiny_checkpoint, tiny_config
-from tunix_gemma4.tiny_tokenizer import SPECIAL_TOKENS, VOCAB_SIZE, WORDS
+from tunix_gemma4.testing.tiny import PRESETS, build_tiny_checkpoint, tiny_config
+from tunix_gemma4.testing.tokenizer import SPECIAL_TOKENS, VOCAB_SIZE, WORDS
 
 TEXTS = {
     "spaces": "  two  spaces\tand a tab ",

@@ -14,15 +14,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from small_models import draw_images, draw_tokens, random_model
 from tunix.sft import peft_trainer
 
-from tunix_gemma4 import weights
+from tunix_gemma4.checkpoint import names as weights
 from tunix_gemma4.data import make_dataset
-from tunix_gemma4.host.optimizer import make_optimizer, make_schedule, record_step
-from tunix_gemma4.host.progress import Progress
-from tunix_gemma4.host.settings import make_training_config
-from tunix_gemma4.host.trainer import Gemma4Trainer, TrainingConfig, model_input
+from tunix_gemma4.data.processor import Batch, Processor
 from tunix_gemma4.lora import LoraConfig, apply_lora
 from tunix_gemma4.losses import next_token_loss
-from tunix_gemma4.processor import Batch, Processor
+from tunix_gemma4.plugin.optimizer import make_optimizer, make_schedule, record_step
+from tunix_gemma4.plugin.progress import Progress
+from tunix_gemma4.plugin.sft.trainer import Gemma4Trainer, TrainingConfig, model_input
+from tunix_gemma4.plugin.training_config import make_training_config
 from tunix_gemma4.sharding import shard_model
 
 ROWS = 8

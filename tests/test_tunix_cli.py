@@ -19,8 +19,8 @@ from tunix.utils import mesh as tunix_mesh
 
 import tunix_gemma4
 from tunix_gemma4.__main__ import main
-from tunix_gemma4.host import launch
-from tunix_gemma4.host.register import status
+from tunix_gemma4.plugin import launch
+from tunix_gemma4.plugin.register import status
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -85,7 +85,7 @@ def test_the_shipped_settings_build_what_tunix_builds_from_them(tiny_dir):
 
 def test_a_file_of_the_users_own_is_read_as_it_is(tiny_dir, tmp_path):
     own = tmp_path / "base_config.yaml"
-    text = (ROOT / "tunix_gemma4/host/base_config.yaml").read_text()
+    text = (ROOT / "tunix_gemma4/plugin/base_config.yaml").read_text()
     own.write_text(text.replace("batch_size: 8", "batch_size: 3"))
     assert settings(*on(tiny_dir), base=own).config["batch_size"] == 3
     with pytest.raises(ValueError, match=r"missing\.yaml not found"):
@@ -105,7 +105,7 @@ def test_the_host_alone_refuses_and_other_families_are_judged_by_it(tiny_dir):
     settings(*qwen, tokenizer)
     with pytest.raises(ValueError, match="must use source"):
         settings(*on("google/gemma-2-2b", model_name="gemma-2-2b"), tokenizer)
-    base = ROOT / "tunix_gemma4/host/base_config.yaml"
+    base = ROOT / "tunix_gemma4/plugin/base_config.yaml"
     tunix_gemma4.unregister()
     settings(*qwen, tokenizer, base=base)
     with pytest.raises(ValueError, match="'gemma-4-e2b-it' must use source"):

@@ -15,8 +15,8 @@ from tunix.models.gemma4 import model as upstream
 import tunix_gemma4
 from tunix_gemma4 import model as model_lib
 from tunix_gemma4.config import ModelConfig
-from tunix_gemma4.lora_targets import resolve
-from tunix_gemma4.tiny import tiny_config
+from tunix_gemma4.lora.targets import resolve
+from tunix_gemma4.testing.tiny import tiny_config
 
 # ---- Its forward tests (v0.1.7, and pull request 1608 but for SigLIP), with a small vocabulary.
 

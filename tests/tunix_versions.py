@@ -61,9 +61,9 @@ def run(folder, name, path):
 
 def measure(output):
     import tunix_gemma4
-    from tunix_gemma4.host.version import found
-    from tunix_gemma4.recipes.digits import DIGIT, write_scans, write_task
-    from tunix_gemma4.tiny import build_tiny_checkpoint
+    from tunix_gemma4.demos.digits import DIGIT, write_scans, write_task
+    from tunix_gemma4.plugin.version import found
+    from tunix_gemma4.testing.tiny import build_tiny_checkpoint
 
     tunix_gemma4.register()
     model = build_tiny_checkpoint(output / "model", preset="demo")
@@ -79,7 +79,7 @@ def measure(output):
 
 def sft_losses(model, data, output):
     from tunix_gemma4.recipes import sft
-    from tunix_gemma4.recipes.run_config import DataConfig, LoraSettings, RunConfig
+    from tunix_gemma4.settings.sft import DataConfig, LoraSettings, RunConfig
 
     config = RunConfig(
         model=str(model),
@@ -98,8 +98,8 @@ def sft_losses(model, data, output):
 
 def grpo_losses(model, data, output):
     from tunix_gemma4.recipes import grpo
-    from tunix_gemma4.recipes.rl_config import GrpoRunConfig, PromptConfig
-    from tunix_gemma4.recipes.settings import LoraSettings
+    from tunix_gemma4.settings.common import LoraSettings
+    from tunix_gemma4.settings.grpo import GrpoRunConfig, PromptConfig
 
     config = GrpoRunConfig(
         model=str(model),
@@ -129,7 +129,7 @@ def dpo_losses(model, data):
     from tunix.sft.dpo import dpo_trainer
 
     from tunix_gemma4 import LoraConfig, Processor, apply_lora, load_checkpoint
-    from tunix_gemma4.recipes.preferences import collate, read_preference
+    from tunix_gemma4.data.preferences import collate, read_preference
 
     processor = Processor.from_pretrained(model)
     rows = [json.loads(line) for line in Path(data.train).read_text().splitlines()[:8]]

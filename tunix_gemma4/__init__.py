@@ -5,32 +5,36 @@ Names are loaded when first used, so that importing the package costs nothing an
 """
 
 from importlib import import_module
+from pathlib import Path
+
+# Former names of modules are found behind those of today.
+__path__.append(str(Path(__file__).parent / "_renamed"))
 
 _HOME = {
-    "Batch": "processor",
+    "Batch": "data",
     "Gemma4ForConditionalGeneration": "model.gemma4",
     "Gemma4ForTokenScores": "model.scores",
-    "LayerSpec": "config_parts",
+    "LayerSpec": "config",
     "LoraConfig": "lora",
     "ModelConfig": "config",
-    "Processor": "processor",
-    "RematConfig": "config_parts",
-    "VisionConfig": "config_parts",
+    "Processor": "data",
+    "RematConfig": "config",
+    "VisionConfig": "config",
     "apply_lora": "lora",
     "generate": "sampling",
     "load_adapter": "lora",
     "load_checkpoint": "checkpoint",
     "make_dataset": "data",
     "merge_lora": "lora",
-    "plan": "recipes.plan",
-    "register": "host.register",
+    "plan": "planning.plan",
+    "register": "plugin.register",
     "save_adapter": "lora",
     "save_checkpoint": "checkpoint",
-    "stack_layers": "model.stacking",
-    "unregister": "host.register",
-    "unstack_layers": "model.stacking",
+    "stack_layers": "model.scan",
+    "unregister": "plugin.register",
+    "unstack_layers": "model.scan",
 }
-_MODULES = ("checkpoint", "config", "data", "losses", "lora", "processor", "sampling", "sharding")
+_MODULES = ("checkpoint", "config", "data", "losses", "lora", "sampling", "sharding")
 
 __all__ = [*_HOME, *_MODULES]
 

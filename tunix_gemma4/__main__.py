@@ -204,39 +204,41 @@ def _add_plan(commands: Any) -> None:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    from .recipes import demo
+    from .demos import demo
 
     return demo.run(options.output_dir, tuple(options.overrides))
 
 
 def _demo_rl(options: argparse.Namespace) -> int:
-    from .recipes import demo_rl
+    from .demos import demo_rl
 
     return demo_rl.run(options.output_dir, options.overrides)
 
 
 def _sft(options: argparse.Namespace) -> int:
-    from .recipes import run_config, sft
+    from .recipes import sft
+    from .settings import sft as run_config
 
     sft.run(run_config.load_run_config(options.config, options.overrides))
     return 0
 
 
 def _grpo(options: argparse.Namespace) -> int:
-    from .recipes import grpo, rl_config
+    from .recipes import grpo
+    from .settings import grpo as rl_config
 
     grpo.run(rl_config.load_grpo_config(options.config, options.overrides))
     return 0
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from .recipes import plan_command
+    from .planning import command as plan_command
 
     return plan_command.run(options)
 
 
 def _recipes(options: argparse.Namespace) -> int:
-    from .recipes.shipped import find_recipe, recipe_names
+    from .settings.shipped import find_recipe, recipe_names
 
     if options.name is None:
         print("\n".join(recipe_names()))
@@ -246,24 +248,24 @@ def _recipes(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from .host.launch import run
+    from .plugin.launch import run
 
     run(options.target, options.arguments)
     return 0
 
 
 def _parity(options: argparse.Namespace) -> int:
-    from . import parity
+    from .testing import parity
 
     return parity.main(options.rest)
 
 
 def _generate(options: argparse.Namespace) -> int:
     from .checkpoint import load_checkpoint
-    from .config_domains import require
+    from .config.domains import require
+    from .data.processor import Processor
     from .lora import load_adapter
-    from .lora_peft import check_adapter
-    from .processor import Processor
+    from .lora.peft import check_adapter
     from .sampling import check_settings, generate, refuse_nonfinite
 
     sampling = (options.temperature, options.top_k, options.top_p)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from .config import ModelConfig
-from .model.columns import over_columns
+from .model.chunks import over_columns
 from .model.head import hidden_gradient, soft_cap, uncapped_logits
 
 if TYPE_CHECKING:

@@ -19,14 +19,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding
 
+from .checkpoint.finite import NonFiniteError, nonfinite_variables, shown
 from .config import ModelConfig
-from .config_checks import refuse_ids_beyond
-from .config_domains import require
-from .model.merge import check_images
-from .model.stacking import unstack_layers
-from .processor import Batch
+from .config.checks import refuse_ids_beyond
+from .config.domains import require
+from .data.processor import Batch
+from .model.scan import unstack_layers
+from .model.soft_tokens import check_images
 from .sharding import active_mesh, constrain
-from .weights_finite import NonFiniteError, nonfinite_variables, shown
 
 
 @dataclasses.dataclass(frozen=True)

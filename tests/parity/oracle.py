@@ -30,7 +30,7 @@ from transformers import (
     Gemma4UnifiedForConditionalGeneration,
 )
 
-from tunix_gemma4 import weights
+from tunix_gemma4.checkpoint import names as weights
 from tunix_gemma4.config import ModelConfig
 from tunix_gemma4.model import gemma4
 

@@ -13,8 +13,8 @@ import transformers
 
 from tunix_gemma4.checkpoint import load_checkpoint, save_checkpoint
 from tunix_gemma4.lora import LoraConfig, apply_lora, load_adapter, merge_lora, save_adapter
-from tunix_gemma4.lora_layers import adapted
-from tunix_gemma4.lora_targets import linears, resolve
+from tunix_gemma4.lora.adapters import adapted
+from tunix_gemma4.lora.targets import linears, resolve
 
 from . import oracle
 

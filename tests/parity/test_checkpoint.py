@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from tunix_gemma4.checkpoint import load_checkpoint, save_checkpoint
-from tunix_gemma4.tiny import build_tiny_checkpoint
+from tunix_gemma4.testing.tiny import build_tiny_checkpoint
 
 from . import oracle
 

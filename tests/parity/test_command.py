@@ -7,8 +7,8 @@ import sys
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from tunix_gemma4 import parity
 from tunix_gemma4.__main__ import main as command_line
+from tunix_gemma4.testing import parity
 
 pytestmark = pytest.mark.parity
 

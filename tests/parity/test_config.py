@@ -11,8 +11,8 @@ from transformers import Gemma4Config, Gemma4UnifiedConfig
 from transformers.models.gemma4.modeling_gemma4 import Gemma4TextModel
 from transformers.models.gemma4_unified.modeling_gemma4_unified import Gemma4UnifiedTextModel
 
-from tunix_gemma4.config import _TEXT_FIELDS, ModelConfig, VisionConfig
-from tunix_gemma4.tiny import tiny_hf_config
+from tunix_gemma4.config.model import _TEXT_FIELDS, ModelConfig, VisionConfig
+from tunix_gemma4.testing.tiny import tiny_hf_config
 
 pytestmark = pytest.mark.parity
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tunix_gemma4.processor import Batch
+from tunix_gemma4.data.processor import Batch
 from tunix_gemma4.sampling import generate
 
 from .oracle import (

@@ -8,7 +8,7 @@ import pytest
 import torch
 from flax import nnx
 
-from tunix_gemma4 import weights
+from tunix_gemma4.checkpoint import names as weights
 
 from . import oracle
 

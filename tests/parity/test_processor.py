@@ -11,8 +11,8 @@ from PIL import Image
 from transformers import AutoModelForMultimodalLM, AutoTokenizer, Gemma4Config
 from transformers.models.gemma4.feature_extraction_gemma4 import Gemma4AudioFeatureExtractor
 
-from tunix_gemma4.processor import Processor
-from tunix_gemma4.tiny import PRESETS, build_tiny_checkpoint
+from tunix_gemma4.data.processor import Processor
+from tunix_gemma4.testing.tiny import PRESETS, build_tiny_checkpoint
 
 pytestmark = pytest.mark.parity
 
@@ -164,8 +164,8 @@ def test_transparency_can_be_dropped_as_transformers_does(tiny_dir):
 @pytest.mark.parametrize("budget", [70, 280, 1120])
 @pytest.mark.parametrize("size", [(480, 640), (1080, 1920), (17, 1000), (7, 5)])
 def test_released_patches_are_those_of_transformers(budget, size):
-    from tunix_gemma4.config_parts import VisionConfig
-    from tunix_gemma4.processor_images import ImagePacker
+    from tunix_gemma4.config.parts import VisionConfig
+    from tunix_gemma4.data.images import ImagePacker
 
     image = picture(size, 0)
     expected = pil_backend.Gemma4ImageProcessorPil(max_soft_tokens=budget)(

@@ -4,8 +4,8 @@
 import pytest
 from trl.rewards import get_soft_overlong_punishment, think_format_reward
 
-from tunix_gemma4.host.binding import Bound, bind
-from tunix_gemma4.host.rewards import checked
+from tunix_gemma4.plugin.rl.context import Bound, bind
+from tunix_gemma4.plugin.rl.rewards import checked
 
 SAID = ["<think>\nsums\n</think>\n4", "<think> no end 4", "4"]
 IDS = [[5] * 70, [5] * 90, [5] * 101]

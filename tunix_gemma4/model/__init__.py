@@ -8,14 +8,14 @@ Stands in for the module that Tunix calls `model`: `model.ModelConfig`, `model.G
 from importlib import import_module
 
 _HOME = {
-    "AttentionType": ("..config_parts", "AttentionType"),
+    "AttentionType": ("..config", "AttentionType"),
     "BACKEND_MAPPINGS": (".backend_names", "BACKEND_MAPPINGS"),
     "Gemma4": (".gemma4", "Gemma4ForConditionalGeneration"),
     "Gemma4ForConditionalGeneration": (".gemma4", "Gemma4ForConditionalGeneration"),
     "Gemma4ForTokenScores": (".scores", "Gemma4ForTokenScores"),
     "ModelConfig": ("..config", "ModelConfig"),
-    "RematConfig": ("..config_parts", "RematConfig"),
-    "VisionConfig": ("..config_parts", "VisionConfig"),
+    "RematConfig": ("..config", "RematConfig"),
+    "VisionConfig": ("..config", "VisionConfig"),
 }
 
 __all__ = list(_HOME)

@@ -10,13 +10,13 @@ from flax import nnx
 
 from ..config import LayerSpec, ModelConfig
 from ..sharding import constrain, platform
+from .blockwise import Tiles, attend_tiles, causal_tiles, sliding_tiles, whole_tiles
 from .cache import LayerCache, is_ring, store
+from .kernels.splash import LANES, splash_attend
 from .layers import RMSNorm, linear
-from .low_rank import project
+from .lora import project
 from .masks import Given, Visibility
 from .rope import rotate
-from .splash import LANES, splash_attend
-from .tiles import Tiles, attend_tiles, causal_tiles, sliding_tiles, whole_tiles
 
 KeysValues = tuple[jax.Array, jax.Array]
 

@@ -20,7 +20,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.experimental.xla_metadata import set_xla_metadata
 
 from ..sharding import constrain, map_shards
-from .columns import over_columns
+from .chunks import over_columns
 from .layers import gelu
 
 # Pairs in a block; fewer where experts have fewer.

@@ -16,14 +16,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ..config import ModelConfig
-from ..config_checks import refuse_float16
+from ..config.checks import refuse_float16
 from ..sharding import constrain, eval_shape
 from .backend_names import BackendNames
 from .cache import Cache, cache_name, cached_keys, init_cache
 from .head import soft_cap, uncapped_logits
 from .layers import HasBuffers
 from .masks import Visibility, attention_masks, causal_mask, full_mask, segment_positions
-from .merge import check_images, merge_soft_tokens
+from .soft_tokens import check_images, merge_soft_tokens
 from .text import TextModel
 from .vision import VisionProjector, VisionTower
 

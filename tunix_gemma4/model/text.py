@@ -14,12 +14,12 @@ from ..config import LayerSpec, ModelConfig, RematConfig
 from ..sharding import constrain, metadata
 from .attention import Attention, KeysValues
 from .cache import Cache, LayerCache, cache_name
-from .columns import lookup
+from .chunks import lookup
 from .layers import MLP, HasBuffers, RMSNorm, gelu, linear, remat_call
 from .masks import Visibility
 from .moe import Experts, Router
 from .rope import angles, frequencies
-from .stacking import LayerStack
+from .scan import LayerStack
 
 
 class DecoderLayer(nnx.Module, HasBuffers):

@@ -16,15 +16,15 @@ from jax.sharding import AxisType, Mesh
 
 from ..checkpoint import load_checkpoint, save_checkpoint
 from ..config import ModelConfig
+from ..data.processor import Processor
 from ..extras import is_installed
-from ..host.optimizer import make_optimizer, make_schedule
-from ..host.settings import CHECKPOINTS, TENSORBOARD, require_backend
 from ..lora import LoraConfig, apply_lora, merge_lora, save_adapter
 from ..model.gemma4 import num_parameters
-from ..model.stacking import stack_layers, unstack_layers
-from ..processor import Processor
+from ..model.scan import stack_layers, unstack_layers
+from ..plugin.optimizer import make_optimizer, make_schedule
+from ..plugin.training_config import CHECKPOINTS, TENSORBOARD, require_backend
+from ..settings.common import MeshConfig, TrainSettings
 from .record import SETTINGS, differences, earlier_settings, refuse_change, write_settings
-from .settings import MeshConfig, TrainSettings
 
 ADAPTER, MODEL = "adapter", "model"
 

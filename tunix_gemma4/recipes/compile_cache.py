@@ -20,7 +20,8 @@ import jax
 from absl import logging
 from jax.experimental.compilation_cache import compilation_cache as jax_cache
 
-AUTO = "auto"
+from ..settings.common import AUTO
+
 _DIRECTORY, _ENABLED = "jax_compilation_cache_dir", "jax_enable_compilation_cache"
 # By default JAX keeps what took a second or more; a first step has dozens of programs that took
 # less, and together they take seconds.

@@ -18,8 +18,12 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from ..data_check import checked_rows
-from ..host.grpo import (
+from ..data.check import checked_rows
+from ..data.processor import Processor
+from ..lora import reference_model
+from ..plugin.progress import Progress, compiling
+from ..plugin.register import register
+from ..plugin.rl.cluster import (
     RLCluster,
     Sizes,
     checkpoint_directory,
@@ -28,20 +32,16 @@ from ..host.grpo import (
     make_learner,
     make_rollout_config,
 )
-from ..host.progress import Progress, compiling
-from ..host.register import register
-from ..host.reward_time import limited
-from ..host.rewards import CONTEXT
-from ..host.rl_report import Report
-from ..lora import reference_model
-from ..processor import Processor
+from ..plugin.rl.report import Report
+from ..plugin.rl.reward_time import limited
+from ..plugin.rl.rewards import CONTEXT
+from ..rewards import RewardFn, load_reward, source_files, weighted
+from ..settings.grpo import GrpoRunConfig
 from . import common
 from .common import say
 from .compile_cache import fast_start
 from .prompts import Batches, PromptRows
 from .record import Record
-from .rewards import RewardFn, load_reward, source_files, weighted
-from .rl_config import GrpoRunConfig
 from .way_out import one_way_out, training
 
 # What a checkpoint depends on: a run that is resumed must have the same.

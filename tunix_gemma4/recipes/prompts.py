@@ -10,16 +10,16 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .. import processor_conversation
-from ..data_check import keep_rows
-from ..data_pipeline import BatchDataset, Plan, follow_rows
-from ..data_rows import Measure, Road
-from ..data_sources import Rows
-from ..host.prompts import Prompt
-from ..host.rewards import CONTEXT
-from ..processor import Example, Processor
-from ..processor_conversation import Conversation
-from .rl_config import PromptConfig
+from ..data import conversation as processor_conversation
+from ..data.check import keep_rows
+from ..data.conversation import Conversation
+from ..data.pipeline import BatchDataset, Plan, follow_rows
+from ..data.processor import Example, Processor
+from ..data.road import Measure, Road
+from ..data.sources import Rows
+from ..plugin.rl.prompts import Prompt
+from ..plugin.rl.rewards import CONTEXT
+from ..settings.grpo import PromptConfig
 
 # Names that the host or a reward function's signature has for something else.
 _RESERVED = ("prompts", "completions", "rewards", "advantages", "mode", "trajectory_ids", *CONTEXT)

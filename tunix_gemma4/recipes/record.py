@@ -19,11 +19,11 @@ import yaml
 from absl import logging
 from omegaconf import OmegaConf
 
-from ..checkpoint_disk import sha256, write_text
-from ..host.checkpoints import UnusableError
-from ..host.settings import CHECKPOINTS
-from .load_config import read_yaml, to_yaml
-from .settings import TrainSettings
+from ..checkpoint.disk import sha256, write_text
+from ..plugin.checkpoints import UnusableError
+from ..plugin.training_config import CHECKPOINTS
+from ..settings.common import TrainSettings
+from ..settings.load_config import read_yaml, to_yaml
 
 SETTINGS = "run_config.yaml"
 _NAME = "record.json"

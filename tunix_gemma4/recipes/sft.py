@@ -15,16 +15,16 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from ..data import BatchDataset, make_dataset
-from ..host.checkpoints import newest_metadata
-from ..host.progress import Progress, compiling
-from ..host.settings import CHECKPOINTS, make_training_config
-from ..host.trainer import POSITION, Gemma4Trainer
-from ..processor import Processor
+from ..data.processor import Processor
+from ..plugin.checkpoints import newest_metadata
+from ..plugin.progress import Progress, compiling
+from ..plugin.sft.trainer import POSITION, Gemma4Trainer
+from ..plugin.training_config import CHECKPOINTS, make_training_config
+from ..settings.sft import RunConfig
 from . import common
 from .common import say
 from .compile_cache import fast_start
 from .record import Record
-from .run_config import RunConfig
 from .way_out import one_way_out, training
 
 # What a checkpoint depends on: a run that is resumed must have the same.

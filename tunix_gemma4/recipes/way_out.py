@@ -19,11 +19,11 @@ from typing import Any
 
 import jax
 
-from ..checkpoint_disk import clear_leftovers, locked
-from ..host import stop
-from ..host.settings import CHECKPOINTS
-from ..weights_finite import NonFiniteError
-from .settings import TrainSettings
+from ..checkpoint.disk import clear_leftovers, locked
+from ..checkpoint.finite import NonFiniteError
+from ..plugin import stop
+from ..plugin.training_config import CHECKPOINTS
+from ..settings.common import TrainSettings
 
 
 def one_way_out(run: Callable) -> Callable:

@@ -1,0 +1,590 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows to batches: a grain pipeline with buckets, whole steps and an exact position.
+
+    grain: index, shuffle each epoch, repeat -> read, template and measure in threads
+        -> drop what is too long, sort the rest into buckets of (length, images), form
+           micro-batches and from them whole optimizer steps -> keep this process's rows, pad
+    grain: prepare ahead in a thread, save and restore the position
+
+It is the one road of conversations, prompts and preferences, which differ in their `Road`.
+Every process reads the same rows in the same order and forms the same global micro-batches, so
+that shapes agree between processes; it then pads only its own share of the rows.
+"""
+
+from __future__ import annotations
+
+import base64
+import collections
+import dataclasses
+import functools
+import json
+import sys
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import grain
+import numpy as np
+from absl import logging
+
+from ..config.domains import require
+from .buckets import Buckets, MicroBatch, count_batches
+from .check import Checked, Checker, How, fingerprints_text
+from .processor import Batch
+from .road import Encoder, Parts, Road, Row
+from .sources import Rows, find_rows
+
+_ENCODING_THREADS = 4
+_STATE_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plan:
+    """What a pipeline is made of, settled, and what follows from it.
+
+    Attributes:
+        rows: the source.
+        road: what its rows are read into.
+        batch_size: rows of a micro-batch, of all processes together.
+        gradient_accumulation_steps: micro-batches of a step.
+        seed, shuffle: of the order.
+        num_epochs: None: without end.
+        bucket_lengths, image_buckets: the shapes of batches, where the road has buckets.
+        process_index, process_count: this process, and how many there are.
+        prefetch: micro-batches prepared ahead by a thread; 0 works without threads.
+        skip_bad_rows: leave out what cannot be read, and count it.
+    """
+
+    rows: Rows
+    road: Road
+    batch_size: int
+    gradient_accumulation_steps: int = 1
+    seed: int = 0
+    shuffle: bool = True
+    num_epochs: int | None = None
+    bucket_lengths: tuple[int, ...] = ()
+    image_buckets: tuple[int, ...] = ()
+    process_index: int = 0
+    process_count: int = 1
+    prefetch: int = 2
+    skip_bad_rows: bool = False
+
+    def __post_init__(self):
+        named = ("batch_size", "gradient_accumulation_steps", "prefetch", "num_epochs", "seed")
+        require(**{name: vars(self)[name] for name in named}, **self.road.limits)
+        for name in ("shuffle", "skip_bad_rows"):
+            if not isinstance(vars(self)[name], bool):
+                raise ValueError(f"{name}: expected True or False, found {vars(self)[name]!r}")
+        if self.batch_size % self.process_count:
+            raise ValueError(
+                f"batch_size: expected a multiple of the number of processes, "
+                f"{self.process_count}, found {self.batch_size}. "
+                "It counts the rows of all processes together."
+            )
+        if not 0 <= self.process_index < self.process_count:
+            raise ValueError(
+                f"process_index: expected 0 to {self.process_count - 1}, found "
+                f"{self.process_index}."
+            )
+
+    @functools.cached_property
+    def encoder(self) -> Encoder:
+        return Encoder(
+            self.rows,
+            self.road,
+            keep_examples=self.process_count == 1,
+            skip_bad_rows=self.skip_bad_rows,
+        )
+
+    def sharing(self, **changes: Any) -> Plan:
+        """A plan with other settings, which knows what this one has read."""
+        result = dataclasses.replace(self, **changes)
+        vars(result)["encoder"] = self.encoder
+        return result
+
+    def position_after(self, examples: int) -> int:
+        """Where in the stream so many examples were trained on; reads what is not known."""
+        position, left = 0, examples
+        while left > 0:
+            left -= self.encoder.kept(int(self.order[position]), hold=False)
+            position += 1
+            if position == len(self.rows) and left == examples:
+                raise ValueError(self.too_few_text(0))
+        return position
+
+    def refuse_changed(self, changed: list[int], seen: int, what: str) -> None:
+        """Raises ValueError if a row that changed is among the first `seen` of the stream.
+
+        Args:
+            changed: indices of source rows that are gone or others since.
+            seen: position in the stream.
+            what: begins the message.
+        """
+        read = {int(self.order[place]) for place in range(min(seen, len(self.rows)))}
+        trained_on = [index for index in changed if index in read]
+        if trained_on:
+            raise ValueError(
+                f"{what}: {len(trained_on)} of the rows before it are gone from {self.rows.name} "
+                f"or others now, the first was row {trained_on[0]}. Put them back and leave out "
+                "what cannot be read with data.skip_bad_rows: true, or start anew."
+            )
+        if changed:
+            logging.warning(
+                "%s: rows that are gone or others since the checkpoint was written: %d. None of "
+                "them had been trained on.",
+                *(self.rows.name, len(changed)),
+            )
+
+    def too_few_text(self, kept: int) -> str:
+        """Says that the rows, of which so many are short enough, do not make a batch."""
+        if self.encoder.bad and not self.encoder.long:
+            return f"{self.rows.name}: {self.encoder.bad_text()}. Correct them."
+        return self.road.too_few_text(
+            *(self.rows.name, kept, len(self.rows), self.batch_size, self.encoder.shortest())
+        )
+
+    @functools.cached_property
+    def order(self) -> grain.MapDataset:
+        """Indices of source rows, of every epoch."""
+        if not self.road.bucketed:
+            return grain.MapDataset.source(_Permutations(self))
+        order = grain.MapDataset.range(len(self.rows)).seed(self.seed)
+        if self.shuffle:
+            order = order.shuffle()
+        return order.repeat(self.num_epochs)
+
+    @functools.cached_property
+    def stream(self) -> grain.MapDataset:
+        """The `Parts` of every epoch, by position."""
+        return self.order.map_with_index(self.encoder.parts)
+
+    @functools.cached_property
+    def settings(self) -> dict:
+        """What a saved position depends on, as JSON gives it back.
+
+        The number of processes and of epochs may change.
+        """
+        chosen = {"rows": len(self.rows), "batch_size": self.batch_size, **self.road.limits}
+        for name in ("gradient_accumulation_steps", "seed", "shuffle"):
+            chosen[name] = vars(self)[name]
+        if self.road.bucketed:
+            chosen["bucket_lengths"] = self.bucket_lengths
+            chosen["image_buckets"] = self.image_buckets
+        return json.loads(json.dumps(chosen))
+
+    @functools.cached_property
+    def fingerprints(self) -> str | None:
+        """Those of the rows, for a saved position."""
+        return fingerprints_text(self.rows.fingerprints)
+
+
+class _Permutations:
+    """The order of every epoch, each drawn by itself: `grain.MapDataset.source` takes it."""
+
+    def __init__(self, plan: Plan):
+        self._count, self._epochs = len(plan.rows), plan.num_epochs
+        self._seed = plan.seed if plan.shuffle else None
+        self._epoch = functools.lru_cache(maxsize=2)(self._drawn)
+
+    def __len__(self) -> int:
+        return sys.maxsize if self._epochs is None else self._count * self._epochs
+
+    def __getitem__(self, position: int) -> int:
+        if self._seed is None:
+            return position % self._count
+        return int(self._epoch(position // self._count)[position % self._count])
+
+    def _drawn(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self._seed, epoch]).permutation(self._count)
+
+
+class _StepIterator(grain.DatasetIterator):
+    """The micro-batches of whole optimizer steps, in order."""
+
+    def __init__(self, plan: Plan):
+        super().__init__(_reader(plan))
+        self._given = self._plan = plan
+        self._seen = self._dropped = self._bad = self._kept = 0
+        self._buckets = Buckets(plan.bucket_lengths, plan.image_buckets, plan.batch_size)
+        self._ready: collections.deque[MicroBatch] = collections.deque()
+        self._left = 0  # micro-batches of the current step that are still in `_ready`
+        self._supervised = 0  # tokens of the current step
+
+    def __next__(self) -> Any:
+        if self._left == 0:
+            while len(self._ready) < self._plan.gradient_accumulation_steps:
+                self._read(next(self._parent))
+            self._left = self._plan.gradient_accumulation_steps
+            self._supervised = sum(
+                row.measure.supervised
+                for micro_batch in list(self._ready)[: self._left]
+                for row in micro_batch.rows
+            )
+        self._left -= 1
+        return self._collate(self._ready.popleft())
+
+    def _read(self, parts: Parts):
+        plan = self._plan
+        self._seen += 1
+        if parts.error is not None:
+            self._bad += 1
+            if self._bad == 1:
+                logging.warning("%s: it is left out, as all such rows.", parts.error)
+        for row in parts.rows:
+            if plan.road.too_long(row.measure):
+                self._drop(row)
+                continue
+            self._kept += 1
+            shape = self._buckets.shape(row.measure) if plan.road.bucketed else (0, 0)
+            full = self._buckets.add(shape, row)
+            if full is not None:
+                self._ready.append(full)
+        if self._seen % len(plan.rows) == 0:
+            self._end_epoch()
+
+    def _drop(self, row: Row):
+        self._dropped += 1
+        if self._dropped == 1:
+            logging.warning(
+                "%s has %d tokens, more than %s: it is dropped, as all such rows.",
+                *(self._plan.rows.place(row.index), row.measure.lengths[0]),
+                self._plan.road.limit_text(),
+            )
+
+    def _end_epoch(self):
+        """Reports, and where there are buckets lets out what is left.
+
+        So an epoch ends with a whole step and holds every row. Elsewhere the rest begins the next.
+        """
+        plan, rows = self._plan, len(self._plan.rows)
+        if self._seen == rows:
+            self._report()
+        if not plan.road.bucketed:
+            return
+        self._ready.extend(self._buckets.flush())
+        while len(self._ready) % plan.gradient_accumulation_steps:
+            self._ready.append(MicroBatch(self._ready[-1].shape, ()))
+
+    def _report(self):
+        plan = self._plan
+        epochs = plan.batch_size if plan.num_epochs is None else plan.num_epochs
+        enough = 1 if plan.road.bucketed else plan.batch_size
+        if self._kept * epochs < enough:
+            raise ValueError(plan.too_few_text(self._kept))
+        if self._dropped:
+            logging.warning("%s", plan.road.dropped_text(plan.rows.name, self._dropped, self._seen))
+        if self._bad:
+            logging.warning("%s: %s", plan.rows.name, plan.encoder.bad_text())
+
+    def _collate(self, micro_batch: MicroBatch) -> Any:
+        plan = self._plan
+        size = plan.batch_size // plan.process_count
+        own = micro_batch.rows[plan.process_index * size : (plan.process_index + 1) * size]
+        examples = [
+            plan.encoder.examples(row.index)[row.part] if row.example is None else row.example
+            for row in own
+        ]
+        # A step without a single supervised token has loss 0, not 0 / 0.
+        denominator = max(self._supervised, 1) / plan.gradient_accumulation_steps
+        batch = plan.road.collate(examples, micro_batch.shape, size, denominator)
+        if not isinstance(batch, Batch):
+            return batch
+        indices = [row.index for row in own] + [-1] * (size - len(own))
+        return batch.replace(rows=np.array(indices, np.int32))
+
+    def get_state(self) -> dict:
+        return {
+            "version": _STATE_VERSION,
+            "settings": self._plan.settings,
+            "fingerprints": self._plan.fingerprints,
+            "seen": self._seen,
+            "dropped": self._dropped,
+            "bad": self._bad,
+            "kept": self._kept,
+            "left": self._left,
+            "supervised": self._supervised,
+            "ready": [[*m.shape, _places(m.rows)] for m in self._ready],
+            "waiting": [[*shape, _places(rows)] for shape, rows in self._buckets.waiting.items()],
+        }
+
+    def set_state(self, state: dict):
+        plan = _continued(state, self._given)
+        _check_state(state, plan)
+        if plan is not self._plan:
+            self._plan, self._parents = plan, (_reader(plan),)
+        self._seen, self._dropped = state["seen"], state["dropped"]
+        self._bad = state.get("bad", 0)
+        self._kept = state.get("kept", self._seen - self._dropped)
+        self._left, self._supervised = state["left"], state["supervised"]
+        self._ready = collections.deque(
+            MicroBatch((length, images), self._rows(places))
+            for length, images, places in state["ready"]
+        )
+        self._buckets.waiting = {
+            (length, images): self._rows(places) for length, images, places in state["waiting"]
+        }
+        grain.experimental.set_next_index(self._parent, self._seen)
+
+    def _rows(self, places: list) -> list[Row]:
+        pairs = (place if isinstance(place, list) else (place, 0) for place in places)
+        return [self._plan.stream[position].rows[part] for position, part in pairs]
+
+
+def _reader(plan: Plan) -> grain.DatasetIterator:
+    threads = _ENCODING_THREADS if plan.prefetch else 0
+    options = grain.ReadOptions(
+        num_threads=threads, prefetch_buffer_size=max(threads, plan.prefetch * plan.batch_size)
+    )
+    return iter(plan.stream.to_iter_dataset(options))
+
+
+def _places(rows: Sequence[Row]) -> list:
+    """Where in the stream rows stand: a position, or one and the part of its source row."""
+    return [[row.position, row.part] if row.part else row.position for row in rows]
+
+
+class _StepDataset(grain.IterDataset):
+    def __init__(self, plan: Plan):
+        super().__init__()
+        self._plan = plan
+
+    def __iter__(self) -> _StepIterator:
+        return _StepIterator(self._plan)
+
+
+class BatchIterator(grain.DatasetIterator):
+    """Yields batches; `get_state` is a JSON-serializable dict, `set_state` goes back to it.
+
+    A state may be restored in another process or into another number of processes. What it
+    depends on (rows, batch size, buckets, seed, ...) is checked.
+    """
+
+    def __init__(self, ahead: grain.DatasetIterator):
+        super().__init__()
+        # Not one of grain's parents, because it must be gone before the interpreter takes its
+        # modules apart: grain's thread stops by itself so late that it prints an error, which
+        # whoever trains a fixed number of steps would see each time.
+        self._held = [ahead]
+        weakref.finalize(self, _release, self._held)
+
+    @property
+    def _ahead(self) -> grain.DatasetIterator:
+        if not self._held:
+            raise ValueError("this iterator was closed; take a new one with iter(dataset).")
+        return self._held[0]
+
+    def __next__(self) -> Any:
+        return next(self._ahead)
+
+    def get_state(self) -> dict:
+        return self._ahead.get_state()
+
+    def set_state(self, state: dict):
+        self._ahead.set_state(state)
+
+    def start_prefetch(self):
+        """Begins to prepare batches before the first is asked for."""
+        self._ahead.start_prefetch()
+
+    def close(self):
+        """Stops the threads; the iterator cannot be used afterwards."""
+        _release(self._held)
+
+    @property
+    def seen(self) -> int:
+        """Rows read until the last batch, over all epochs, the dropped ones included."""
+        return self.get_state()["seen"]
+
+    @property
+    def dropped(self) -> int:
+        """Rows read until the last batch, over all epochs, that were longer than max_length."""
+        return self.get_state()["dropped"]
+
+    @property
+    def bad(self) -> int:
+        """Rows read until the last batch, over all epochs, that could not be read."""
+        return self.get_state()["bad"]
+
+
+class BatchDataset(grain.IterDataset):
+    """What `make_dataset` returns: each `iter` of it starts from the beginning."""
+
+    def __init__(self, plan: Plan):
+        super().__init__()
+        self._plan = plan
+        self.checked: Checked | None = None
+
+    def __iter__(self) -> BatchIterator:
+        return BatchIterator(
+            iter(
+                grain.experimental.ThreadPrefetchIterDataset(
+                    _StepDataset(self._plan), prefetch_buffer_size=self._plan.prefetch
+                )
+            )
+        )
+
+    @property
+    def name(self) -> str:
+        """Of the source, for messages."""
+        return self._plan.rows.name
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the source, too long ones included."""
+        return len(self._plan.rows)
+
+    def first(self) -> Any:
+        """The first example of the source that is not left out. Raises RowError."""
+        encoder = self._plan.encoder
+        for index in range(self.num_rows):
+            if encoder.kept(index):
+                examples = encoder.hold(index)
+                return next(
+                    e for e in examples if not self._plan.road.too_long(self._plan.road.measure(e))
+                )
+        self.refuse_all()
+
+    def refuse_all(self) -> NoReturn:
+        """Raises ValueError: none of the rows can be used."""
+        raise ValueError(self._plan.too_few_text(0))
+
+    def check(
+        self,
+        how: How = None,
+        *,
+        log: Callable[[str], None] | None = None,
+        cache: Path | None = None,
+        key: str = "",
+        before: str | None = None,
+    ) -> Checked:
+        """Reads rows before the first step, so that what is wrong is said now.
+
+        Args:
+            how: "all"; a number of rows, spread over the source, besides which of every row is
+                read what it is and whether its images exist; False: none; None: all of fewer than
+                20,000, and otherwise 2,000.
+            log: takes a summary.
+            cache: a file that keeps the result for the next start.
+            key: of all settings that the result depends on.
+            before: fingerprints that the file is to keep in place of those of the rows.
+
+        Raises:
+            RowError: naming the rows that cannot be used, unless such rows are skipped.
+        """
+        threads = _ENCODING_THREADS if self._plan.prefetch else 0
+        self.checked = Checker(self._plan.encoder, threads, log).run(how, cache, key, before)
+        plan, epochs = self._plan, self._plan.num_epochs
+        if epochs is not None and not plan.road.bucketed and self.checked.is_whole:
+            rest = self.checked.examples * epochs % plan.batch_size
+            if rest:
+                logging.warning(
+                    "%s: the last %d of %d rows (%d epochs) are left out, because they do not fill "
+                    "a batch of %d.",
+                    *(plan.rows.name, rest, self.checked.examples * epochs, epochs),
+                    plan.batch_size,
+                )
+        return self.checked
+
+    def steps_per_epoch(self) -> int | None:
+        """Optimizer steps of an epoch, as `check` found: exact if all rows were checked."""
+        if self.checked is None or not self.checked.examples:
+            return None
+        plan, buckets = self._plan, Buckets(self._plan.bucket_lengths, self._plan.image_buckets, 1)
+        shapes: collections.Counter = collections.Counter()
+        for measure, count in self.checked.kept.items():
+            shapes[buckets.shape(measure)] += count
+        share = self.num_rows / self.checked.examined
+        scaled = {shape: round(count * share) for shape, count in shapes.items()}
+        return -(-count_batches(scaled, plan.batch_size) // plan.gradient_accumulation_steps)
+
+    def refuse_other(self, position: dict) -> None:
+        """Raises ValueError for a saved position that is not one in these rows and settings."""
+        iterator = iter(self)
+        try:
+            iterator.set_state(position)
+        finally:
+            iterator.close()
+
+    @property
+    def rows_are_known(self) -> bool:
+        """Whether a saved position tells a row that has changed."""
+        return self._plan.fingerprints is not None
+
+    def left_out(self) -> str:
+        """What of the rows read so far could not be read; empty if all could."""
+        return self._plan.encoder.bad_text()
+
+
+def _release(held: list[grain.DatasetIterator]):
+    while held:
+        held.pop().close()
+
+
+def _continued(state: dict, plan: Plan) -> Plan:
+    """`plan` with its rows numbered as those of a saved position, of which some may be gone."""
+    found = follow_rows(plan.rows, state.get("fingerprints"))
+    if found is None:
+        return plan
+    rows, changed = found
+    continued = dataclasses.replace(plan, rows=rows)
+    continued.refuse_changed(changed, state["seen"], "saved position")
+    return continued
+
+
+def follow_rows(rows: Rows, before: str | None) -> tuple[Rows, list[int]] | None:
+    """The rows of an earlier run, numbered as it did, and those that are gone or others now.
+
+    Args:
+        rows: of the source as it is.
+        before: `Plan.fingerprints` of the earlier run.
+
+    Returns:
+        None where nothing changed, or where what changed cannot be told.
+
+    Raises:
+        ValueError: there are rows that the earlier run did not know.
+    """
+    now = rows.fingerprints
+    if before is None or now is None:
+        return None
+    sums = np.frombuffer(base64.b64decode(before), np.uint32)
+    if np.array_equal(sums, now):
+        return None
+    found = find_rows(sums, now)
+    if isinstance(found, int):
+        raise ValueError(
+            f"{rows.name}: it has {len(now)} rows and the run of the checkpoints knew {len(sums)}; "
+            f"row {found} is new, or was changed besides others that were taken out. Put back the "
+            "file as it was (rows that it had not trained on may be taken out or corrected), or "
+            "choose another output_dir"
+        )
+    places, changed = found
+    return rows.as_before(places), changed.tolist()
+
+
+def _check_state(state: dict, plan: Plan):
+    if state.get("version") != _STATE_VERSION:
+        raise ValueError(
+            f"saved position: expected version {_STATE_VERSION}, found {state.get('version')}."
+        )
+    changed = [
+        f"{name} was {state['settings'].get(name)}, is {value}"
+        for name, value in plan.settings.items()
+        if state["settings"].get(name) != value
+    ]
+    if changed:
+        hint = "Continue with the same data and settings, or start anew."
+        if "rows" in changed[0].split():
+            hint = (
+                "Continue with the same rows (data.skip_bad_rows: true leaves out those that "
+                "cannot be read) and settings, or start anew."
+            )
+        raise ValueError(
+            f"saved position: it belongs to another dataset ({'; '.join(changed)}). {hint}"
+        )
+    if state["seen"] > len(plan.order):
+        raise ValueError(
+            f"saved position: {state['seen']} rows were read, and num_epochs={plan.num_epochs} "
+            f"of {len(plan.rows)} rows end before. Raise num_epochs, or start anew."
+        )

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Conversations to batches of supervised fine-tuning; see `data_pipeline`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from ..config.domains import require
+from .buckets import bucket_lengths_up_to, sorted_image_buckets
+from .conversation import read_conversation
+from .pipeline import BatchDataset, BatchIterator, Plan
+from .processor import Batch, Example
+from .road import Measure, Road
+from .sources import Rows
+
+__all__ = ["BatchDataset", "BatchIterator", "make_dataset"]
+
+
+class ConversationRoad(Road):
+    """Conversations, as supervised fine-tuning learns them."""
+
+    bucketed = True
+
+    def __init__(self, processor: Any, max_length: int, most_images: int):
+        super().__init__()
+        self._processor, self._most_images = processor, most_images
+        self.limits = {"max_length": max_length}
+
+    def read(self, row: Any) -> list[Example]:
+        encode_all = getattr(self._processor, "encode_all", None)
+        if (
+            encode_all is None
+        ):  # A processor of one's own need not know that a row may make several.
+            return [self._processor.encode(row)]
+        read = read_conversation(row)
+        self.note(read)
+        return encode_all(read)
+
+    def images(self, row: Any) -> Sequence[Any]:
+        read = read_conversation(row)
+        self.note(read)
+        return read.images
+
+    def measure(self, example: Example) -> Measure:
+        images = 0 if example.images is None else len(example.images)
+        if images > self._most_images:
+            raise ValueError(
+                f"it has {images} images, and image_buckets ends at {self._most_images}: add "
+                f"{images} to image_buckets, or remove the row."
+            )
+        # The first token of a row is predicted from nothing, so it is never a target.
+        supervised = int(np.sum(np.asarray(example.loss_mask)[1:] != 0))
+        said = example.thoughts_left_out, example.unthinking
+        return Measure((len(example.tokens),), images, supervised, *said)
+
+    def collate(
+        self, examples: list[Example], shape: tuple[int, int], size: int, denominator: float
+    ) -> Batch:
+        examples = examples + [_empty_example() for _ in range(size - len(examples))]
+        length, images = shape
+        batch = self._processor.collate(examples, length=length, images=images)
+        return batch.replace(loss_denominator=np.full(size, denominator, np.float32))
+
+    def dropped_text(self, name: str, dropped: int, rows: int) -> str:
+        return (
+            f"{name}: {dropped} of {rows} rows are longer than {self.limit_text()} and are dropped."
+        )
+
+    def too_few_text(self, name: str, kept: int, rows: int, batch_size: int, shortest: int) -> str:
+        return (
+            f"{name}: all {rows} rows are longer than {self.limit_text()}; the shortest found has "
+            f"{shortest} tokens. Raise max_length."
+        )
+
+
+def make_dataset(
+    source: str | Path | Sequence,
+    processor,
+    *,
+    batch_size: int,
+    max_length: int,
+    gradient_accumulation_steps: int = 1,
+    seed: int = 0,
+    shuffle: bool = True,
+    num_epochs: int | None = None,
+    bucket_lengths: Sequence[int] | None = None,
+    image_buckets: Sequence[int] = (0, 1, 2, 4, 8),
+    process_index: int | None = None,
+    process_count: int | None = None,
+    prefetch: int = 2,
+    skip_bad_rows: bool = False,
+) -> BatchDataset:
+    """Batches of conversations, `gradient_accumulation_steps` of them to an optimizer step.
+
+    Args:
+      source: a .jsonl, .json or .parquet file, or a sequence, of rows with `messages`.
+      batch_size: rows of one micro-batch, of all processes together.
+      max_length: tokens; longer rows are dropped and counted, never cut.
+      num_epochs: None means without end. Within an epoch every row that fits comes exactly once.
+      bucket_lengths: tokens; default: powers of two from 64, and max_length.
+      image_buckets: the allowed numbers of images per row of a batch.
+      process_index, process_count: default: JAX's own.
+      prefetch: micro-batches prepared ahead by a thread; 0 works without threads.
+      skip_bad_rows: leave out rows that cannot be read, and count them, in place of an error.
+
+    For evaluation: `num_epochs=1, shuffle=False`.
+
+    Each batch has `loss_denominator`: the supervised tokens of its whole step divided by the
+    number of the step's micro-batches, since the optimizer takes the mean over micro-batches.
+    """
+    process_index = jax.process_index() if process_index is None else process_index
+    process_count = jax.process_count() if process_count is None else process_count
+    require(max_length=max_length, bucket_lengths=bucket_lengths, image_buckets=image_buckets)
+    image_buckets = sorted_image_buckets(image_buckets)
+    return BatchDataset(
+        Plan(
+            rows=Rows(source),
+            road=ConversationRoad(processor, max_length, image_buckets[-1]),
+            batch_size=batch_size,
+            gradient_accumulation_steps=gradient_accumulation_steps,
+            seed=seed,
+            shuffle=shuffle,
+            num_epochs=num_epochs,
+            bucket_lengths=bucket_lengths_up_to(max_length, bucket_lengths),
+            image_buckets=image_buckets,
+            process_index=process_index,
+            process_count=process_count,
+            prefetch=prefetch,
+            skip_bad_rows=skip_bad_rows,
+        )
+    )
+
+
+def _empty_example() -> Example:
+    nothing = np.zeros(0, np.int32)
+    return Example(tokens=nothing, loss_mask=nothing, images=None)

@@ -1,0 +1,15 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapters: what carries one, how they are added, saved and loaded."""
+
+from .adapters import LoraConfig
+from .apply import apply_lora, merge_lora, reference_model
+from .peft import load_adapter, save_adapter
+
+__all__ = [
+    "LoraConfig",
+    "apply_lora",
+    "load_adapter",
+    "merge_lora",
+    "reference_model",
+    "save_adapter",
+]

@@ -1,0 +1,295 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A projection with a low-rank adapter, over a plain or a quantised kernel.
+
+The variables are named, shaped and typed as Qwix's (`kernel_lora_a` [in, rank], `kernel_lora_b`
+[rank, out], `nnx.LoRAParam`), and Qwix quantises the kernels. Its interception of matrix products
+is not used, because it finds a weight by shape: with a quantised kernel it silently drops an
+adapter whose rank equals the kernel's input or output size. It also turns the activations of a
+bfloat16 model into float32 when its adapters are float32.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import qwix
+from flax import nnx
+
+from ..checkpoint.names import SCORE
+from ..config.domains import require_fields
+from ..model.lora import project
+from ..sharding import eval_shape, is_variable, param_shardings, spread
+from .targets import grouped, linears
+
+QTYPES = ("nf4", "int8")
+TILE_SIZES = (64, 32, 16)
+# The bound of PEFT's default initial A, 1 / sqrt(in), so that learning rates carry over.
+_init_a = jax.jit(
+    nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform"), static_argnums=(1, 2)
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """What `apply_lora` adds.
+
+    Attributes:
+        rank: columns of A and rows of B.
+        alpha: the update is scaled by alpha / rank, as in PEFT.
+        targets: "language", "vision", "all", or a regular expression over module names.
+        quantize: "nf4" or "int8" stores the kernels of the targeted projections, and only theirs,
+            in 4 or 8 bits; None leaves them as they are.
+        tile_size: input features that share one float32 quantisation scale; None takes the
+            largest of 64, 32 and 16 that divides the kernel's input size.
+        use_rslora: scale by alpha / sqrt(rank) instead.
+    """
+
+    rank: int = 16
+    alpha: float = 32
+    targets: str = "language"
+    quantize: Literal["nf4", "int8"] | None = None
+    tile_size: int | None = None
+    use_rslora: bool = False
+
+    def __post_init__(self):
+        require_fields(self)
+        if self.quantize not in (None, *QTYPES):
+            raise ValueError(
+                f"quantize: expected None or one of {', '.join(QTYPES)}, found {self.quantize!r}"
+            )
+
+    @property
+    def scale(self) -> float:
+        """Factor of the update."""
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+
+class LoraLinear(nnx.Linear):
+    """`x W + scale (x A) B`: A and B float32, the sum rounded once, to the dtype of `x W`.
+
+    Made from an existing `nnx.Linear` by `adapt`. `kernel` is an `nnx.Param`, or a `qwix.QArray`
+    of two: `qvalue` [in, out] and `scale` [in / tile, out].
+
+    Source: PEFT 0.21 `Linear`.
+    """
+
+    kernel: nnx.Param | qwix.QArray
+    kernel_lora_a: nnx.LoRAParam
+    kernel_lora_b: nnx.LoRAParam
+    kernel_dtype: jnp.dtype  # what merging returns the kernel to
+    lora: LoraConfig
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return project(x, self)[0]
+
+    def base(self, x: jax.Array) -> jax.Array:
+        """`x W`."""
+        if isinstance(self.kernel, qwix.QArray):
+            return _quantized_dot(x, unboxed(self.kernel), dtype=self.dtype)
+        return super().__call__(x)
+
+
+def _quantized_dot(x: jax.Array, kernel: qwix.QArray, *, dtype: Any) -> jax.Array:
+    """`x` times the dequantised kernel, which the backward pass dequantises again.
+
+    Without the checkpoint every dequantised kernel would be kept for the backward pass, which is
+    the memory that quantising saves.
+    """
+
+    @jax.checkpoint
+    def dot(x: jax.Array, kernel: qwix.QArray) -> jax.Array:
+        return x @ qwix.dequantize(kernel).astype(dtype)
+
+    return dot(x.astype(dtype), kernel)
+
+
+def unboxed(kernel: qwix.QArray) -> qwix.QArray:
+    """The kernel with arrays in place of variables."""
+    return jax.tree.map(lambda leaf: leaf[...], kernel, is_leaf=is_variable)
+
+
+def main_variable(kernel: nnx.Param | qwix.QArray) -> nnx.Param:
+    """The variable of a kernel's own shape: the kernel, or its quantised values."""
+    return kernel.qvalue if isinstance(kernel, qwix.QArray) else kernel
+
+
+def tile_size(name: str, in_features: int, config: LoraConfig) -> int:
+    """Input features per quantisation scale of the kernel called `name`."""
+    sizes = TILE_SIZES if config.tile_size is None else (config.tile_size,)
+    for size in sizes:
+        if in_features % size == 0:
+            return size
+    raise ValueError(
+        f"{name}: its input size {in_features} is not a multiple of a tile size "
+        f"({', '.join(map(str, sizes))}), so it cannot be quantised to {config.quantize}. "
+        "Set LoraConfig.tile_size to one of its divisors, target other projections, or use "
+        "quantize=None."
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("qtype", "tile"))
+def _quantize(kernel: jax.Array, *, qtype: str, tile: int) -> qwix.QArray:
+    """Scales per output feature and per `tile` input features, float32 whatever the kernel is."""
+    kernel = kernel.astype(jnp.float32)
+    return qwix.quantize(kernel, qtype, channelwise_axes=(1,), tiled_axes={0: tile})
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "dtype"))
+def _merge(
+    kernel: jax.Array | qwix.QArray, a: jax.Array, b: jax.Array, *, scale: float, dtype: Any
+) -> jax.Array:
+    """`W + scale A B`, computed in float32."""
+    if isinstance(kernel, qwix.QArray):
+        kernel = qwix.dequantize(kernel)
+    update = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+    return (kernel.astype(jnp.float32) + scale * update).astype(dtype)
+
+
+def adapt(linear: nnx.Linear, *, name: str, config: LoraConfig, key: jax.Array) -> None:
+    """Turns `linear`, in place, into a `LoraLinear`, on its kernel's own devices.
+
+    A is random and B zero, so that it computes what it did, or what its quantised kernel does.
+    """
+    kernel = linear.kernel
+    metadata = kernel.get_metadata()
+    rows, columns = metadata.get("out_sharding") or (None, None)
+    in_features, out_features = kernel.shape
+    mesh = _mesh_of(kernel.get_raw_value())
+    a = _init_a(key, (in_features, config.rank), jnp.float32)
+    b = jnp.asarray(np.zeros((config.rank, out_features), np.float32))  # No program to compile.
+
+    def boxed(kind: type[nnx.Variable], value: jax.Array, axes: tuple) -> nnx.Variable:
+        return _placed(
+            kind(value, **(metadata | {"out_sharding": axes, "eager_sharding": False})), mesh
+        )
+
+    # Plain assignment would be recorded as an attribute of the module.
+    object.__setattr__(linear, "__class__", LoraLinear)
+    linear.lora = config
+    linear.kernel_dtype = kernel.dtype
+    linear.kernel_lora_a = boxed(nnx.LoRAParam, a, (spread(rows), None))
+    linear.kernel_lora_b = boxed(nnx.LoRAParam, b, (None, spread(columns)))
+    if config.quantize is not None:
+        tile = tile_size(name, in_features, config)
+        quantized = _quantize(kernel[...], qtype=config.quantize, tile=tile)
+        linear.kernel = jax.tree.map(
+            lambda leaf: boxed(nnx.Param, leaf, (rows, columns)), quantized
+        )
+
+
+def merge(linear: LoraLinear) -> None:
+    """Turns `linear`, in place, back into an `nnx.Linear` that computes the same."""
+    main = main_variable(linear.kernel)
+    kernel = unboxed(linear.kernel) if isinstance(linear.kernel, qwix.QArray) else main[...]
+    merged = _merge(
+        kernel,
+        linear.kernel_lora_a[...],
+        linear.kernel_lora_b[...],
+        scale=linear.lora.scale,
+        dtype=linear.kernel_dtype,
+    )
+    mesh = _mesh_of(main.get_raw_value())
+    linear.kernel = _placed(nnx.Param(merged, **main.get_metadata()), mesh)
+    remove_adapter(linear)
+
+
+def remove_adapter(linear: LoraLinear) -> None:
+    """Turns `linear`, in place, into an `nnx.Linear` of the kernel alone."""
+    for name in ("kernel_lora_a", "kernel_lora_b", "kernel_dtype", "lora"):
+        delattr(linear, name)
+    object.__setattr__(linear, "__class__", nnx.Linear)
+
+
+def _mesh_of(value: Any) -> jax.sharding.Mesh | None:
+    """The mesh that a concrete array lies on."""
+    if isinstance(value, jax.core.Tracer) or not isinstance(value, jax.Array):
+        return None
+    sharding = value.sharding
+    return sharding.mesh if isinstance(sharding, jax.sharding.NamedSharding) else None
+
+
+def _placed(variable: nnx.Variable, mesh: jax.sharding.Mesh | None) -> nnx.Variable:
+    """`variable` on `mesh`, by its own metadata."""
+    if mesh is None:
+        return variable
+    sharding = param_shardings(variable, mesh).get_raw_value()
+    return variable.replace(jax.device_put(variable.get_raw_value(), sharding))
+
+
+def adapted(model: nnx.Module) -> dict[str, LoraLinear]:
+    """The projections that carry an adapter, by dotted name.
+
+    Raises:
+        ValueError: for adapters that Qwix made itself, whose scale only Qwix knows.
+    """
+    found = {name: m for name, m in linears(model).items() if isinstance(m, LoraLinear)}
+    count = len(jax.tree.leaves(nnx.state(model, nnx.LoRAParam)))
+    if count != 2 * len(found):
+        raise ValueError(
+            f"the model has {count} LoRA matrices, {2 * len(found)} of them made by apply_lora; "
+            "only those can be saved or merged. Use apply_lora in place of "
+            "qwix.apply_lora_to_model."
+        )
+    return found
+
+
+def add_adapters(
+    model: nnx.Module, names: list[str], config: LoraConfig, rngs: nnx.Rngs
+) -> nnx.Module:
+    """A copy of `model` with adapters on `names`; what is not quantised shares its arrays."""
+    variables = jax.tree.leaves(nnx.state(model), is_leaf=is_variable)
+    if any(isinstance(variable, nnx.LoRAParam) for variable in variables):
+        raise ValueError("the model has adapters already: merge_lora or load the base again")
+
+    def add(model: nnx.Module, key: jax.Array) -> nnx.Module:
+        model = nnx.clone(model)
+        projections = linears(model)
+        found = [projections[name] for name in names]
+        for name, linear in zip(names, found, strict=True):
+            if config.quantize is not None and name != SCORE:
+                tile_size(name, linear.in_features, config)
+        keys = jax.random.split(key, len(names))
+        for name, linear, one_key in zip(names, found, keys, strict=True):
+            # There is no memory to save in a head of one column.
+            one = dataclasses.replace(config, quantize=None) if name == SCORE else config
+            adapt(linear, name=name, config=one, key=one_key)
+        return model
+
+    leaves = jax.tree.leaves(variables)
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
+        return eval_shape(add, model, rngs.params())
+    return add(model, rngs.params())
+
+
+def count_parameters(model: nnx.Module) -> tuple[int, int]:
+    """Trainable (the adapters') and all parameters; a quantised kernel counts its elements."""
+    trainable = total = 0
+    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        size = math.prod(variable.get_raw_value().shape)
+        trainable += size * isinstance(variable, nnx.LoRAParam)
+        total += size * (path[-2:] != ("kernel", "scale"))  # Of a `qwix.QArray`.
+    return trainable, total
+
+
+def describe(model: nnx.Module) -> str:
+    """Which projections carry adapters, and trainable and total parameters, in a few lines."""
+    modules = adapted(model)
+    config = next(iter(modules.values())).lora
+    trainable, total = count_parameters(model)
+    towers: dict[str, list[str]] = {}
+    for name, count in grouped(modules).items():
+        words = name.removesuffix(".linear").split(".")
+        towers.setdefault(words[0], []).append(f"{words[-1]} {count}")
+    where = "; ".join(f"{tower}: {', '.join(words)}" for tower, words in towers.items())
+    quantized = f", their kernels in {config.quantize}" if config.quantize else ""
+    return (
+        f"LoRA of rank {config.rank}, scale {config.scale:g}, on {len(modules)} projections"
+        f"{quantized} ({where}).\n"
+        f"Trainable parameters: {trainable:,} of {total:,} ({100 * trainable / total:.3g} %)"
+    )

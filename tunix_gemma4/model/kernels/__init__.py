@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention on TPU and GPU by kernels in the place of XLA."""

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`tunix-gemma4 plan`: reads a recipe's file and prints its plan."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, AxisType
+from omegaconf import OmegaConf
+
+from ..recipes import common
+from ..settings.grpo import GrpoRunConfig, load_grpo_config
+from ..settings.sft import RunConfig, load_run_config
+from ..settings.shipped import find_recipe
+from .hardware import hardware
+from .plan import GB, Plan, model_source, plan
+from .programs import Shapes, resident_of
+from .search import Search
+
+# Of no account for a plan, and missing from the files of configs/.
+_UNREAD = ("data.path=unread", "output_dir=unread")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Prints the plan; 1 where it does not fit."""
+    if jax.config.jax_platforms is None:
+        # Nothing runs, so the chips that are here stay free; CUDA's plug-in wants a driver else.
+        jax.config.update("jax_platforms", "cpu")
+    topology, images, overrides = _split(options.overrides)
+    config = load_settings(options.config, overrides)
+    if options.weights:
+        _print_weights(config, topology, options.json)
+        return 0
+    if topology is None:
+        raise ValueError("topology must be given, such as topology=v5e:2x4 or topology=h200:8")
+    say = (lambda text: print(text, file=sys.stderr)) if options.json else print
+    found = plan(config, topology, images=images, settings=tuple(overrides))
+    if not options.json:
+        print(found.text(), flush=True)
+    advice = _advice(config, found, images, say, more=options.search)
+    if options.json:
+        print(json.dumps(found.to_dict() | advice, indent=1))
+    return 1 if found.fits is False else 0
+
+
+def load_settings(path: str | Path, overrides: Sequence[str]) -> RunConfig | GrpoRunConfig:
+    """The settings of a recipe, which is one of `grpo` if it names reward functions."""
+    given = [*_UNREAD, *overrides]
+    path = find_recipe(path)
+    try:
+        keys = {str(key) for key in OmegaConf.load(path)}
+    except Exception:  # `load_run_config` says what is wrong with the file.
+        keys = set()
+    keys |= {override.split("=")[0] for override in overrides}
+    return (load_grpo_config if "reward_functions" in keys else load_run_config)(path, given)
+
+
+def _split(overrides: Sequence[str]) -> tuple[str | None, int | None, list[str]]:
+    """Topology, images, and settings of the recipe."""
+    topology, images, settings = None, None, []
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key == "topology":
+            topology = value
+        elif key == "images":
+            if not value.isdigit():
+                raise ValueError(f"images: expected a number of images in a row, found {value!r}")
+            images = int(value)
+        else:
+            settings.append(override)
+    return topology, images, settings
+
+
+def _advice(
+    config: RunConfig | GrpoRunConfig, found: Plan, images: int | None, say: Any, *, more: bool
+) -> dict[str, Any]:
+    """What was tried, and what came of it."""
+    capacity = found.hardware.capacity
+    if capacity is None or (found.fits and not more):
+        return {}
+    search = Search(config, found.hardware.name, images, say)
+    say("tried:")
+    if not found.fits:
+        search.to_fit()
+    greatest = dict([search.longest(capacity)])
+    if found.fits:
+        greatest |= dict([search.most_rows(capacity)])
+    for name, value in greatest.items():
+        say(f"greatest {name} that fits: {'none' if value is None else value}")
+    tried = [dataclasses.asdict(one) for one in search.tried]
+    return {"tried": tried, "greatest": greatest}
+
+
+def _print_weights(config: RunConfig | GrpoRunConfig, topology: str | None, as_json: bool) -> None:
+    model_config = common.model_config(config, model_source(config.model))
+    sizes, axes = (config.mesh.fsdp, config.mesh.tp), ("fsdp", "tp")
+    chips = None if topology is None else hardware(topology)
+    used = math.prod(sizes)
+    if chips is not None and used > chips.chips:
+        raise ValueError(
+            f"mesh: fsdp {sizes[0]} x tp {sizes[1]} is {used} chips, and {topology} has "
+            f"{chips.chips}"
+        )
+    rollout = getattr(config, "rollout_mesh", None)
+    more = 0 if rollout is None else rollout.fsdp * rollout.tp
+    if chips is not None and used + more > chips.chips:
+        raise ValueError(
+            f"rollout_mesh: fsdp {rollout.fsdp} x tp {rollout.tp} is {more} chips beside the "
+            f"{used} of mesh, and {topology} has {chips.chips}"
+        )
+    mesh = AbstractMesh(sizes, axes, axis_types=(AxisType.Auto,) * 2)
+    parts = dataclasses.asdict(resident_of(config, Shapes(model_config, mesh)))
+    parts["total"] = sum(parts.values())
+    parts["capacity"] = None if chips is None else chips.capacity
+    if as_json:
+        print(json.dumps({"bytes_per_chip": parts}, indent=1))
+        return
+    print(f"GB per chip on fsdp {config.mesh.fsdp} x tp {config.mesh.tp}:")
+    for name, size in parts.items():
+        if size:
+            print(f"  {name:<12}{size / GB:8.2f}")

@@ -1,0 +1,366 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The programs that a recipe compiles, traced on shapes alone.
+
+They are the recipe's own: its model, its trainer's step, its sampler. Only the weights are
+missing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from .. import sampling
+from ..config import ModelConfig
+from ..data.processor import Batch
+from ..losses import CHUNK_TOKENS
+from ..model.cache import init_cache
+from ..model.gemma4 import Gemma4ForConditionalGeneration
+from ..plugin.rl import cluster as host_grpo
+from ..plugin.rl import step as rl_step
+from ..plugin.rl.logps import chunked_logps
+from ..plugin.sft.trainer import Gemma4Trainer
+from ..plugin.train_step import TrainStep
+from ..plugin.training_config import make_training_config
+from ..recipes import common, grpo, sft
+from ..settings.common import TrainSettings
+from ..settings.grpo import GrpoRunConfig
+from ..settings.sft import RunConfig
+from ..sharding import eval_shape, shapes_on
+from .measure import bits, bytes_per_chip
+
+
+@dataclasses.dataclass(frozen=True)
+class Resident:
+    """What lies in memory all the time, in bytes per chip.
+
+    Attributes:
+        weights: frozen ones, or all of them where all are trained.
+        adapters: trained low-rank ones.
+        optimizer: its state.
+        reference: weights that only the reference has.
+    """
+
+    weights: int
+    adapters: int
+    optimizer: int
+    reference: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One compiled program of a recipe. Bytes are per chip.
+
+    Attributes:
+        name: "step", "log-probs" or "rollout".
+        mesh: that it runs on.
+        resident: what lies in memory there all the time.
+        trace: traces it.
+        runs: times per optimizer step.
+        logits, caches: bytes among its temporaries.
+        beside: bytes that lie in memory while it runs and are not its arguments.
+        while_trips: most rounds of its loop that may end early.
+    """
+
+    name: str
+    mesh: Mesh
+    resident: Resident
+    trace: Callable[[], jax.stages.Traced]
+    runs: float
+    logits: int
+    caches: int = 0
+    beside: int = 0
+    while_trips: int = 1
+
+    @property
+    def arguments(self) -> int:
+        """Bytes of what is resident and handed to it."""
+        return sum(vars(self.resident).values()) - self.beside
+
+
+# Its value does not matter to a program's size.
+_EOS = 1
+
+
+class Shapes:
+    """Abstract arrays on a mesh.
+
+    Attributes:
+        config: of the model.
+        mesh: where they lie.
+    """
+
+    def __init__(self, config: ModelConfig, mesh: Mesh):
+        self.config, self.mesh = config, mesh
+
+    def build(
+        self, make: Callable[[nnx.Module], tuple[Any, tuple[nnx.Module, ...]]]
+    ) -> tuple[Any, tuple[nnx.Module, ...]]:
+        """What `make` gives for the checkpoint's model: anything, and modules.
+
+        The modules' variables become shapes, each where its sharding says.
+        """
+        made = []
+
+        def build() -> tuple[nnx.Module, ...]:
+            base = Gemma4ForConditionalGeneration(self.config, rngs=nnx.Rngs(0))
+            result, modules = make(base)
+            made.append(result)
+            return modules
+
+        with contextlib.redirect_stdout(io.StringIO()):
+            modules = eval_shape(build)  # Recipes tell of their model, and plans try many.
+        for module in modules:
+            nnx.update(module, shapes_on(nnx.state(module), self.mesh))
+        return made[0], modules
+
+    def rows(self, *shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        """Rows on the data axis, or whole where it does not divide them, as the host does."""
+        divides = shape[0] % self.mesh.shape["fsdp"] == 0
+        where = NamedSharding(self.mesh, PartitionSpec(*(("fsdp",) if divides else ())))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+
+    def whole(self, *shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        where = NamedSharding(self.mesh, PartitionSpec())
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+
+    def images(self, rows: int, count: int, soft_tokens: int) -> jax.ShapeDtypeStruct | None:
+        """`count` images of a row; None for none."""
+        if not count:
+            return None
+        vision = self.config.vision_config
+        patches = soft_tokens * vision.pooling_kernel_size**2
+        return self.rows(rows, count, patches, vision.patch_dim + 2, dtype=jnp.float32)
+
+    def logits(self, tokens: int) -> int:
+        """Bytes per chip of float32 logits, whose words lie on all chips."""
+        return min(tokens, CHUNK_TOKENS) * self.config.vocab_size * 4 // self.mesh.size
+
+    def caches(self, rows: int, length: int) -> int:
+        """Bytes per chip of caches, split by rows and by key/value heads."""
+        tree = jax.eval_shape(lambda: init_cache(self.config, rows, length, self.config.dtype))
+        total, tp = 0, self.mesh.shape["tp"]
+        for leaf in jax.tree.leaves(tree):
+            split = tp if leaf.ndim == 4 and leaf.shape[2] % tp == 0 else 1
+            total += leaf.size * bits(leaf.dtype) // 8 // (self.mesh.shape["fsdp"] * split)
+        return total
+
+
+def resident_of(config: RunConfig | GrpoRunConfig, shapes: Shapes) -> Resident:
+    """What a recipe keeps in memory on its training mesh."""
+    build = _grpo_trainer if isinstance(config, GrpoRunConfig) else _sft_trainer
+    return _resident(*build(config, shapes)[1])
+
+
+def _sft_trainer(config: RunConfig, shapes: Shapes) -> tuple[Gemma4Trainer, tuple]:
+    """The trainer, its model and its optimizer."""
+    training = dataclasses.replace(
+        make_training_config(
+            config.output_dir,
+            max_steps=None,
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            report_to="none",
+        ),
+        checkpoint_root_directory=None,
+    )
+
+    def make(base: nnx.Module) -> tuple[Gemma4Trainer, tuple[nnx.Module, nnx.Module]]:
+        trainer = Gemma4Trainer(sft.prepare_model(config, base), _optimizer(config), training)
+        return trainer, (trainer.model, trainer.optimizer)
+
+    return shapes.build(make)
+
+
+def sft_programs(config: RunConfig, shapes: Shapes, images: int) -> list[Program]:
+    """What supervised fine-tuning compiles.
+
+    Args:
+        config: of the recipe.
+        shapes: makes its arrays.
+        images: most images of a row.
+    """
+    trainer, (model, optimizer) = _sft_trainer(config, shapes)
+    count, length = config.batch_size, config.data.max_length
+    tokens = shapes.rows(count, length)
+    batch = Batch(
+        tokens=tokens,
+        loss_mask=tokens,
+        padding_mask=tokens,
+        images=shapes.images(count, images, config.data.max_soft_tokens),
+        loss_denominator=shapes.rows(count, dtype=jnp.float32),
+        rows=shapes.rows(count),
+    )
+    step = _step(trainer.create_train_step_fn(), model, optimizer, batch)
+    runs, logits = config.gradient_accumulation_steps, shapes.logits(count * length)
+    return [Program("step", shapes.mesh, _resident(model, optimizer), step, runs, logits)]
+
+
+def _optimizer(config: TrainSettings) -> Any:
+    return common.optimizer_of(config, total_steps=config.max_steps or 1)
+
+
+def _step(
+    function: Callable, model: nnx.Module, optimizer: nnx.Module, batch: Any
+) -> Callable[[], jax.stages.Traced]:
+    """Traces a trainer's step on `batch`."""
+
+    def trace() -> jax.stages.Traced:
+        step = TrainStep(function, model, optimizer)
+        return step.jitted_fn.trace(*step.arguments(), batch)
+
+    return trace
+
+
+def _resident(
+    model: nnx.Module, optimizer: nnx.Module | None = None, reference: nnx.Module | None = None
+) -> Resident:
+    _, adapters, weights = nnx.split(model, nnx.LoRAParam, ...)
+    return Resident(
+        weights=bytes_per_chip(weights),
+        adapters=bytes_per_chip(adapters),
+        optimizer=0 if optimizer is None else bytes_per_chip(nnx.state(optimizer)),
+        reference=0 if reference is None else bytes_per_chip(nnx.state(reference)),
+    )
+
+
+def _grpo_trainer(config: GrpoRunConfig, shapes: Shapes) -> tuple[Any, tuple]:
+    """The policy's trainer, the policy, its optimizer and, where it has its own weights, the
+    reference."""
+    _, algorithm = host_grpo.make_algorithm(
+        config.loss_type,
+        num_generations=config.num_generations,
+        num_iterations=config.num_iterations,
+        beta=config.beta,
+        kl_estimator=config.kl_estimator,
+        epsilon=config.epsilon,
+        epsilon_high=config.epsilon_high,
+    )
+    algorithm.temperature = config.temperature
+
+    def make(base: nnx.Module) -> tuple[Any, tuple[nnx.Module, ...]]:
+        policy, reference = grpo.prepare_models(config, base)
+        trainer = rl_step.make_trainer(
+            policy,
+            _optimizer(config),
+            algorithm,
+            mini=config.mini,
+            micro=config.micro,
+            pad_id=shapes.config.pad_token_id,
+            eos_id=_EOS,
+        )
+        # With adapters the reference is the policy's own backbone.
+        kept = () if config.lora is not None or reference is None else (reference,)
+        return trainer, (trainer.model, trainer.optimizer, *kept)
+
+    return shapes.build(make)
+
+
+def grpo_programs(
+    config: GrpoRunConfig, shapes: Shapes, images: int, sampler: Shapes | None = None
+) -> list[Program]:
+    """What reinforcement learning compiles; see `sft_programs`.
+
+    Args:
+        config, shapes, images: likewise.
+        sampler: makes the arrays of sampling, where that has a mesh of its own.
+    """
+    trainer, (model, optimizer, *reference) = _grpo_trainer(config, shapes)
+    resident = _resident(model, optimizer, *reference)
+    suppressed = (*sampling.media_ids(shapes.config), shapes.config.pad_token_id)
+    rows = config.micro * config.num_generations
+    example = rl_step.example_shapes(
+        shapes.rows,
+        (rows, config.data.max_prompt_length, config.max_completion_length),
+        images=shapes.images(rows, images, config.data.max_soft_tokens),
+        repeats=config.num_generations,
+        reference=bool(config.beta),
+        old=config.updates_per_batch > 1,
+        token_mean=config.loss_type == "dapo",
+        temperature=config.temperature,
+        suppressed=suppressed,
+    )
+    step = _step(trainer.create_train_step_fn(), model, optimizer, example)
+    logits = shapes.logits(rows * config.max_completion_length)
+    runs = config.mini // config.micro
+    found = [Program("step", shapes.mesh, resident, step, runs, logits, beside=resident.reference)]
+    if config.beta:
+        found.append(_logps(config, shapes, model, resident, images, suppressed))
+    if sampler is not None:
+        # It has a copy of the policy, and nothing else.
+        _, (model,) = sampler.build(lambda base: (None, (grpo.prepare_models(config, base)[0],)))
+        shapes, resident = sampler, _resident(model)
+    found.append(_rollout(config, shapes, model, resident, images))
+    return found
+
+
+def _logps(config, shapes, model, resident, images, suppressed) -> Program:
+    """Log-probabilities of the reference."""
+    prompts = config.compute_logps_micro_batch_size or config.micro
+    rows, repeats = prompts * config.num_generations, config.num_generations
+    pictures = shapes.images(prompts, images, config.data.max_soft_tokens)
+
+    def trace() -> jax.stages.Traced:
+        return chunked_logps.trace(
+            *nnx.split(model),
+            shapes.rows(rows, config.data.max_prompt_length),
+            shapes.rows(rows, config.max_completion_length),
+            pictures,
+            None,
+            None,
+            shapes.whole(dtype=jnp.float32),
+            pad_id=shapes.config.pad_token_id,
+            eos_id=_EOS,
+            suppressed=suppressed,
+            image_repeats=1 if pictures is None else repeats,
+        )
+
+    return Program(
+        "log-probs",
+        shapes.mesh,
+        resident,
+        trace,
+        config.mini / prompts / config.num_iterations,
+        shapes.logits(rows * config.max_completion_length),
+        beside=resident.optimizer + resident.reference,
+    )
+
+
+def _rollout(config, shapes, model, resident, images) -> Program:
+    """Sampling, prefill and decoding in one program."""
+    prompts = config.rollout_micro_batch_size or config.micro
+    rows, repeats = prompts * config.num_generations, config.num_generations
+    pictures = shapes.images(prompts, images, config.data.max_soft_tokens)
+    tokens = shapes.rows(rows, config.data.max_prompt_length)
+    length = config.data.max_prompt_length + config.max_completion_length
+
+    def trace() -> jax.stages.Traced:
+        return sampling.trace_generate(
+            model,
+            tokens,
+            pictures,
+            place=shapes.whole,
+            max_new_tokens=config.max_completion_length,
+            image_repeats=1 if pictures is None else repeats,
+            top_k=config.top_k,
+            top_p=config.top_p,
+        )
+
+    return Program(
+        "rollout",
+        shapes.mesh,
+        resident,
+        trace,
+        config.mini / prompts / config.num_iterations,
+        rows * shapes.config.vocab_size * 4 // shapes.mesh.size,
+        caches=shapes.caches(rows, length - 1),
+        beside=resident.optimizer + resident.reference,
+        while_trips=config.max_completion_length - 1,
+    )

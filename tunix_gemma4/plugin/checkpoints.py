@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tunix's checkpoints of a run: which are kept, which are read, and what ends a run with one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+from flax import nnx
+from jax.experimental import multihost_utils
+from tunix.sft import checkpoint_manager
+
+from ..checkpoint.finite import nonfinite
+from . import stop
+from .health import require_finite_state
+from .hooks import extends, overrides
+
+_DAMAGED = ".damaged"
+_METADATA = "_CHECKPOINT_METADATA"
+
+
+class UnusableError(ValueError):
+    """There are checkpoints, and none can be read into this model."""
+
+
+def kept_steps(
+    steps: Sequence[int], newest: int, named: Collection[int] = (), finite: Collection[int] = ()
+) -> set[int]:
+    """Which checkpoints stay.
+
+    Args:
+        steps: there are, in rising order.
+        newest: how many of the last.
+        named: those that stay whatever their number.
+        finite: those known to hold finite numbers alone; the last of them stays.
+    """
+    last_finite = [step for step in steps if step in finite][-1:]
+    return {*steps[-newest:], *last_finite, *(step for step in steps if step in named)}
+
+
+def newest_metadata(directory: Path) -> dict[str, Any]:
+    """What was saved with the newest checkpoint of a run, read before there is a model.
+
+    Whether that checkpoint can be used is not known then; empty where this much cannot be read.
+    """
+    steps = [int(path.name) for path in directory.glob("*") if path.name.isdigit()]
+    try:
+        text = (directory / str(max(steps)) / _METADATA).read_text("utf-8")
+        found = json.loads(text)["custom_metadata"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+@dataclasses.dataclass
+class Kept(ocp.checkpoint_managers.PreservationPolicy):
+    """`kept_steps` for orbax.
+
+    Attributes:
+        newest, named: see `kept_steps`.
+        finite: steps that were tested; filled by `CheckpointManager`.
+    """
+
+    newest: int
+    named: tuple[int, ...] = ()
+    finite: set[int] = dataclasses.field(default_factory=set)
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        steps = [info.step for info in checkpoints]
+        kept = kept_steps(steps, self.newest, self.named, self.finite)
+        return [step in kept for step in steps]
+
+
+@extends(__init__=("root_directory", "options"))
+class CheckpointManager(checkpoint_manager.CheckpointManager):
+    """Restores every array to where its counterpart lies, from the newest checkpoint that is whole.
+
+    Tunix goes by the sharding metadata instead, and fails where an axis of it is not in the mesh
+    or does not divide the array.
+
+    Attributes:
+        whole: steps after whose multiples a run can go on, and so may be stopped.
+        position: what the metadata of a run's checkpoints have all, or none.
+    """
+
+    whole = 1
+    position: str | None = None
+
+    def __init__(self, root_directory: str | None = None, options: Any = None):
+        super().__init__(None, options)
+        if hasattr(self, "_checkpoint_manager"):
+            super().__init__(root_directory, options)
+        else:  # Newer hosts write through another interface; the files stay the same.
+            self._checkpoint_manager = _manager(root_directory, options)
+        self._root = root_directory
+        policy = getattr(options, "preservation_policy", None)
+        self._tested = policy.finite if isinstance(policy, Kept) else set()
+
+    # ---- Writing.
+
+    @overrides(*("step", "model", "optimizer", "save_only_lora_params", "force", "custom_metadata"))
+    def save(
+        self,
+        step: int,
+        model: nnx.Module,
+        optimizer: nnx.Optimizer | None = None,
+        save_only_lora_params: bool = False,
+        force: bool = False,
+        custom_metadata: dict[str, Any] | None = None,
+    ) -> bool:
+        """Tunix's, but for a state that is not finite, and for a run that is to stop here.
+
+        Raises:
+            NonFiniteError: if a number is not finite; then nothing is written.
+            host.stop.Interrupted, host.stop.Terminated: once the checkpoint is on the disk.
+        """
+        stopping = self._stopping(step)
+        manager, is_new = self._checkpoint_manager, self.latest_step() != step
+        due = manager is not None and is_new and (force or stopping or manager.should_save(step))
+        if due:
+            require_finite_state(model, optimizer)
+            self._tested.add(step)
+            self._write(step, _states(model, optimizer, save_only_lora_params), custom_metadata)
+        if stopping:
+            self._stop(step, stopping)
+        return due
+
+    def _write(self, step: int, states: dict[str, Any], metadata: dict[str, Any] | None) -> None:
+        items = {
+            name: ocp.args.PyTreeSave(
+                item=state, save_args=jax.tree.map(lambda _: ocp.SaveArgs(), state)
+            )
+            for name, state in states.items()
+        }
+        self._checkpoint_manager.save(
+            step, args=ocp.args.Composite(**items), custom_metadata=metadata or {}, force=True
+        )
+
+    @overrides()
+    def latest_step(self) -> int | None:
+        """The newest step there is; None if there is none."""
+        return None if self._checkpoint_manager is None else self._checkpoint_manager.latest_step()
+
+    @overrides()
+    def close(self) -> None:
+        """Waits for what is being written."""
+        if self._checkpoint_manager is not None:
+            self._checkpoint_manager.close()
+
+    def _stopping(self, step: int) -> int | None:
+        """The signal that ends the run after this step."""
+        if step % self.whole:
+            return None
+        manager = self._checkpoint_manager
+        # JAX sees to it that all processes agree on where to stop, which is at the count after the
+        # highest of theirs: one that comes, so that steps that cannot be stopped at do not count.
+        count = step // self.whole
+        if jax.process_count() > 1 and manager is not None and manager.reached_preemption(count):
+            return signal.SIGTERM
+        return stop.asked()
+
+    def _stop(self, step: int, number: int) -> None:
+        self.close()
+        name = stop.name_of(number)
+        if self._checkpoint_manager is None:
+            stop.end(number, f"stopped by {name} after step {step}, without a directory to save to")
+        stop.end(number, f"stopped by {name} after step {step}, which is saved")
+
+    # ---- Reading.
+
+    @overrides("model", "optimizer", "step", "restore_only_lora_params")
+    def maybe_restore(
+        self,
+        model: nnx.Module,
+        optimizer: nnx.Optimizer | None = None,
+        step: int | None = None,
+        restore_only_lora_params: bool = False,
+    ) -> tuple[int, dict[str, Any]]:
+        """Fills model and optimizer from the checkpoint of `step`, or from the newest whole one.
+
+        Newer ones that cannot be read are named, and put aside as `STEP.damaged`.
+
+        Returns:
+            The step and the metadata saved with it; 0 and nothing where there is no checkpoint.
+
+        Raises:
+            UnusableError: there are checkpoints, and none can be read.
+        """
+        if self._checkpoint_manager is None:
+            return 0, {}
+        steps = sorted(self._checkpoint_manager.all_steps(), reverse=True)
+        wanted = steps if step is None else [step]
+        states = _states(model, optimizer, restore_only_lora_params)
+        problems: dict[int, str] = {}
+        for candidate in wanted:
+            try:
+                restored, metadata = self._read(candidate, states)
+            except Exception as error:  # Orbax, tensorstore and json each have their own.
+                problems[candidate] = f"{type(error).__name__}: {_first_line(error)}"
+                continue
+            nnx.update(model, restored["model_params"])
+            if optimizer is not None:
+                nnx.update(optimizer, restored["optimizer_state"])
+            self._put_aside(problems, candidate)
+            self._tested.add(candidate)
+            return candidate, metadata
+        if problems:
+            raise UnusableError(_none_readable(self._root, problems))
+        return 0, {}
+
+    def _read(self, step: int, states: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        manager = self._checkpoint_manager
+        arguments = {
+            name: ocp.args.PyTreeRestore(
+                item=state, restore_args=ocp.checkpoint_utils.construct_restore_args(state)
+            )
+            for name, state in states.items()
+        }
+        metadata = self._metadata(step)
+        if self.position is not None and self.position not in metadata:
+            others = [other for other in manager.all_steps() if other < step]
+            if any(self.position in self._metadata(other) for other in others):
+                raise ValueError(f"its {self.position} is missing")
+        restored = manager.restore(step, args=ocp.args.Composite(**arguments))
+        bad = nonfinite({name: restored[name] for name in states})
+        if bad:
+            raise ValueError(f"its {' and '.join(bad)} hold numbers that are not finite")
+        return {name: restored[name] for name in states}, metadata
+
+    def _metadata(self, step: int) -> dict[str, Any]:
+        # Orbax goes on without the file.
+        if not (epath.Path(self._root) / str(step) / _METADATA).is_file():
+            raise ValueError(f"{_METADATA} is missing")
+        return self._checkpoint_manager.metadata(step).custom_metadata or {}
+
+    def _put_aside(self, problems: dict[int, str], used: int) -> None:
+        for step, problem in problems.items():
+            place = epath.Path(self._root) / str(step)
+            aside = place.with_name(f"{step}{_DAMAGED}")
+            logging.warning(
+                "%s cannot be used (%s): going on from step %d before it. It is kept as %s.",
+                *(place, problem, used, aside.name),
+            )
+            if jax.process_index() == 0:
+                place.rename(_unused(aside))
+        if problems:
+            if jax.process_count() > 1:
+                multihost_utils.sync_global_devices("damaged checkpoints")
+            self._checkpoint_manager.reload()
+
+
+def _manager(directory: str | None, options: Any) -> ocp.CheckpointManager | None:
+    """As Tunix 0.1.7 makes it."""
+    if directory is None:
+        return None
+    handlers = {
+        "model_params": ocp.PyTreeCheckpointHandler(),
+        "optimizer_state": ocp.PyTreeCheckpointHandler(),
+        "custom_metadata": ocp.JsonCheckpointHandler(),
+    }
+    return ocp.CheckpointManager(directory, item_handlers=handlers, options=options)
+
+
+def _states(
+    model: nnx.Module, optimizer: nnx.Optimizer | None, only_adapters: bool
+) -> dict[str, Any]:
+    """What a checkpoint holds, by orbax's item."""
+    states = {"model_params": nnx.state(model, nnx.LoRAParam if only_adapters else ...)}
+    if optimizer is not None:
+        states["optimizer_state"] = nnx.state(optimizer, nnx.optimizer.OptState)
+    return states
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return lines[0][:300]
+
+
+def _none_readable(directory: str | None, problems: dict[int, str]) -> str:
+    newest = max(problems)
+    return (
+        f"{directory}: none of its checkpoints (steps {', '.join(map(str, sorted(problems)))}) can "
+        f"be used; that of step {newest}: {problems[newest]}. They are left as they are: choose "
+        "another output_dir to start anew"
+    )
+
+
+def _unused(path: epath.Path) -> epath.Path:
+    candidates: Iterator[epath.Path] = (
+        path if not number else path.with_name(f"{path.name}-{number}") for number in range(1000)
+    )
+    return next(candidate for candidate in candidates if not candidate.exists())

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batches of prompts in any form, made safe for the host's transport.
+
+Between data set and learner the host repeats, flattens, slices and concatenates columns, and some
+forms do not survive it: lists of arrays are repeated along the wrong axis, arrays are flattened to
+scalars. So every cell travels as one opaque object in a one-dimensional array.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ...data.keys import REFUSED, SYSTEMS, TEMPLATE, TOOLS
+from ...data.processor import Example, Processor
+
+PROMPTS, IMAGE_COLUMNS = "prompts", ("images", "image")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prompt:
+    """One prompt on its way to the sampler.
+
+    Attributes:
+        given: as the data set has it; reward functions get this.
+        text: for logs.
+        example: its tokens and packed images.
+    """
+
+    given: Any
+    text: str
+    example: Example
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Cell:
+    """One value of any other column."""
+
+    given: Any
+
+
+def unwrap(value: Any) -> Any:
+    """What the user gave: of a column, each cell's."""
+    if isinstance(value, Prompt | Cell):
+        return value.given
+    if isinstance(value, list | np.ndarray):
+        return [unwrap(cell) for cell in value]
+    return value
+
+
+def column(cells: Sequence[Any]) -> np.ndarray:
+    """A one-dimensional array of objects, whatever they are."""
+    result = np.empty(len(cells), object)
+    result[:] = cells
+    return result
+
+
+class PromptReader:
+    """Turns batches of a data set into columns of `Prompt` and `Cell`.
+
+    Args:
+        tokenize: from a string that already follows the chat template to ids.
+        processor: for conversations and images; made when first needed.
+        max_prompt_length: longer prompts are refused, because a cut one has lost its end or part
+            of an image.
+        names: columns that reward functions ask for, which are not refused whatever they mean.
+    """
+
+    def __init__(
+        self,
+        tokenize: Callable[[str], Sequence[int]],
+        processor: Callable[[], Processor],
+        max_prompt_length: int,
+        names: Collection[str] = (),
+    ):
+        self._names = frozenset(names)
+        self._tokenize = tokenize
+        self._processor = processor
+        self._max_length = max_prompt_length
+        self._count = 0
+
+    def batches(self, dataset: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, np.ndarray]]:
+        """The batches of `dataset`, read."""
+        for batch in dataset:
+            yield self.read(batch)
+
+    def read(self, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """One batch: `prompts`, perhaps `images` or `image`, and any other columns.
+
+        Raises:
+            ValueError: naming the row whose prompt or images cannot be read or are too long.
+        """
+        columns = {name: _cells(name, cells) for name, cells in batch.items()}
+        if PROMPTS not in columns:
+            raise ValueError(f"a batch needs the column 'prompts', found {sorted(columns)}")
+        lengths = {name: len(cells) for name, cells in columns.items()}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"the columns of a batch differ in their number of rows: {lengths}")
+        images = [list(_images(row)) for row in zip(*_present(columns), strict=True)]
+        images = images or [[]] * len(columns[PROMPTS])
+        prompts = []
+        for index, (given, beside) in enumerate(zip(columns[PROMPTS], images, strict=True)):
+            keys = {name: columns[name][index] for name in self._meant(columns)}
+            try:
+                prompts.append(self._prompt(given, beside, keys))
+            except MemoryError:
+                raise
+            except Exception as error:
+                kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+                raise ValueError(f"prompt {self._count}: {kind}{error}") from error
+            self._count += 1
+        read = {name: column([Cell(cell) for cell in cells]) for name, cells in columns.items()}
+        return read | {PROMPTS: column(prompts)}
+
+    def _meant(self, columns: Collection[str]) -> list[str]:
+        """Columns that say something of the prompt, or that no prompt may have."""
+        meant = (*SYSTEMS, *TOOLS, *TEMPLATE, *(REFUSED.keys() - self._names))
+        return [name for name in columns if name in meant]
+
+    def _prompt(self, given: Any, images: list[Any], keys: Mapping[str, Any]) -> Prompt:
+        if isinstance(given, Prompt):
+            prompt = given  # Read by a data set of this package, its images too.
+        elif isinstance(given, str):
+            prompt = self._templated(str(given), images)
+        else:
+            row = dict(given) if isinstance(given, Mapping) else {"messages": given}
+            row = {**keys, **row} | ({"images": images} if images else {})
+            processor = self._processor()
+            example = processor.encode(row, add_generation_prompt=True)
+            text = processor.decode(example.tokens, skip_special_tokens=False)
+            prompt = Prompt(given, text, example)
+        length = len(prompt.example.tokens)
+        if length > self._max_length:
+            raise ValueError(
+                f"it has {length} tokens and max_prompt_length is {self._max_length}; raise it, "
+                "leave the prompt out, or lower max_soft_tokens if images take the space"
+            )
+        return prompt
+
+    def _templated(self, text: str, images: list[Any]) -> Prompt:
+        """A string in the template's form, in which `<|image|>` stands for each image."""
+        if not images:
+            ids = np.asarray(self._tokenize(text), np.int32)
+            return Prompt(text, text, Example(ids, np.zeros_like(ids), None))
+        return Prompt(text, text, self._processor().encode_templated(text, images))
+
+
+def _cells(name: str, cells: Any) -> list[Any]:
+    """The rows of a column. An array's first axis is that of its rows."""
+    if isinstance(cells, str | bytes | Mapping) or not hasattr(cells, "__len__"):
+        raise ValueError(
+            f"column {name!r}: expected a list or array with one value per row, found "
+            f"{type(cells).__name__}"
+        )
+    if isinstance(cells, np.ndarray) and cells.dtype != object and cells.ndim == 1:
+        return cells.tolist()
+    return list(cells)
+
+
+def _present(columns: Mapping[str, list[Any]]) -> list[list[Any]]:
+    return [columns[name] for name in IMAGE_COLUMNS if name in columns]
+
+
+def _images(cells: Sequence[Any]) -> Iterator[Any]:
+    """The images of one row, of its cells in the image columns."""
+    for cell in cells:
+        if isinstance(cell, list | tuple) or (
+            isinstance(cell, np.ndarray) and (cell.dtype == object or cell.ndim == 4)
+        ):
+            yield from (image for image in cell if image is not None)
+        elif cell is not None:
+            yield cell

@@ -1,0 +1,365 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reward functions in TRL's form, which stop the run and name the sample when they go wrong.
+
+The host adds NaN as zero, takes an array of any length, reports a crash without its input, and
+knows neither functions that abstain nor asynchronous ones.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import functools
+import inspect
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from ...data.images import to_rgb
+from ...data.messages import split_thought
+from .context import bound
+from .prompts import IMAGE_COLUMNS
+from .reward_time import RewardTimeout, Timed, limit_of
+
+RewardFn = Callable[..., list[float | None]]
+# What a function may ask for besides columns of the data.
+REWARDS = "rewards/"  # before the name of a function's metric
+CONTEXT = ("completion_ids", "trainer_state", "log_extra", "log_metric")
+_SHOWN = 400  # characters of a prompt or completion in a message
+
+
+class RewardError(RuntimeError):
+    """A reward function raised, or returned something that is not one number per completion."""
+
+
+def checked(reward_fn: RewardFn) -> Callable[..., list[float]]:
+    """`reward_fn(prompts, completions, **columns)`, its result checked, NaN for None.
+
+    It gets the prompts and columns as the data set has them, images as PIL images, and of all that
+    is offered only what its signature names, unless that ends in `**kwargs`. A completion has its
+    prompt's form: a list of one message where that is a list of messages, or else a string. It may
+    be asynchronous.
+
+    Raises:
+        RewardError: naming the function and the sample that caused it.
+    """
+    parameters = inspect.signature(reward_fn).parameters.values()
+    takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+    names = {p.name for p in parameters}
+    called = getattr(reward_fn, "__name__", type(reward_fn).__name__)
+    # The host's own count the letters of a completion.
+    of_host = (getattr(reward_fn, "__module__", None) or "").split(".")[0] == "tunix"
+
+    timed = Timed(called, limit_of(reward_fn))
+
+    def call(given: dict[str, Any]) -> Any:
+        with _same_folder(called):
+            return timed(lambda: _call(reward_fn, given))
+
+    @functools.wraps(reward_fn)
+    def reward(prompts: list[Any], completions: list[str], **columns: Any) -> list[float]:
+        work = bound()
+        if work is not None:
+            prompts = prompts if work.prompts is None else work.prompts
+            columns |= work.for_rewards
+        said = completions
+        if not of_host:
+            said = [_answer(*pair) for pair in zip(prompts, completions, strict=True)]
+        given = {"prompts": prompts, "completions": said, **columns}
+        if not takes_all:
+            given = {name: value for name, value in given.items() if name in names}
+        try:
+            given |= {name: _pictures(given[name]) for name in IMAGE_COLUMNS if name in given}
+            # Lists of its own, so that one that sorts or empties them harms no other.
+            found = call({name: _copied(value) for name, value in given.items()})
+        except RewardTimeout as error:
+            first = _sample(0, prompts, said)
+            raise RewardError(
+                f"{error}; it had {len(said)} completions, the first is:\n{first}"
+            ) from error
+        except (Exception, SystemExit) as error:
+            message = f"reward function {called} raised {type(error).__name__}: {error}"
+            culprit = _culprit(
+                lambda one: timed(lambda: _call(reward_fn, one)), given, prompts, said
+            )
+            raise RewardError(f"{message}{_hint(error, said)}\n{culprit}") from error
+        return _numbers(called, found, prompts, said)
+
+    reward.__name__ = called
+    return reward
+
+
+@contextlib.contextmanager
+def _same_folder(called: str) -> Iterator[None]:
+    """Goes back to the current folder, which the paths of the run are relative to."""
+    before = os.getcwd()
+    try:
+        yield
+    finally:
+        try:
+            after = os.getcwd()
+        except OSError:
+            after = "one that is gone"
+        if after != before:
+            os.chdir(before)
+            logging.log_first_n(
+                logging.WARNING,
+                "reward function %s changed the current folder to %s; the run goes back to %s.",
+                1,
+                *(called, after, before),
+            )
+
+
+def _copied(value: Any) -> Any:
+    return list(value) if isinstance(value, list) else value
+
+
+def _answer(prompt: Any, completion: str) -> Any:
+    """A completion in the form of its prompt."""
+    if isinstance(prompt, str) or not isinstance(prompt, Sequence | np.ndarray):
+        return completion
+    if not len(prompt) or not all(isinstance(message, Mapping) for message in prompt):
+        return completion
+    thought, text = split_thought(completion)
+    message = {"role": "assistant", "content": text}
+    return [message | ({"reasoning_content": thought} if thought else {})]
+
+
+def _pictures(cells: Any) -> Any:
+    """A column of images, opened; what several completions share is opened once."""
+    opened: dict[int, Any] = {}
+
+    def one(cell: Any) -> Any:
+        if cell is None or hasattr(cell, "getbands"):  # a PIL image already
+            return cell
+        if isinstance(cell, list | tuple):
+            return [one(part) for part in cell]
+        if id(cell) not in opened:
+            opened[id(cell)] = to_rgb(cell)
+        return opened[id(cell)]
+
+    return [one(cell) for cell in cells]
+
+
+def _call(reward_fn: RewardFn, given: dict[str, Any]) -> Any:
+    """What the function returns, awaited if it is asynchronous."""
+    found = reward_fn(**given)
+    if not inspect.isawaitable(found):
+        return found
+
+    async def result() -> Any:
+        return await found
+
+    # In a thread of its own, because a notebook's has an event loop already.
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, result()).result()
+
+
+def _hint(error: Exception, completions: list[Any]) -> str:
+    """What a function written for strings is told when it is given messages."""
+    of_lists = isinstance(error, AttributeError | TypeError) and "list" in str(error)
+    if of_lists and isinstance(completions[0], list):
+        return (
+            " (a completion is a list of one message here, because the prompt is a conversation: "
+            'its text is completion[0]["content"])'
+        )
+    return ""
+
+
+def _numbers(called: str, found: Any, prompts: list[Any], completions: list[Any]) -> list[float]:
+    scalar = np.ndim(found) == 0 if isinstance(found, np.ndarray) else not hasattr(found, "__len__")
+    if scalar or isinstance(found, str | bytes | Mapping | Set):
+        raise RewardError(
+            f"reward function {called}: expected a list of {len(completions)} numbers, found "
+            f"{type(found).__name__}"
+        )
+    if len(found) != len(completions):
+        first_without = min(len(found), len(prompts) - 1)
+        raise RewardError(
+            f"reward function {called}: expected {len(completions)} rewards, one per completion, "
+            f"found {len(found)}\n{_sample(first_without, prompts, completions)}"
+        )
+    rewards = []
+    for index, value in enumerate(found):
+        if value is None:
+            rewards.append(math.nan)
+            continue
+        number = _number(value)
+        if not _is_finite(number):
+            raise RewardError(
+                f"reward function {called}: expected a finite number, or None to abstain, found "
+                f"{value!r}\n{_sample(index, prompts, completions)}"
+            )
+        rewards.append(number)
+    return rewards
+
+
+def _number(value: Any) -> float:
+    """The number that `value` is, NaN where it is none."""
+    if isinstance(value, str | bytes) or np.ndim(value) or value is np.ma.masked:
+        return math.nan
+    if np.asarray(value).dtype.kind in "cmM":  # Complex numbers, dates, spans of time.
+        return math.nan
+    try:
+        return float(np.asarray(value, dtype=float))
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
+
+
+def _is_finite(rewards: Any) -> Any:
+    """Whether a step, which reckons in float32, has finite numbers for them."""
+    with np.errstate(over="ignore"):
+        return np.isfinite(np.asarray(rewards, np.float32))
+
+
+def _culprit(
+    call: Callable, given: dict[str, Any], prompts: list[Any], completions: list[Any]
+) -> str:
+    """The first sample that raises by itself, or does not return in time."""
+    count = len(completions)
+    for index in range(count):
+        one = {
+            name: [value[index]] if _is_column(value, count) else value
+            for name, value in given.items()
+        }
+        try:
+            call(one)
+        except (Exception, SystemExit):
+            return _sample(index, prompts, completions)
+    return f"each of the {count} samples alone is accepted; the first is:\n" + _sample(
+        0, prompts, completions
+    )
+
+
+def _is_column(value: Any, count: int) -> bool:
+    return isinstance(value, list | tuple | np.ndarray) and len(value) == count
+
+
+def _sample(index: int, prompts: list[Any], completions: list[Any]) -> str:
+    prompt, completion = f"{prompts[index]!r}", f"{completions[index]!r}"
+    return f"sample {index}: prompt {_cut(prompt)}, completion {_cut(completion)}"
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text)} characters)"
+
+
+# ---- Of several functions, some of which abstain.
+
+
+def wrap_reward_manager(original: Callable) -> Callable:
+    """The host's sum of rewards, in which a function that abstains has no part."""
+
+    @functools.wraps(original)
+    def compute_rewards(self, prompts: list, completions: list, **columns: Any) -> dict[str, Any]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # rows without any number
+            info = original(self, prompts, completions, **columns)
+        log = info["log_metrics"]
+        names = [f"{REWARDS}{fn.__name__}" for fn in self.reward_fns]
+        matrix = np.stack([np.asarray(log[name][0], float) for name in names], axis=1)
+        if not np.isnan(matrix).any():
+            return info
+        abstained = np.isnan(matrix).all(axis=1)
+        # A sum of nothing would be a reward of 0.
+        total = np.where(abstained, np.nan, np.nansum(matrix, axis=1))
+        rows = {
+            "sum": total,
+            "mean": total / np.maximum((~np.isnan(matrix)).sum(axis=1), 1),
+            "min": np.fmin.reduce(matrix, axis=1),
+            "max": np.fmax.reduce(matrix, axis=1),
+        }
+        log |= {f"rewards/{name}": (values, _nan_mean) for name, values in rows.items()}
+        log |= {name: (log[name][0], _nan_mean) for name in names}
+        return info | {"rewards": total, "log_metrics": log}
+
+    return compute_rewards
+
+
+def require_sums(rewards: np.ndarray) -> None:
+    """Raises RewardError for a sum of rewards that is not finite as float32; NaN is no reward."""
+    bad = ~(_is_finite(rewards) | np.isnan(rewards))
+    if bad.any():
+        index = int(np.argmax(bad))
+        raise RewardError(
+            f"sample {index}: the reward functions add up to {rewards[index]:g}, which is not "
+            "finite as float32; scale them down"
+        )
+
+
+def without_spread(group: np.ndarray) -> bool:
+    """Whether the rewards of a group are the same, as float32 tells numbers apart."""
+    if len(group) < 2:
+        return True
+    return bool(np.ptp(group) <= np.finfo(np.float32).eps * np.abs(group).max())
+
+
+def _nan_mean(values: np.ndarray) -> float:
+    """The mean of what there is; 0 where there is nothing."""
+    kept = values[~np.isnan(values)]
+    return float(kept.mean()) if kept.size else 0.0
+
+
+def without_abstained(rewards: np.ndarray, groups: bool) -> np.ndarray:
+    """Rewards for the host's own metrics, in which NaN would spread.
+
+    The completions that every function abstained on get the mean of the others, which leaves mean,
+    least and greatest as they are; advantages leave them out, see `wrap_get_advantage_estimator`.
+
+    Args:
+        rewards: [B], NaN where all abstained.
+        groups: whether completions are compared within groups.
+    """
+    abstained = np.isnan(rewards)
+    work = bound()
+    if work is not None:
+        work.abstained = abstained if abstained.any() else None
+    if not abstained.any():
+        return rewards
+    if abstained.all():
+        logging.warning(
+            "No reward function gave any of %d completions a number: nothing is learnt from them.",
+            len(rewards),
+        )
+    if not groups:
+        raise RewardError(
+            f"sample {int(np.argmax(abstained))}: every reward function returned None, and this "
+            "learner has no group of completions to leave it out of; let one return a number"
+        )
+    return np.where(abstained, _nan_mean(rewards), rewards)
+
+
+def wrap_get_advantage_estimator(original: Callable) -> Callable:
+    """Estimators of groups that leave out completions without a reward, whose advantage is 0."""
+
+    @functools.wraps(original)
+    def get_advantage_estimator(name: str) -> Callable:
+        estimator = original(name)
+
+        @functools.wraps(estimator)
+        def estimate(*args: Any, **kwargs: Any) -> Any:
+            work = bound()
+            if args or kwargs.keys() != {"rewards", "num_generations"}:
+                return estimator(*args, **kwargs)
+            left_out = np.isnan(kwargs["rewards"])
+            if work is not None and work.abstained is not None:
+                left_out = left_out | work.abstained
+            if not left_out.any():
+                return estimator(**kwargs)
+            rewards = np.asarray(kwargs["rewards"], float)
+            advantages = np.zeros_like(rewards)
+            for group in np.arange(rewards.size).reshape(-1, kwargs["num_generations"]):
+                kept = group[~left_out[group]]
+                if len(kept) > 1:
+                    advantages[kept] = estimator(rewards=rewards[kept], num_generations=len(kept))
+            return advantages
+
+        return estimate
+
+    return get_advantage_estimator

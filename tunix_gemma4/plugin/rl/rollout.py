@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The host's vanilla rollout, for Gemma 4 with images and the whole stop list.
+
+The host's sampler ends on one stop token and drops it from the completion, so that a policy never
+learns to stop; it draws the same random numbers in every step; and it sees no images. Other models
+keep it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from tunix.rl.rollout import base_rollout, vanilla_rollout
+
+from ...data.processor import Batch, Example, ImageSlots, Processor
+from ...model.gemma4 import Gemma4ForConditionalGeneration
+from ...sampling import generate, media_ids
+from ..hooks import extends, overrides
+from .context import Draws, bound
+from .prompts import Prompt
+
+
+@extends(
+    __init__=(
+        "model",
+        "tokenizer",
+        "cache_config_or_size",
+    ),
+    model=(),
+    pad_id=(),
+    eos_id=(),
+    update_params=(
+        "params",
+        "filter_types",
+    ),
+)
+class Rollout(vanilla_rollout.VanillaRollout):
+    """Generates with `tunix_gemma4.generate`; weights and their exchange are the host's."""
+
+    def __init__(self, model: Any, tokenizer: Any, cache_config_or_size: Any):
+        super().__init__(model, tokenizer, cache_config_or_size)
+        self.is_gemma4 = isinstance(model, Gemma4ForConditionalGeneration)
+        self._config = model.config if self.is_gemma4 else None
+        self._processor: Processor | None = None
+        self._draws, self._image_slots = Draws(), ImageSlots()
+        self.seconds = 0.0  # spent generating, in all
+
+    @property
+    def processor(self) -> Processor:
+        """Reads prompts with images; that of the checkpoint unless one was set.
+
+        Raises:
+            ValueError: none was set, and the model was not loaded from a directory.
+        """
+        if self._processor is None:
+            directory = self._config.source_directory
+            if directory is None:
+                raise ValueError(
+                    "images and conversations need a processor, and the model does not come from "
+                    "a directory; give one with host.learner.set_processor(rl_cluster, processor)"
+                )
+            self._processor = Processor.from_pretrained(directory)
+        return self._processor
+
+    @processor.setter
+    def processor(self, processor: Processor) -> None:
+        self._processor = processor
+
+    @property
+    def suppressed(self) -> tuple[int, ...]:
+        """Ids that are never drawn: media, and the pad token, which the host takes for absence."""
+        return (*media_ids(self._config), self.pad_id())
+
+    def stop_ids(self, rollout_config: base_rollout.RolloutConfig) -> tuple[int, ...]:
+        """The run's own list, or else the whole list of the checkpoint."""
+        if rollout_config.eos_tokens:
+            return tuple(rollout_config.eos_tokens)
+        if self._processor is not None or self._config.source_directory is not None:
+            return self.processor.stop_ids
+        eos = self._config.eos_token_id
+        return tuple(dict.fromkeys([*np.ravel(eos).tolist(), self.eos_id()]))
+
+    def begin(self, step: int) -> None:
+        """Starts the random numbers of a step outside a learner."""
+        self._draws = Draws(step)
+
+    def images(self, examples: Sequence[Example]) -> np.ndarray | None:
+        """Their images [B, I, M, C]; I never falls, so that few programs are compiled."""
+        slots = self._image_slots.of(examples)
+        return self.processor.collate(examples, images=slots).images if slots else None
+
+    @overrides("prompts", "rollout_config", "kwargs")
+    def generate(
+        self,
+        prompts: Sequence[str | Prompt],
+        rollout_config: base_rollout.RolloutConfig,
+        **kwargs: Any,
+    ) -> base_rollout.RolloutOutput:
+        """Completions of `prompts`, their stop tokens included, with their log-probabilities.
+
+        Raises:
+            ValueError: a prompt longer than `max_prompt_length`.
+        """
+        if not self.is_gemma4:
+            return super().generate(prompts, rollout_config, **kwargs)
+        start = time.perf_counter()
+        batch = self._batch(prompts, rollout_config.max_prompt_length)
+        stops = self.stop_ids(rollout_config)
+        top_k, top_p = rollout_config.top_k, rollout_config.top_p
+        sampling = rollout_config.temperature > 0
+        said = generate(
+            self.model(),
+            batch,
+            max_new_tokens=rollout_config.max_tokens_to_generate,
+            temperature=rollout_config.temperature,
+            top_k=top_k if sampling and top_k is not None and top_k > 0 else None,
+            top_p=top_p if sampling and top_p is not None and top_p < 1 else None,
+            stop_ids=stops,
+            pad_id=self.pad_id(),
+            suppress_ids=(self.pad_id(),),
+            image_repeats=1 if batch.images is None else len(prompts) // len(batch.images),
+            **self._random_numbers(rollout_config.seed, len(prompts)),
+        )
+        output = self._output(batch, said, stops)
+        self.seconds += time.perf_counter() - start
+        return output
+
+    def _batch(self, prompts: Sequence[str | Prompt], length: int) -> Batch:
+        """Left-padded to `length`, with the images in work."""
+        examples = []
+        for index, prompt in enumerate(prompts):
+            example = prompt.example if isinstance(prompt, Prompt) else self._text(prompt)
+            if len(example.tokens) > length:
+                raise ValueError(
+                    f"prompt {index}: it has {len(example.tokens)} tokens and max_prompt_length "
+                    f"is {length}; raise it or leave the prompt out"
+                )
+            examples.append(example)
+        tokens = np.full((len(examples), length), self.pad_id(), np.int32)
+        mask = np.zeros_like(tokens)
+        for row, example in enumerate(examples):
+            start = length - len(example.tokens)
+            tokens[row, start:], mask[row, start:] = example.tokens, 1
+        work = bound()
+        images = None if work is None else work.rows(len(examples))
+        return Batch(tokens, np.zeros_like(mask), mask, images)
+
+    def _text(self, prompt: str) -> Example:
+        ids = np.asarray(self.tokenize(prompt), np.int32)
+        return Example(ids, np.zeros_like(ids), None)
+
+    def tokenize(self, prompt: str) -> Sequence[int]:
+        """The ids of a prompt that already follows the chat template."""
+        return self._sampler.tokenize(prompt)
+
+    def _random_numbers(self, seed: int | jax.Array | None, count: int) -> dict[str, Any]:
+        """Of each completion by the run's seed, its rollout step and its place in that, alone.
+
+        So they are others for each, the same after a restart, and do not depend on how a step is
+        cut into calls.
+        """
+        seed = 0 if seed is None else int(np.ravel(jax.device_get(seed))[-1])
+        work = bound()
+        draws = self._draws if work is None else work.draws
+        mixed = np.random.SeedSequence([seed, draws.step]).generate_state(1)[0]
+        return {"seed": int(mixed >> 1), "places": draws.take(count)}
+
+    def _output(self, batch: Batch, said: Any, stops: Sequence[int]) -> base_rollout.RolloutOutput:
+        tokens, lengths, logps = jax.device_get((said.tokens, said.lengths, said.logps))
+        rows = [row[:length] for row, length in zip(tokens, lengths, strict=True)]
+        scores = [row[:length] for row, length in zip(logps, lengths, strict=True)]
+        work = bound()
+        if work is not None:
+            work.completion_ids += rows
+            work.rollout_logps += scores
+            work.truncated += [row[-1] not in stops for row in rows]
+        spoken = [row[:-1] if row[-1] in stops else row for row in rows]
+        return base_rollout.RolloutOutput(
+            text=[self._sampler.tokenizer.decode(row.tolist()) for row in spoken],
+            logits=None,
+            tokens=rows,
+            left_padded_prompt_tokens=batch.tokens,
+            logprobs=[row.tolist() for row in scores],
+        )
+
+
+def gemma4_rollout(rl_cluster: Any) -> Rollout | None:
+    """The cluster's rollout, if it is this one and samples from a Gemma 4."""
+    rollout = rl_cluster.rollout
+    return rollout if isinstance(rollout, Rollout) and rollout.is_gemma4 else None
+
+
+def wrap_vanilla_rollout(original: type) -> type:
+    """`Rollout` in place of the class that it extends."""
+    if not issubclass(Rollout, original):
+        raise RuntimeError(f"{original.__name__} is not the host's own; was it replaced before?")
+    return Rollout

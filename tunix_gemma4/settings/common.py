@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the settings of every recipe have in common."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from omegaconf import MISSING
+
+from ..config.checks import ATTENTION_IMPLEMENTATIONS
+from ..config.domains import require_fields
+from ..config.parts import RematConfig
+from ..lora.adapters import QTYPES
+from ..lora.targets import check_targets
+
+AUTO = "auto"  # The user's own cache directory.
+SCHEDULES = ("constant", "linear", "cosine")
+ON_NONFINITE = ("stop", "skip")
+
+
+@dataclasses.dataclass
+class LoraSettings:
+    """A low-rank adapter; see `tunix_gemma4.LoraConfig`.
+
+    Attributes:
+        rank: columns of A and rows of B.
+        alpha: the update is scaled by alpha / rank; twice the rank is the usual choice.
+        targets: "language", "vision", "all", or a regular expression over module names.
+        quantize: "nf4" or "int8" keeps the adapted kernels in 4 or 8 bits (QLoRA); null as they
+            are.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    targets: str = "language"
+    quantize: str | None = None
+
+
+@dataclasses.dataclass
+class MeshConfig:
+    """How many devices take part: fsdp * tp.
+
+    Attributes:
+        fsdp: parts into which rows of a batch, and parameters, are split. The rows of a forward
+            pass must be a multiple.
+        tp: parts into which heads, MLPs and vocabulary are split.
+    """
+
+    fsdp: int = 1
+    tp: int = 1
+
+
+@dataclasses.dataclass
+class TrainSettings:
+    """What every run has.
+
+    Attributes:
+        model: checkpoint directory, as Hugging Face writes it, with a chat template (an -it one).
+        output_dir: receives adapter/ or model/, checkpoints/, tensorboard/ and run_config.yaml.
+        lora: see `LoraSettings`; null trains every parameter.
+        mesh: see `MeshConfig`.
+        text_only: leave the vision tower out, which saves its memory where there are no images.
+        dtype: of activations, "bfloat16" or "float32"; null: the checkpoint's own. With full
+            fine-tuning the parameters are float32 whatever this is, because bfloat16 would lose
+            small updates, and are saved in the checkpoint's own dtype.
+        remat: what the backward pass computes again: "none", "block" (attention) or "decoder"
+            (every layer), which takes a third more time and by far the least memory.
+        attention_implementation: "auto", "xla", "splash" (a kernel for TPU) or "triton" (one for
+            GPUs, forward); see docs/explanation/attention.md.
+        scan_layers: run the decoder as a loop over blocks of layers, so that equal layers are
+            compiled once; see `tunix_gemma4.stack_layers`. Adapters must then be the same in
+            every block.
+        merge: with LoRA, also save model/, the adapter merged into the base.
+        max_steps: optimizer steps; null: until the epochs end.
+        num_train_epochs: passes over the data; null: until `max_steps`. Given both, what comes
+            first ends the run.
+        learning_rate: the highest. 2e-4 suits supervised LoRA; full fine-tuning wants about 1e-5.
+        lr_scheduler_type: "constant", "linear" or "cosine", the latter two down to zero.
+        warmup_steps: steps until the highest rate.
+        weight_decay: AdamW's, on matrices only; 0 as is usual in fine-tuning.
+        adam_beta1, adam_beta2, adam_epsilon: AdamW's; the usual values.
+        max_grad_norm: gradients are scaled down to this norm; 0 or null: never.
+        on_nonfinite: "stop" ends the run with the first loss, gradient or state that is NaN or
+            infinite, and saves nothing of it; "skip" lets such a step change nothing, counts it
+            and goes on.
+        max_skipped_steps: with "skip", the run ends when more steps than these were skipped.
+        logging_steps: steps between lines of text.
+        eval_steps: steps between evaluations; there is one before the first.
+        save_steps: steps between checkpoints; there is one after the last.
+        save_total_limit: checkpoints that are kept, the newest.
+        keep_steps: steps whose checkpoints are kept besides; each a multiple of `save_steps`.
+        resume_from_checkpoint: go on from the latest checkpoint in `output_dir`, if there is one.
+        allow_changes: resume although settings or files that the checkpoints depend on are others
+            now, as after the correction of a reward function; says which. Not where the place in
+            the data or the shape of what is trained depends on them.
+        report_to: "tensorboard", "wandb" or "none".
+        seed: of the data's order, of what is sampled and of the adapter's initial values.
+        compilation_cache_dir: keeps compiled programs for the next start; null: keeps none. "auto"
+            is tunix_gemma4/compilation in `$XDG_CACHE_HOME` or ~/.cache. What
+            `JAX_COMPILATION_CACHE_DIR` names is used instead.
+    """
+
+    model: str = MISSING
+    output_dir: str = MISSING
+    lora: LoraSettings | None = None
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    text_only: bool = False
+    dtype: str | None = None
+    remat: str = "decoder"
+    attention_implementation: str = "auto"
+    scan_layers: bool = False
+    merge: bool = False
+    max_steps: int | None = None
+    num_train_epochs: int | None = 1
+    learning_rate: float = 2e-4
+    lr_scheduler_type: str = "cosine"
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float | None = 1.0
+    on_nonfinite: str = "stop"
+    max_skipped_steps: int = 10
+    logging_steps: int = 10
+    eval_steps: int = 100
+    save_steps: int = 100
+    save_total_limit: int = 3
+    keep_steps: list[int] = dataclasses.field(default_factory=list)
+    resume_from_checkpoint: bool = True
+    allow_changes: bool = False
+    report_to: str = "tensorboard"
+    seed: int = 0
+    compilation_cache_dir: str | None = AUTO
+
+    def validate(self) -> None:
+        """Raises ValueError for settings that cannot be meant."""
+        if self.max_steps is None and self.num_train_epochs is None:
+            raise ValueError("max_steps, num_train_epochs: both are null; give at least one")
+        require_fields(self)
+        places = {"model": self.model, "output_dir": self.output_dir, "data.path": self.data.path}
+        for name, place in places.items():
+            if not place.strip():
+                raise ValueError(f"{name}: expected a path, found {place!r}")
+        RematConfig.parse(self.remat)
+        one_of("attention_implementation", self.attention_implementation, ATTENTION_IMPLEMENTATIONS)
+        one_of("dtype", self.dtype, (None, "bfloat16", "float32"))
+        one_of("lr_scheduler_type", self.lr_scheduler_type, SCHEDULES)
+        one_of("on_nonfinite", self.on_nonfinite, ON_NONFINITE)
+        if self.lora is not None:
+            one_of("lora.quantize", self.lora.quantize, (None, *QTYPES))
+            check_targets(self.lora.targets, "lora.targets")
+        one_of("report_to", self.report_to, ("tensorboard", "wandb", "none"))
+        never = [step for step in self.keep_steps if step % self.save_steps]
+        if never:
+            raise ValueError(
+                f"keep_steps: expected multiples of save_steps={self.save_steps}, the steps that "
+                f"are saved, found {never[0]}"
+            )
+        if self.merge and self.lora is None:
+            raise ValueError("merge: true needs lora; without an adapter model/ is saved anyway")
+
+
+def one_of(name: str, value: str | None, allowed: tuple[str | None, ...]) -> None:
+    """Raises ValueError for another value."""
+    if value not in allowed:
+        listed = ", ".join("null" if choice is None else choice for choice in allowed)
+        raise ValueError(f"{name}: expected one of {listed}, found {value!r}")

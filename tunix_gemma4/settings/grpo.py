@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The settings of reinforcement learning with GRPO, GSPO, Dr.GRPO or DAPO, in TRL's words.
+
+config = load_grpo_config("e2b_gsm8k_1gpu.yaml", ["model=gemma-4-E2B-it", "num_generations=16"])
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING
+
+from ..data.check import rows_to_check
+from ..rewards import load_reward
+from .common import MeshConfig, TrainSettings, one_of
+from .load_config import load_config
+
+LOSS_TYPES = ("grpo", "gspo", "dr_grpo", "dapo")
+KL_ESTIMATORS = ("k1", "k2", "k3")
+
+
+@dataclasses.dataclass
+class PromptConfig:
+    """What is asked.
+
+    Attributes:
+        path: a .jsonl, .json or .parquet file of rows with `prompt` (a string or messages) or
+            `messages`, whose last answer is left out and becomes the column `answer`; images as
+            in supervised data; further columns go to the reward functions.
+        eval_path: the like, held out; null evaluates nothing.
+        prompt_column: read the prompt from this column instead, such as "question".
+        system_prompt: put before each conversation that has none of its own.
+        max_prompt_length: tokens; longer prompts are dropped and counted, never cut. Every prompt
+            is padded to this, so it should not be much longer than the longest.
+        max_soft_tokens: most tokens an image becomes: 70, 140, 280, 560 or 1120; null: what the
+            checkpoint's processor_config.json says, or 280.
+        transformers_alpha: drop the transparency of images, as transformers does, instead of
+            laying them on white.
+        thinking: tell the model to think before it answers; the chat template's `enable_thinking`.
+        chat_template_kwargs: other arguments of the chat template.
+        shuffle: a new order each epoch.
+        check, skip_bad_rows: as in supervised data. Held-out prompts are all checked.
+    """
+
+    path: str = MISSING
+    eval_path: str | None = None
+    prompt_column: str | None = None
+    system_prompt: str | None = None
+    max_prompt_length: int = 512
+    max_soft_tokens: int | None = None
+    transformers_alpha: bool = False
+    thinking: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
+    shuffle: bool = True
+    # Not compared: a run that is resumed may change them.
+    check: Any = dataclasses.field(default=None, compare=False)
+    skip_bad_rows: bool = dataclasses.field(default=False, compare=False)
+
+
+@dataclasses.dataclass
+class GrpoRunConfig(TrainSettings):
+    """Reinforcement learning. Batch sizes count prompts, each with `num_generations` completions.
+
+    Besides those of `TrainSettings`:
+
+    Attributes:
+        data: see `PromptConfig`.
+        reward_functions: names of `tunix_gemma4.recipes.rewards`, some with arguments, as in
+            "soft_overlong(max_length=1200, buffer=300)", "package.module:function" or
+            "path/to/file.py:function". Their rewards are added.
+        reward_weights: a factor for each; null: 1.
+        reward_timeout: seconds that a reward function may take for the completions of a batch; the
+            run ends when one takes longer. null: any time, with a warning after a minute.
+        loss_type: "grpo", "gspo" (one importance ratio per sequence), "dr_grpo" (advantages
+            without the standard deviation, sums over a fixed length) or "dapo" (mean over tokens,
+            no KL penalty, a wider clip above).
+        num_generations: completions of a prompt, which are compared with each other.
+        num_iterations: optimizer steps on the same completions.
+        beta: weight of the KL penalty against the starting model; 0 keeps no reference.
+        kl_estimator: of the penalty and its metric: "k3", r - 1 - log r with r the reference's
+            probability over the policy's, as in the paper; "k2", half the squared logarithm; "k1",
+            the logarithm, whose gradient does not pull towards the reference.
+        epsilon: how far a probability ratio may fall below 1. GSPO wants about 3e-4.
+        epsilon_high: how far it may rise above 1; null: like `epsilon`, and 0.28 with "dapo".
+        temperature: of sampling; the log-probabilities of training are taken at it too.
+        top_p, top_k: restrict sampling; null: do not.
+        max_completion_length: tokens of a completion; longer ones are cut.
+        batch_size: prompts of one rollout step, sampled from one policy.
+        mini_batch_size: prompts of one optimizer step; null: `batch_size`.
+        train_micro_batch_size: prompts of one forward and backward pass; null: `mini_batch_size`.
+        rollout_micro_batch_size: prompts sampled at once; null: `train_micro_batch_size`.
+        compute_logps_micro_batch_size: prompts of one forward pass of the reference; null:
+            `train_micro_batch_size`.
+        rollout_mesh: sample on other devices than those of `mesh`, at the same time; null: on the
+            same, in turn.
+        log_completions: print a few completions with their rewards along with each line.
+    """
+
+    data: PromptConfig = dataclasses.field(default_factory=PromptConfig)
+    reward_functions: list[str] = MISSING
+    reward_weights: list[float] | None = None
+    reward_timeout: float | None = None
+    loss_type: str = "grpo"
+    num_generations: int = 8
+    num_iterations: int = 1
+    beta: float = 0.0
+    kl_estimator: str = "k3"
+    epsilon: float = 0.2
+    epsilon_high: float | None = None
+    temperature: float = 1.0
+    top_p: float | None = None
+    top_k: int | None = None
+    max_completion_length: int = 256
+    batch_size: int = 8
+    mini_batch_size: int | None = None
+    train_micro_batch_size: int | None = None
+    rollout_micro_batch_size: int | None = None
+    compute_logps_micro_batch_size: int | None = None
+    rollout_mesh: MeshConfig | None = None
+    log_completions: bool = False
+    learning_rate: float = 1e-5
+    lr_scheduler_type: str = "constant"
+    logging_steps: int = 1
+
+    @property
+    def mini(self) -> int:
+        """Prompts of one optimizer step."""
+        return self.mini_batch_size or self.batch_size
+
+    @property
+    def micro(self) -> int:
+        """Prompts of one forward and backward pass."""
+        return self.train_micro_batch_size or self.mini
+
+    @property
+    def updates_per_batch(self) -> int:
+        """Optimizer steps between one rollout step and the next."""
+        return self.batch_size // self.mini * self.num_iterations
+
+    def validate(self) -> None:
+        """Raises ValueError for settings that cannot be meant."""
+        super().validate()
+        rows_to_check(self.data.check, 1)
+        one_of("loss_type", self.loss_type, LOSS_TYPES)
+        one_of("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
+        self._validate_numbers()
+        self._validate_rewards()
+        self._validate_sizes()
+
+    def _validate_numbers(self) -> None:
+        if self.epsilon_high is not None and self.epsilon_high < self.epsilon:
+            raise ValueError(
+                f"epsilon_high: expected at least epsilon={self.epsilon}, found {self.epsilon_high}"
+            )
+        if self.loss_type == "dapo" and self.beta:
+            raise ValueError(f'beta: loss_type "dapo" has no KL penalty, found {self.beta}; set 0')
+        if self.lora is not None and self.lora.quantize is not None and self.beta:
+            # The reference would be the kernels before they were quantised: another policy.
+            raise ValueError("beta: expected 0 with lora.quantize, whose reference would differ")
+
+    def _validate_rewards(self) -> None:
+        if not self.reward_functions:
+            raise ValueError("reward_functions: expected at least one, found none")
+        for spec in self.reward_functions:
+            try:
+                load_reward(spec)
+            except ValueError as error:
+                raise ValueError(f"reward_functions: {error}") from error
+        if self.reward_weights is not None and (
+            len(self.reward_weights) != len(self.reward_functions)
+        ):
+            raise ValueError(
+                f"reward_weights: expected one for each of {len(self.reward_functions)} "
+                f"reward_functions, found {len(self.reward_weights)}"
+            )
+
+    def _validate_sizes(self) -> None:
+        """The sizes divide each other, so that every part of a step has the same shape."""
+        self._divides("mini_batch_size", self.mini, "batch_size", self.batch_size)
+        for name in _MICRO:
+            self._divides(name, vars(self)[name] or self.micro, "mini_batch_size", self.mini)
+        for name in ("max_steps", "eval_steps", "save_steps"):
+            steps = vars(self)[name]
+            if steps is not None and steps % self.updates_per_batch:
+                raise ValueError(
+                    f"{name}: expected a multiple of {self.updates_per_batch}, the optimizer steps "
+                    "of one rollout step (batch_size / mini_batch_size * num_iterations), found "
+                    f"{steps}"
+                )
+        meshes = dict.fromkeys(_MICRO, self.mesh)
+        meshes["rollout_micro_batch_size"] = self.rollout_mesh or self.mesh
+        for name, mesh in meshes.items():
+            rows = (vars(self)[name] or self.micro) * self.num_generations
+            if rows % mesh.fsdp:
+                raise ValueError(
+                    f"{name}: expected {name} * num_generations to be a multiple of "
+                    f"fsdp={mesh.fsdp}, found {rows}"
+                )
+
+    def _divides(self, name: str, part: int, of: str, whole: int) -> None:
+        if whole % part:
+            raise ValueError(f"{name}: expected a divisor of {of}={whole}, found {part}")
+
+
+_MICRO = ("train_micro_batch_size", "rollout_micro_batch_size", "compute_logps_micro_batch_size")
+
+
+def load_grpo_config(path: str | Path, overrides: Sequence[str] = ()) -> GrpoRunConfig:
+    """Reads a YAML file; see `load_config`."""
+    return load_config(GrpoRunConfig, path, overrides, command="grpo")

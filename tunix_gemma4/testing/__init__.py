@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny checkpoints, and the comparison of a checkpoint with transformers."""

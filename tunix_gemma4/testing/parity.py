@@ -1,0 +1,332 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`tunix-gemma4 parity DIRECTORY`: a checkpoint in transformers and here, layer by layer.
+
+Transformers runs first, and once more with every weight moved by about one unit in its last
+place: how far that moves a row is the row's noise floor. Then its model is freed and ours is
+loaded, so that there is one model in memory at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from ..checkpoint import load_checkpoint
+from ..config import ModelConfig
+from ..data.processor import Batch
+from ..data.tokenizer_files import NO_CODE
+from ..model.masks import Visibility
+from .parity_inputs import make_inputs
+
+RELATIVE = 1e-4  # Of a row's largest value.
+_LAST = 64  # Logits are compared at the last tokens: over the whole text they fill the memory.
+_CHUNK = 1 << 24
+
+# Receives a row's name and its values at real tokens, float32 [tokens, features].
+Sink = Callable[[str, np.ndarray], None]
+
+
+@dataclasses.dataclass
+class Row:
+    """One compared activation. `noise` is that of transformers."""
+
+    case: str
+    name: str
+    difference: float
+    largest: float
+    noise: float
+
+    @property
+    def tolerance(self) -> float:
+        """Largest difference that passes: 1e-4 of the largest value, or three times the noise."""
+        return max(RELATIVE * self.largest, 3 * self.noise)
+
+    @property
+    def passed(self) -> bool:
+        """Whether the difference is within the tolerance; NaN is not."""
+        return bool(self.difference <= self.tolerance)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints the table. Returns 0 if every row passes, else 1."""
+    options = _parser().parse_args(arguments)
+    _import_torch()  # Before anything slow.
+    directory = Path(options.directory)
+    reference = Path(options.against or directory)
+    config = ModelConfig.from_hf(directory)
+    vision = config.tower_config is not None and not options.text_only
+    config = ModelConfig.from_hf(directory, text_only=not vision, dtype=options.dtype)
+    batches, how = make_inputs(directory, config, length=options.length, seed=options.seed)
+    print(f"Inputs: {how}.")
+    for case, batch in batches.items():
+        images = 0 if batch.images is None else int(_used(batch).sum())
+        print(f"  {case}: {batch.tokens.shape[0]} rows of {batch.tokens.shape[1]}, {images} images")
+    rows = compare(directory, config, batches, reference=reference)
+    _print_table(rows)
+    failed = [row for row in rows if not row.passed]
+    if failed:
+        print(f"{len(failed)} of {len(rows)} rows differ, first {failed[0].case}: {failed[0].name}")
+        return 1
+    print(f"All {len(rows)} rows agree in {options.dtype}.")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tunix-gemma4 parity",
+        description="Compares a checkpoint with transformers, layer by layer (extra `parity`).",
+    )
+    parser.add_argument("directory", help="a checkpoint directory as Hugging Face writes it")
+    parser.add_argument(
+        "--against", help="the directory that transformers loads, if not the same one"
+    )
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--text-only", action="store_true", help="leave the images out")
+    parser.add_argument("--length", type=int, help="tokens of text; default: past the window")
+    parser.add_argument("--seed", type=int, default=0, help="of random tokens and pixels")
+    return parser
+
+
+def compare(
+    directory: Path, config: ModelConfig, batches: dict[str, Batch], *, reference: Path
+) -> list[Row]:
+    """Every row of every case.
+
+    Args:
+        directory: what this package loads.
+        config: its config, with the dtype of the comparison.
+        batches: inputs by case.
+        reference: what transformers loads.
+    """
+    expected, noise = _run_transformers(reference, config, batches)
+    model = load_checkpoint(directory, text_only=config.text_only, dtype=config.dtype)
+    rows = []
+    for case, batch in batches.items():
+
+        def judge(name: str, ours: np.ndarray, case: str = case) -> None:
+            theirs = expected.pop((case, name), None)
+            if theirs is None or ours.shape != theirs.shape:
+                shape = "no such row" if theirs is None else theirs.shape
+                raise ValueError(
+                    f"{case}, {name}: expected {shape} as in transformers, found {ours.shape}; "
+                    f"is {directory} another model than {reference}?"
+                )
+            largest = float(np.abs(theirs).max())
+            difference = float(np.abs(ours - theirs).max())
+            rows.append(Row(case, name, difference, largest, noise[case, name]))
+
+        _run_ours(model, batch, judge)
+    if expected:
+        missing = ", ".join(f"{case}: {name}" for case, name in expected)
+        raise ValueError(
+            f"{directory}: transformers' model of {reference} has what this one lacks: {missing}"
+        )
+    return rows
+
+
+# ---- Transformers.
+
+
+def _import_torch() -> tuple[Any, Any]:
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise ValueError(
+            f"parity needs torch and transformers ({error}); install the extra `parity`: "
+            "pip install 'tunix-gemma4[parity]'"
+        ) from error
+    return torch, transformers
+
+
+def _run_transformers(
+    directory: Path, config: ModelConfig, batches: dict[str, Batch]
+) -> tuple[dict[tuple[str, str], np.ndarray], dict[tuple[str, str], float]]:
+    """Values and noise floor by case and row."""
+    torch, transformers = _import_torch()
+    unified = "Unified" if config.model_type == "gemma4_unified" else ""
+    model_class = getattr(transformers, f"Gemma4{unified}ForConditionalGeneration")
+    # "eager" takes the prepared masks as they are.
+    model = model_class.from_pretrained(
+        directory, dtype=getattr(torch, config.dtype.name), attn_implementation="eager", **NO_CODE
+    ).eval()
+    values: dict[tuple[str, str], np.ndarray] = {}
+    noise: dict[tuple[str, str], float] = {}
+    with torch.no_grad():
+        for case, batch in batches.items():
+
+            def keep(name: str, value: np.ndarray, case: str = case) -> None:
+                values[case, name] = value
+
+            _run_hooked(torch, model, config, batch, keep)
+        _perturb(torch, model)
+        for case, batch in batches.items():
+
+            def measure(name: str, moved: np.ndarray, case: str = case) -> None:
+                noise[case, name] = float(np.abs(moved - values[case, name]).max())
+
+            _run_hooked(torch, model, config, batch, measure)
+    del model
+    gc.collect()
+    return values, noise
+
+
+def _run_hooked(torch: Any, model: Any, config: ModelConfig, batch: Batch, sink: Sink) -> None:
+    """Runs transformers' model on `batch`, giving `sink` what passes the named modules."""
+    real = batch.padding_mask.astype(bool)
+    core = model.model
+    text = core.language_model
+    modules = {"embeddings": text.embed_tokens} if batch.images is None else {}
+    modules |= {f"layer {index}": layer for index, layer in enumerate(text.layers[:-1])}
+    modules["final norm"] = text.norm
+    if batch.images is not None:
+        modules |= {"vision tower": core.vision_tower, "soft tokens": core.embed_vision}
+
+    def hook(name: str) -> Callable:
+        def record(module, arguments, output):
+            if name == "vision tower":
+                output = output.last_hidden_state
+            array = output.float().numpy()
+            sink(name, array[real] if array.ndim == 3 else array)
+
+        return record
+
+    handles = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
+    # Told so by `logits_to_keep`, transformers from 5.13 on cuts the last layers of E2B short too.
+    cut = model.lm_head.register_forward_pre_hook(lambda _, given: (given[0][:, -_LAST:],))
+    handles.append(cut)
+    logits = model(**_arguments(torch, config, batch)).logits
+    sink("logits", logits.float().numpy()[real[:, -_LAST:]])
+    for handle in handles:
+        handle.remove()
+
+
+def _arguments(torch: Any, config: ModelConfig, batch: Batch) -> dict[str, Any]:
+    """What transformers' model is called with."""
+    arguments = {
+        "input_ids": torch.from_numpy(batch.tokens).long(),
+        "attention_mask": torch.from_numpy(batch.padding_mask),
+        "position_ids": torch.from_numpy(_positions(batch)).long(),
+        "use_cache": False,
+    }
+    if batch.images is not None:
+        images = torch.from_numpy(batch.images[_used(batch)])
+        arguments["pixel_values"] = images[..., :-2]
+        arguments["image_position_ids"] = images[..., -2:].long()
+        if config.image_blocks_attend_both_ways:
+            # Transformers 5.12 lets full layers look both ways too, and does not clip by the
+            # window; 5.24 clips the past alone. This package does as the authors' own code.
+            arguments["attention_mask"] = _masks(torch, config, batch)
+    return arguments
+
+
+def _masks(torch: Any, config: ModelConfig, batch: Batch) -> dict[str, Any]:
+    tokens = jnp.asarray(batch.tokens)
+    slots = np.arange(tokens.shape[1])
+    visible = (slots[:, None] >= slots[None, :])[None] & batch.padding_mask.astype(bool)[:, None, :]
+    visibility = Visibility.of(config, tokens, jnp.asarray(visible), None)
+    whole = (0, tokens.shape[1])
+    masks = {
+        kind: visibility.tile(window, whole, whole)
+        for kind, window in (("sliding", config.sliding_window), ("full", None))
+    }
+    dtype = getattr(torch, config.dtype.name)
+    lowest = torch.finfo(dtype).min
+    return {
+        f"{kind}_attention": torch.where(torch.from_numpy(np.array(mask))[:, None], 0.0, lowest).to(
+            dtype
+        )
+        for kind, mask in masks.items()
+    }
+
+
+def _perturb(torch: Any, model: Any) -> None:
+    """Moves every weight by a random relative amount of about one unit in its last place."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        scale = torch.finfo(parameter.dtype).eps
+        for part in parameter.view(-1).split(_CHUNK):
+            move = torch.randn(part.shape, generator=generator) * scale
+            part.mul_((1 + move).to(part.dtype) if scale > 1e-6 else 1 + move)
+
+
+# ---- Ours.
+
+
+def _positions(batch: Batch) -> np.ndarray:
+    return np.maximum(np.cumsum(batch.padding_mask, axis=1) - 1, 0)
+
+
+def _used(batch: Batch) -> np.ndarray:
+    """Which image slots hold an image, bool [B, I]."""
+    return (batch.images[..., -1] >= 0).any(axis=-1)
+
+
+def _forward(model: nnx.Module, tokens, positions, mask, images) -> dict[str, jax.Array]:
+    """Activations by row; logits of the last tokens."""
+    rows = {}
+    if images is None:
+        rows["embeddings"] = model.language_model.embed(tokens)
+    else:
+        flat = images.reshape(-1, *images.shape[2:])
+        soft, rows["valid"] = model.vision_tower(flat)
+        rows |= {"vision tower": soft, "soft tokens": model.embed_vision(soft)}
+    (hidden, _), states = nnx.capture(model, nnx.Intermediate)(
+        tokens,
+        positions,
+        attention_mask=model.get_attention_mask(tokens, inputs_mask=mask),
+        images=images,
+        skip_lm_head=True,
+        output_hidden_states=True,
+    )
+    layers = states["all_hidden_states"].get_value()
+    rows |= {f"layer {index}": layer for index, layer in enumerate(layers[:-1])}
+    return rows | {
+        "final norm": hidden,
+        "logits": model.compute_final_logits(hidden[:, -_LAST:]),
+    }
+
+
+def _run_ours(model: nnx.Module, batch: Batch, sink: Sink) -> None:
+    """Runs our model on `batch`, giving `sink` the same rows as transformers' in order."""
+    graph, state = nnx.split(model)
+    real = batch.padding_mask.astype(bool)
+    inputs = [batch.tokens, _positions(batch), batch.padding_mask, batch.images]
+    # Accelerators multiply float32 matrices with fewer digits unless told otherwise.
+    with jax.default_matmul_precision("highest"):
+        rows = jax.jit(lambda state, *inputs: _forward(nnx.merge(graph, state), *inputs))(
+            state, *(None if array is None else jnp.asarray(array) for array in inputs)
+        )
+    if batch.images is not None:
+        valid = np.asarray(rows.pop("valid"))
+        for name in ("vision tower", "soft tokens"):
+            sink(name, np.asarray(rows.pop(name), np.float32)[valid])
+    logits = np.asarray(rows.pop("logits"), np.float32)[real[:, -_LAST:]]
+    order = sorted(rows, key=_rank)
+    for name in order:
+        sink(name, np.asarray(rows.pop(name), np.float32)[real])
+    sink("logits", logits)
+
+
+def _rank(name: str) -> int:
+    """Place of a row of the decoder in the table."""
+    ends = {"embeddings": -1, "final norm": 1 << 30}
+    return ends[name] if name in ends else int(name.split()[-1])
+
+
+def _print_table(rows: list[Row]) -> None:
+    layout = "{:6} {:14} {:>11} {:>10} {:>10} {:>10}  {}"
+    print(layout.format("case", "row", "difference", "relative", "noise", "tolerance", ""))
+    for row in rows:
+        figures = (row.difference, row.difference / (row.largest or 1.0), row.noise, row.tolerance)
+        numbers = (f"{figure:.2e}" for figure in figures)
+        print(layout.format(row.case, row.name, *numbers, "pass" if row.passed else "FAIL"))
