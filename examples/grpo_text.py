@@ -22,11 +22,10 @@ from tunix.rl.rl_cluster import ClusterConfig, RLCluster, RLTrainingConfig, Role
 from tunix.rl.rollout.base_rollout import RolloutConfig
 
 import tunix_gemma4 as g4
+from tunix_gemma4.data.prompts import PromptBatches, PromptRows
 from tunix_gemma4.recipes.common import device_mesh
-from tunix_gemma4.recipes.prompts import Batches, PromptRows
 from tunix_gemma4.rewards import completion_text, read_number
 from tunix_gemma4.settings.common import MeshConfig
-from tunix_gemma4.settings.grpo import PromptConfig
 from tunix_gemma4.testing.tiny import build_tiny_checkpoint
 
 _MODEL = flags.DEFINE_string("model", None, "Checkpoint directory; None: a tiny one.")
@@ -60,8 +59,8 @@ def main(argv: list[str]) -> None:
     # Batches of columns: conversations under "prompts", the others for the rewards.
     g4.register()
     processor = g4.Processor.from_pretrained(directory)
-    settings = PromptConfig(path=str(data), max_prompt_length=_MAX_PROMPT_LENGTH.value)
-    batches = Batches(PromptRows(data, processor, settings), _PROMPTS.value, seed=0)
+    rows = PromptRows(data, processor, max_prompt_length=_MAX_PROMPT_LENGTH.value)
+    batches = PromptBatches(rows, _PROMPTS.value, seed=0)
 
     # The policy is the checkpoint with an adapter; the reference shares its arrays.
     mesh = device_mesh(MeshConfig(fsdp=1, tp=1))

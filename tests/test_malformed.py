@@ -20,9 +20,9 @@ from tunix_gemma4.config import ModelConfig
 from tunix_gemma4.data import make_dataset
 from tunix_gemma4.data.preferences import PreferenceBatches
 from tunix_gemma4.data.processor import Processor
+from tunix_gemma4.data.prompts import PromptRows
 from tunix_gemma4.lora.peft import check_adapter
-from tunix_gemma4.recipes.prompts import PromptRows
-from tunix_gemma4.settings.grpo import PromptConfig, load_grpo_config
+from tunix_gemma4.settings.grpo import load_grpo_config
 from tunix_gemma4.settings.sft import load_run_config
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -476,7 +476,7 @@ def supervised(file, processor):
 
 
 def prompts(file, processor):
-    rows = PromptRows(file, processor, PromptConfig())
+    rows = PromptRows(file, processor)
     return [rows[index] for index in range(len(rows))]
 
 

@@ -56,13 +56,13 @@ def runtime_nodes(tree):
             yield from runtime_nodes(node)
 
 
-def imported_modules(path):
+def imported_modules(path, nodes=runtime_nodes):
     """Dotted names of everything that `path` imports when it runs, inside functions too."""
     found = set()
     package = module_name(path).split(".")
     if path.name != "__init__.py":
         package = package[:-1]
-    for node in runtime_nodes(ast.parse(path.read_text())):
+    for node in nodes(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -126,7 +126,10 @@ def test_imports_go_downwards_only():
 
 
 def test_no_modules_import_each_other_in_a_circle():
-    graph = {name: imported_modules(path) & set(MODULES) for name, path in MODULES.items()}
+    """Not for the sake of a type either."""
+    graph = {
+        name: imported_modules(path, ast.walk) & set(MODULES) for name, path in MODULES.items()
+    }
     done = set()
 
     def visit(name, trail):

@@ -9,8 +9,7 @@ import pytest
 from PIL import Image
 
 from tunix_gemma4.data.processor import Processor
-from tunix_gemma4.recipes.prompts import Batches, PromptRows
-from tunix_gemma4.settings.grpo import PromptConfig
+from tunix_gemma4.data.prompts import PromptBatches, PromptRows
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +24,7 @@ def read(processor, tmp_path):
     def read(rows, **settings):
         path = tmp_path / "rows.jsonl"
         path.write_text("\n".join(json.dumps(row) for row in rows))
-        return PromptRows(path, processor, PromptConfig(path=str(path), **settings))
+        return PromptRows(path, processor, **settings)
 
     return read
 
@@ -130,21 +129,21 @@ def ten(read):
 
 
 def test_each_epoch_has_every_row_once_in_an_order_of_its_own(ten):
-    numbers = np.ravel(taken(Batches(ten, 5, seed=3), 4))
+    numbers = np.ravel(taken(PromptBatches(ten, 5, seed=3), 4))
     first, second = numbers[:10], numbers[10:]
     assert sorted(first) == sorted(second) == list(range(10))
     assert first.tolist() != second.tolist()
-    assert numbers.tolist() == np.ravel(taken(Batches(ten, 5, seed=3), 4)).tolist()
-    assert numbers.tolist() != np.ravel(taken(Batches(ten, 5, seed=4), 4)).tolist()
+    assert numbers.tolist() == np.ravel(taken(PromptBatches(ten, 5, seed=3), 4)).tolist()
+    assert numbers.tolist() != np.ravel(taken(PromptBatches(ten, 5, seed=4), 4)).tolist()
 
 
 def test_without_a_seed_the_order_is_that_of_the_file(ten):
-    assert taken(Batches(ten, 4, seed=None, limit=8), 9) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert taken(PromptBatches(ten, 4, seed=None, limit=8), 9) == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
 def test_resumed_run_sees_what_the_other_would_have_seen(ten):
     """With two optimizer steps per batch the host skips twice as many rows as were used."""
-    whole = taken(Batches(ten, 4, seed=0), 5)
-    resumed = Batches(ten, 4, seed=0, skipped=16, start=8)
+    whole = taken(PromptBatches(ten, 4, seed=0), 5)
+    resumed = PromptBatches(ten, 4, seed=0, skipped=16, start=8)
     assert taken(resumed, 4) == [[None] * 4] * 4
     assert taken(resumed, 7)[4:] == whole[2:]

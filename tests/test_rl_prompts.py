@@ -8,7 +8,8 @@ import pytest
 from rl_setup import draw_picture, question
 
 from tunix_gemma4.data.processor import Processor
-from tunix_gemma4.plugin.rl.prompts import Cell, Prompt, PromptReader, unwrap
+from tunix_gemma4.data.prompts import Prompt
+from tunix_gemma4.plugin.rl.prompts import Cell, PromptReader, unwrap
 
 
 @pytest.fixture(scope="module")

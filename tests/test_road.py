@@ -24,9 +24,9 @@ from tunix_gemma4.data import sources as data_sources
 from tunix_gemma4.data.check import checked_rows
 from tunix_gemma4.data.preferences import PreferenceBatches
 from tunix_gemma4.data.processor import Example, Processor
+from tunix_gemma4.data.prompts import PromptBatches, PromptRows
 from tunix_gemma4.plugin.rl.prompts import PromptReader
 from tunix_gemma4.recipes import grpo, sft
-from tunix_gemma4.recipes.prompts import Batches, PromptRows
 from tunix_gemma4.settings.grpo import GrpoRunConfig, PromptConfig
 from tunix_gemma4.settings.sft import RunConfig
 
@@ -97,10 +97,10 @@ def test_each_row_is_parsed_read_and_tokenized_once(processor, counts, tmp_path)
 
     for counter in counts.values():
         counter.clear()
-    rows = PromptRows(write(tmp_path / "rl.jsonl", asked), processor, PromptConfig())
+    rows = PromptRows(write(tmp_path / "rl.jsonl", asked), processor)
     rows.first()
     reader = PromptReader(processor.tokenizer.encode, lambda: processor, 512)
-    taken = [reader.read(batch) for batch in Batches(rows, 2, seed=0, limit=6)]
+    taken = [reader.read(batch) for batch in PromptBatches(rows, 2, seed=0, limit=6)]
     assert sorted(cell.given for batch in taken for cell in batch["id"]) == names
     assert counts == {"parsed": once, "read": once, "tokenized": once}
 
@@ -180,7 +180,7 @@ def test_a_malformed_row_is_named_on_every_road(processor, tmp_path, name):
     with pytest.raises(ValueError, match=match):
         list(make_dataset(file, processor, batch_size=1, max_length=600, num_epochs=1))
     with pytest.raises(ValueError, match=match):
-        PromptRows(file, processor, PromptConfig())
+        PromptRows(file, processor)
     pairs = [
         {"prompt": one["messages"][:1], "chosen": "yes", "rejected": "no"}
         | {key: one[key] for key in one if key == "images"}
@@ -362,9 +362,9 @@ def test_a_position_counts_rows_that_make_several_examples():
 def test_prompts_that_are_not_checked_are_read_in_their_turn(processor, tmp_path, caplog):
     rows = [{"prompt": f"number {i}" if i % 3 else "word " * 90, "n": i} for i in range(9)]
     file = write(tmp_path / "rows.jsonl", rows)
-    config = PromptConfig(max_prompt_length=40, check=False)
+    unchecked = {"max_prompt_length": 40, "check": False}
     found = {
-        check: PromptRows(file, processor, PromptConfig(max_prompt_length=40, check=check))
+        check: PromptRows(file, processor, max_prompt_length=40, check=check)
         for check in (None, 4, False)
     }
     assert [len(rows) for rows in found.values()] == [6, 4, 9]  # Of some rows an estimate.
@@ -372,11 +372,13 @@ def test_prompts_that_are_not_checked_are_read_in_their_turn(processor, tmp_path
     with caplog.at_level(logging.WARNING, logger="absl"):
         for rows in found.values():
             assert rows.columns == ("n",)
-            orders.append(np.ravel([b["n"] for b in Batches(rows, 2, seed=1, limit=12)]).tolist())
+            orders.append(
+                np.ravel([b["n"] for b in PromptBatches(rows, 2, seed=1, limit=12)]).tolist()
+            )
     assert orders[0] == orders[1] == orders[2]
     assert sorted(orders[0]) == sorted([1, 2, 4, 5, 7, 8] * 2)
     assert "3 of 9 prompts are left out" in caplog.text
-    rest = Batches(PromptRows(file, processor, config), 2, seed=1, start=4, limit=12)
+    rest = PromptBatches(PromptRows(file, processor, **unchecked), 2, seed=1, start=4, limit=12)
     assert np.ravel([b["n"] for b in rest]).tolist() == orders[0][4:]
 
 
@@ -399,16 +401,14 @@ def test_a_position_of_preferences_is_restored(processor):
 def test_prompts_that_were_not_reached_may_be_taken_out(processor, tmp_path):
     rows = [{"prompt": f"number {i}", "n": i} for i in range(8)]
     file, cache = write(tmp_path / "rows.jsonl", rows), tmp_path / "check.json"
-    found = PromptRows(file, processor, PromptConfig(), cache=cache)
-    order = np.ravel([b["n"] for b in Batches(found, 2, seed=1, limit=8)]).tolist()
+    found = PromptRows(file, processor, cache=cache)
+    order = np.ravel([b["n"] for b in PromptBatches(found, 2, seed=1, limit=8)]).tolist()
 
     def goes_on_without(*numbers):
         left = [one for one in rows if one["n"] not in numbers]
         before = checked_rows(cache)
-        found = PromptRows(
-            write(file, left), processor, PromptConfig(), cache=cache, key="later", before=before
-        )
-        batches = Batches(found, 2, seed=1, start=4, limit=8)
+        found = PromptRows(write(file, left), processor, cache=cache, key="later", before=before)
+        batches = PromptBatches(found, 2, seed=1, start=4, limit=8)
         found.refuse_changed(batches, "checkpoints")
         return np.ravel([batch["n"] for batch in batches]).tolist()
 
@@ -420,14 +420,14 @@ def test_prompts_that_were_not_reached_may_be_taken_out(processor, tmp_path):
             goes_on_without(order[5], order[2])
     write(file, [*rows, rows[0]])
     with pytest.raises(ValueError, match="it has 9 rows and the run of the checkpoints knew 8"):
-        PromptRows(file, processor, PromptConfig(), before=checked_rows(cache))
+        PromptRows(file, processor, before=checked_rows(cache))
 
 
 def test_checkpoints_of_an_earlier_order_are_refused(processor, tmp_path):
     rows = [{"prompt": "hi"}, {"prompt": "word " * 90}]
     file = write(tmp_path / "rows.jsonl", rows)
     config = GrpoRunConfig(data=PromptConfig(path=str(file), max_prompt_length=40))
-    found = PromptRows(file, processor, config.data)
+    found = PromptRows(file, processor, max_prompt_length=40)
     with pytest.raises(ValueError, match="an earlier version of this package"):
         grpo.refuse_older(config, found, tmp_path)
     config.data.shuffle = False

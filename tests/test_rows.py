@@ -14,9 +14,8 @@ from tunix_gemma4.data import make_dataset
 from tunix_gemma4.data.conversation import read_conversation, read_preference_pair, read_prompt
 from tunix_gemma4.data.preferences import PreferenceBatches
 from tunix_gemma4.data.processor import Processor
+from tunix_gemma4.data.prompts import PromptRows
 from tunix_gemma4.data.sources import Rows
-from tunix_gemma4.recipes.prompts import PromptRows
-from tunix_gemma4.settings.grpo import PromptConfig
 
 USER, ANSWER = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
 TALK = [USER, ANSWER]
@@ -896,12 +895,11 @@ def test_keys_and_thoughts_that_are_left_out_are_named_once(tiny_dir, tmp_path):
     assert said[-1] == "  columns that are not trained on: margin"
     path = tmp_path / "rows.json"
     path.write_text(json.dumps([{"prompt": "Q", "label": True, "level": 3}]))
-    config = PromptConfig(path=str(path))
-    found = PromptRows(path, processor, config, log=said.append, names={"label"})
+    found = PromptRows(path, processor, log=said.append, names={"label"})
     assert said[-1] == "  columns for rewards: label, level"
     assert found[0] == {"prompts": [USER], "label": True, "level": 3}
     with pytest.raises(ValueError, match="row 0 of rows.json: 'label' is feedback"):
-        PromptRows(path, processor, config)
+        PromptRows(path, processor)
 
 
 def test_each_turn_is_a_row_of_the_pipeline(tiny_dir):

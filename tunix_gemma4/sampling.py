@@ -20,8 +20,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from .checkpoint.finite import NonFiniteError, nonfinite_variables, shown
-from .config import ModelConfig
-from .config.checks import refuse_ids_beyond
+from .config import ModelConfig, refuse_ids_beyond
 from .config.domains import require
 from .data.processor import Batch
 from .model.scan import unstack_layers

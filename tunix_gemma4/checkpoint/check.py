@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 from flax import nnx
 
-from ..config import ModelConfig
-from ..config.checks import refuse_ids_beyond
+from ..config import ModelConfig, refuse_ids_beyond
 from ..config.json_files import read_json
 from . import files
 from . import names as weights

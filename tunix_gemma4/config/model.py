@@ -21,7 +21,14 @@ from typing import Any
 import jax.numpy as jnp
 from absl import logging
 
-from .checks import DEFAULT_ROPE, KINDS, check_fields, refuse_unsupported, validate
+from .checks import (
+    ATTENTION_IMPLEMENTATIONS,
+    DEFAULT_ROPE,
+    KINDS,
+    check_fields,
+    complaint,
+    refuse_unsupported,
+)
 from .parts import LayerSpec, RematConfig, VisionConfig
 from .source import (
     DEFAULTS,
@@ -128,7 +135,7 @@ class ModelConfig(TunixNames):
     def validate(self) -> None:
         """Raises ValueError for what is contradictory or unsupported, naming field and value."""
         check_fields(type(self), vars(self))
-        validate(self)
+        _validate(self)
 
     def __hash__(self) -> int:
         # Configs are static attributes of modules, so JAX hashes them. They stay mutable because
@@ -392,3 +399,154 @@ def _float_dtype(name: str, value: Any) -> jnp.dtype:
     if dtype not in _DTYPES:
         raise ValueError(f"{name}: expected bfloat16 or float32, found {value!r}")
     return dtype
+
+
+# ---- What contradicts itself or is not supported.
+
+
+def _validate(config: ModelConfig) -> None:
+    """Raises ValueError for what is contradictory or unsupported, naming field and value."""
+    count = config.num_hidden_layers
+    if len(config.layer_types) != count:
+        raise ValueError(
+            f"layer_types: expected {count} entries (num_hidden_layers), "
+            f"found {len(config.layer_types)}"
+        )
+    for index, layer_type in enumerate(config.layer_types):
+        if layer_type not in KINDS:
+            raise ValueError(
+                f"layer_types[{index}]: found {layer_type!r}; supported: "
+                + ", ".join(map(repr, KINDS))
+            )
+    if config.use_bidirectional_attention not in (None, "vision"):
+        raise ValueError(
+            "use_bidirectional_attention: found "
+            f"{config.use_bidirectional_attention!r}; supported: None, 'vision'"
+        )
+    _validate_sharing(config)
+    _validate_rope(config)
+    _validate_sizes(config)
+    config.remat  # noqa: B018  raises for an unknown spelling
+    _validate_attention(config)
+
+
+def _validate_attention(config: ModelConfig) -> None:
+    if config.attention_implementation not in ATTENTION_IMPLEMENTATIONS:
+        raise ValueError(
+            f"attention_implementation: found {config.attention_implementation!r}; supported: "
+            + ", ".join(map(repr, ATTENTION_IMPLEMENTATIONS))
+        )
+    if config.use_flash_attention and config.attention_implementation == "xla":
+        raise ValueError(
+            "use_flash_attention: found True with attention_implementation='xla', which "
+            "contradict each other; leave one of them at its default"
+        )
+    if config.flash_attention_block_size < 128:
+        raise ValueError(
+            "flash_attention_block_size: expected at least 128, found "
+            f"{config.flash_attention_block_size}"
+        )
+
+
+def _validate_sharing(config: ModelConfig) -> None:
+    shared, count = config.num_kv_shared_layers, config.num_hidden_layers
+    if not 0 <= shared < count:
+        raise ValueError(
+            f"num_kv_shared_layers: expected 0 to {count - 1} (num_hidden_layers - 1), "
+            f"found {shared}"
+        )
+    sources = config.layer_types[: count - shared]
+    for index in range(count - shared, count):
+        if config.layer_types[index] not in sources:
+            raise ValueError(
+                f"num_kv_shared_layers: with {shared} shared layers, layer {index} "
+                f"({config.layer_types[index]}) has no unshared layer of its kind to read from"
+            )
+
+
+def _validate_rope(config: ModelConfig) -> None:
+    for layer_type in sorted(set(config.layer_types)):
+        rope = config.rope_parameters.get(layer_type)
+        name = f"rope_parameters[{layer_type!r}]"
+        expected = DEFAULT_ROPE[layer_type]["rope_type"]
+        if (
+            not isinstance(rope, Mapping)
+            or rope.get("rope_type") != expected
+            or "rope_theta" not in rope
+        ):
+            raise ValueError(
+                f"{name}: expected rope_type {expected!r} with a rope_theta, found {rope!r}"
+            )
+        for key in ("rope_theta", "factor", "partial_rotary_factor"):
+            wanted = complaint(key, "float", rope.get(key, 1.0))
+            if key == "partial_rotary_factor" and wanted is None and rope.get(key, 1.0) > 1:
+                wanted = "at most 1"
+            if wanted is not None:
+                raise ValueError(f"{name}.{key}: expected {wanted}, found {rope[key]!r}")
+
+
+def _validate_sizes(config: ModelConfig) -> None:
+    for spec in config.layers:
+        if config.num_attention_heads % spec.num_kv_heads:
+            raise ValueError(
+                f"num_attention_heads: {config.num_attention_heads} is not divisible by the "
+                f"{spec.num_kv_heads} key/value heads of layer {spec.index} ({spec.kind})"
+            )
+        if spec.head_dim % 2:
+            raise ValueError(
+                f"head_dim: expected an even number, found {spec.head_dim} in layer {spec.index} "
+                f"({spec.kind})"
+            )
+    if config.enable_moe_block:
+        for name in ("num_experts", "top_k_experts", "moe_intermediate_size"):
+            if not getattr(config, name):
+                raise ValueError(
+                    f"{name}: enable_moe_block needs it, found {getattr(config, name)!r}"
+                )
+        if config.top_k_experts > config.num_experts:
+            raise ValueError(
+                f"top_k_experts: expected at most num_experts ({config.num_experts}), "
+                f"found {config.top_k_experts}"
+            )
+    if not config.text_only and config.model_type == "gemma4_unified":
+        raise ValueError(
+            "text_only=False: model_type 'gemma4_unified' (Gemma 4 12B) is supported for text "
+            "only so far; images are supported for model_type 'gemma4' (E2B, E4B, 26B-A4B, 31B)"
+        )
+    if not config.text_only and config.tower_config is None:
+        raise ValueError("text_only=False: this config has no vision_config; use text_only=True")
+    if config.tower_config is not None:
+        config.tower_config.validate()
+
+
+def refuse_float16(config: ModelConfig) -> None:
+    """Raises ValueError for a model that would compute in it: its range is too small for Gemma."""
+    if config.dtype.name != "float16":
+        return
+    key, found = dtype_of(config.source)
+    directory, name = config.source_directory, str(found).removeprefix("torch.")
+    where = f"{directory}/config.json: {key}" if directory and name == "float16" else "dtype"
+    raise ValueError(
+        f"{where}: a model computes in bfloat16 or float32, found float16. Set dtype to one of "
+        "these, there or for the run; weights may be stored in float16"
+    )
+
+
+def refuse_ids_beyond(where: str, ids: Mapping[str, int], config: ModelConfig) -> None:
+    """Raises ValueError for tokens that have no row in the embedding.
+
+    Args:
+        where: they come from, for the message.
+        ids: by token.
+        config: of the model that would look them up.
+    """
+    rows = config.rows_of_embedding
+    beyond = {token: index for token, index in ids.items() if index >= rows}
+    if beyond:
+        token, index = max(beyond.items(), key=lambda item: item[1])
+        raise ValueError(
+            f"{where}: {len(beyond)} tokens have no row in the embedding, the last of them "
+            f"{token!r} with id {index}: there are {rows} rows (vocab_size). Resize it first "
+            "(transformers: model.resize_token_embeddings(len(tokenizer)), then save_pretrained), "
+            "or take the tokens out of the tokenizer"
+        )

@@ -16,8 +16,7 @@ import flax.struct
 import numpy as np
 from jaxtyping import Float, Int
 
-from ..config import ModelConfig
-from ..config.checks import refuse_ids_beyond
+from ..config import ModelConfig, refuse_ids_beyond
 from .chat_template import ChatFormat, Segment, special_tokens, text_tokenizer
 from .conversation import Conversation, read_conversation
 from .images import ImagePacker, soft_tokens_of

@@ -15,8 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ..config import ModelConfig
-from ..config.checks import refuse_float16
+from ..config import ModelConfig, refuse_float16
 from ..sharding import constrain, eval_shape
 from .backend_names import BackendNames
 from .cache import Cache, cache_name, cached_keys, init_cache

@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 
 from ..data.check import checked_rows
 from ..data.processor import Processor
+from ..data.prompts import CONTEXT, PromptBatches, PromptRows
 from ..lora import reference_model
 from ..plugin.progress import Progress, compiling
 from ..plugin.register import register
@@ -34,13 +35,11 @@ from ..plugin.rl.cluster import (
 )
 from ..plugin.rl.report import Report
 from ..plugin.rl.reward_time import limited
-from ..plugin.rl.rewards import CONTEXT
 from ..rewards import RewardFn, load_reward, source_files, weighted
 from ..settings.grpo import GrpoRunConfig
 from . import common
 from .common import say
 from .compile_cache import fast_start
-from .prompts import Batches, PromptRows
 from .record import Record
 from .way_out import one_way_out, training
 
@@ -146,7 +145,7 @@ def run(config: GrpoRunConfig, *, after_step: Callable[[Any], None] | None = Non
 
 
 def train(
-    config: GrpoRunConfig, cluster: RLCluster, rows: PromptRows, eval_ds: Batches | None
+    config: GrpoRunConfig, cluster: RLCluster, rows: PromptRows, eval_ds: PromptBatches | None
 ) -> None:
     """Trains the policy of `cluster` to the end."""
     learner = make_learner(
@@ -201,9 +200,6 @@ def prompt_rows(
         output: of the run, where the result of the check is kept; None keeps none.
         name: "train" or "eval".
     """
-    data = config.data
-    if name == "eval":
-        data = dataclasses.replace(data, check="all")  # It ends with its last whole batch.
     cache = None if output is None else common.check_file(output, name)
     key = common.check_key(config, path)
     names = {
@@ -212,8 +208,21 @@ def prompt_rows(
     before = None
     if cache is not None and name == "train" and common.has_checkpoints(output):
         before = checked_rows(cache)
+    data = config.data
     rows = PromptRows(
-        path, processor, data, log=say, cache=cache, key=key, names=names, before=before
+        path,
+        processor,
+        max_prompt_length=data.max_prompt_length,
+        prompt_column=data.prompt_column,
+        system_prompt=data.system_prompt,
+        # Held-out prompts end with their last whole batch.
+        check="all" if name == "eval" else data.check,
+        skip_bad_rows=data.skip_bad_rows,
+        log=say,
+        cache=cache,
+        key=key,
+        names=names,
+        before=before,
     )
     if rows.dropped:
         say(
@@ -279,10 +288,10 @@ def refuse_older(config: GrpoRunConfig, rows: PromptRows, directory: Path) -> No
         )
 
 
-def train_batches(config: GrpoRunConfig, rows: PromptRows, steps_done: int) -> Batches:
+def train_batches(config: GrpoRunConfig, rows: PromptRows, steps_done: int) -> PromptBatches:
     """Batches from where a run stands after `steps_done` optimizer steps."""
     # The host skips a batch for each step, also where several steps shared one.
-    return Batches(
+    return PromptBatches(
         rows,
         config.batch_size,
         seed=config.seed if config.data.shuffle else None,
@@ -293,7 +302,7 @@ def train_batches(config: GrpoRunConfig, rows: PromptRows, steps_done: int) -> B
 
 def eval_batches(
     config: GrpoRunConfig, processor: Processor, output: Path | None = None
-) -> Batches | None:
+) -> PromptBatches | None:
     """Held-out prompts in batches of the size that one forward pass of training has."""
     if config.data.eval_path is None:
         return None
@@ -306,7 +315,7 @@ def eval_batches(
         )
     if whole < len(rows):
         say(f"{config.data.eval_path}: {whole} of {len(rows)} prompts are used, in whole batches")
-    return Batches(rows, config.micro, seed=None, limit=whole)
+    return PromptBatches(rows, config.micro, seed=None, limit=whole)
 
 
 def total_steps(config: GrpoRunConfig, num_rows: int) -> int:

@@ -51,7 +51,7 @@ class Bound:
             that has moved since it sampled.
         score_rows: rows that a critic or a reward model scores at once; None: all.
         prompts: the prompts as the user gave them, for reward functions.
-        for_rewards: what reward functions may ask for besides columns; see `rewards.CONTEXT`.
+        for_rewards: what reward functions may ask for besides columns; see `data.prompts.CONTEXT`.
         abstained: [B], where no reward function gave a number; None: nowhere.
         completion_ids: for each row, the sampled tokens, the stop token included.
         rollout_logps: for each row, log-probabilities of these tokens, as sampled.

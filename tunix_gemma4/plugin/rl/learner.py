@@ -21,11 +21,12 @@ from tunix.rl.rl_cluster import Mode
 
 from ...data.keys import REFUSED
 from ...data.processor import Processor
+from ...data.prompts import Prompt
 from ...model.gemma4 import Gemma4ForConditionalGeneration
 from ..metric_names import MetricNames
 from .context import Bound, Draws, bind, bound
 from .micro_batches import AGREEMENT, TOKENS, step_mean
-from .prompts import IMAGE_COLUMNS, Prompt, PromptReader, unwrap
+from .prompts import IMAGE_COLUMNS, PromptReader, unwrap
 from .rewards import REWARDS, checked, require_sums, without_abstained, without_spread
 from .rollout import Rollout, gemma4_rollout
 from .rollout_step import begin, evaluate_last, packs, padded_logps, rollout_step, with_old_logps

@@ -16,23 +16,9 @@ import numpy as np
 
 from ...data.keys import REFUSED, SYSTEMS, TEMPLATE, TOOLS
 from ...data.processor import Example, Processor
+from ...data.prompts import Prompt
 
 PROMPTS, IMAGE_COLUMNS = "prompts", ("images", "image")
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Prompt:
-    """One prompt on its way to the sampler.
-
-    Attributes:
-        given: as the data set has it; reward functions get this.
-        text: for logs.
-        example: its tokens and packed images.
-    """
-
-    given: Any
-    text: str
-    example: Example
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -28,9 +28,7 @@ from .prompts import IMAGE_COLUMNS
 from .reward_time import RewardTimeout, Timed, limit_of
 
 RewardFn = Callable[..., list[float | None]]
-# What a function may ask for besides columns of the data.
 REWARDS = "rewards/"  # before the name of a function's metric
-CONTEXT = ("completion_ids", "trainer_state", "log_extra", "log_metric")
 _SHOWN = 400  # characters of a prompt or completion in a message
 
 

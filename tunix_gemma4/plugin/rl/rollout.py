@@ -17,11 +17,11 @@ import numpy as np
 from tunix.rl.rollout import base_rollout, vanilla_rollout
 
 from ...data.processor import Batch, Example, ImageSlots, Processor
+from ...data.prompts import Prompt
 from ...model.gemma4 import Gemma4ForConditionalGeneration
 from ...sampling import generate, media_ids
 from ..hooks import extends, overrides
 from .context import Draws, bound
-from .prompts import Prompt
 
 
 @extends(

@@ -10,19 +10,33 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..data import conversation as processor_conversation
-from ..data.check import keep_rows
-from ..data.conversation import Conversation
-from ..data.pipeline import BatchDataset, Plan, follow_rows
-from ..data.processor import Example, Processor
-from ..data.road import Measure, Road
-from ..data.sources import Rows
-from ..plugin.rl.prompts import Prompt
-from ..plugin.rl.rewards import CONTEXT
-from ..settings.grpo import PromptConfig
+from . import conversation
+from .check import How, keep_rows
+from .conversation import Conversation
+from .pipeline import BatchDataset, Plan, follow_rows
+from .processor import Example, Processor
+from .road import Measure, Road
+from .sources import Rows
 
+# What a reward function may ask for besides columns.
+CONTEXT = ("completion_ids", "trainer_state", "log_extra", "log_metric")
 # Names that the host or a reward function's signature has for something else.
 _RESERVED = ("prompts", "completions", "rewards", "advantages", "mode", "trajectory_ids", *CONTEXT)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prompt:
+    """One prompt on its way to the sampler.
+
+    Attributes:
+        given: as the data set has it; reward functions get this.
+        text: for logs.
+        example: its tokens and packed images.
+    """
+
+    given: Any
+    text: str
+    example: Example
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -35,14 +49,28 @@ class Asked:
 
 
 class PromptRoad(Road):
-    """Prompts, as a learner of reinforcement learning takes them."""
+    """Prompts, as a learner of reinforcement learning takes them.
+
+    Args:
+        processor: of the checkpoint.
+        max_prompt_length: tokens; longer prompts are left out and counted.
+        column, system, names: see `read_prompt`.
+    """
 
     columns_are = "columns for rewards"
 
-    def __init__(self, processor: Processor, config: PromptConfig, names: Collection[str] = ()):
+    def __init__(
+        self,
+        processor: Processor,
+        max_prompt_length: int,
+        column: str | None = None,
+        system: str | None = None,
+        names: Collection[str] = (),
+    ):
         super().__init__()
-        self._processor, self._config, self._names = processor, config, tuple(names)
-        self.limits = {"data.max_prompt_length": config.max_prompt_length}
+        self._processor = processor
+        self._read_as = {"column": column, "system": system, "names": tuple(names)}
+        self.limits = {"data.max_prompt_length": max_prompt_length}
 
     def read(self, row: Any) -> list[Asked]:
         conversation, columns = self._read(row)
@@ -53,7 +81,7 @@ class PromptRoad(Road):
         return self._read(row)[0].images
 
     def _read(self, row: Any) -> tuple[Conversation, dict[str, Any]]:
-        conversation, columns = read_prompt(row, self._config, self._names)
+        conversation, columns = read_prompt(row, **self._read_as)
         self.note(conversation, *(["images"] if conversation.images else []))
         return conversation, columns
 
@@ -98,10 +126,13 @@ class PromptRows:
     Args:
         path: of the file.
         processor: of the checkpoint.
-        config: of the data, how the rows are checked included.
+        max_prompt_length: tokens; longer prompts are left out and counted.
+        prompt_column, system_prompt, names: see `read_prompt`.
+        check: which rows are read at once: "all", a number of rows, or False; None: all of fewer
+            than 20,000, and otherwise 2,000.
+        skip_bad_rows: leave out rows that cannot be read, and count them, in place of an error.
         log: takes a summary of the check.
-        cache, key: see `data_pipeline.BatchDataset.check`.
-        names: parameters of reward functions; see `read_prompt`.
+        cache, key: see `BatchDataset.check`.
         before: the fingerprints of the rows as a run that goes on has known them.
 
     Attributes:
@@ -113,8 +144,12 @@ class PromptRows:
         self,
         path: str | Path,
         processor: Processor,
-        config: PromptConfig,
         *,
+        max_prompt_length: int = 512,
+        prompt_column: str | None = None,
+        system_prompt: str | None = None,
+        check: How = None,
+        skip_bad_rows: bool = False,
         log: Callable[[str], None] | None = None,
         cache: Path | None = None,
         key: str = "",
@@ -122,12 +157,12 @@ class PromptRows:
         before: str | None = None,
     ):
         self._cache, self._before = cache, before
-        self._road = PromptRoad(processor, config, names)
+        self._road = PromptRoad(processor, max_prompt_length, prompt_column, system_prompt, names)
         rows, self._changed = _followed(Rows(path), before)
-        _require_column(rows, config.prompt_column)
-        self.plan = Plan(rows, self._road, 1, skip_bad_rows=config.skip_bad_rows)
+        _require_column(rows, prompt_column)
+        self.plan = Plan(rows, self._road, 1, skip_bad_rows=skip_bad_rows)
         data = BatchDataset(self.plan)
-        self.checked = data.check(config.check, log=log, cache=cache, key=key, before=before)
+        self.checked = data.check(check, log=log, cache=cache, key=key, before=before)
         if not self.checked.examined:
             # A batch has the columns of all rows. What is wrong with one is said in its turn.
             for index in range(len(self.plan.rows)):
@@ -174,7 +209,7 @@ class PromptRows:
         """Indices in the file; reads the rows that were not checked."""
         return [n for n in range(len(self.plan.rows)) if self.plan.encoder.kept(n)]
 
-    def refuse_changed(self, batches: Batches, what: str) -> None:
+    def refuse_changed(self, batches: PromptBatches, what: str) -> None:
         """Raises ValueError if rows that a run has trained on are gone or others since.
 
         Args:
@@ -222,28 +257,30 @@ def _followed(rows: Rows, before: str | None) -> tuple[Rows, list[int]]:
 
 
 def read_prompt(
-    row: Any, config: PromptConfig, names: Collection[str] = ()
+    row: Any,
+    column: str | None = None,
+    system: str | None = None,
+    names: Collection[str] = (),
 ) -> tuple[Conversation, dict[str, Any]]:
     """The conversation that a row asks to go on with, and the columns beside it.
 
     Args:
         row: of any form of docs/how-to/data.md.
-        config: of the data.
+        column: reads the prompt from this column.
+        system: put before a conversation that has none of its own.
         names: parameters of reward functions, which get a key of that name whatever it means.
 
     Raises:
         ValueError: saying what is wrong with the row.
     """
-    prompt = processor_conversation.read_prompt(
-        row, column=config.prompt_column, system=config.system_prompt, names=names
-    )
+    prompt = conversation.read_prompt(row, column=column, system=system, names=names)
     taken = [name for name in prompt.columns if name in _RESERVED]
     if taken:
         raise ValueError(f"the column {taken[0]!r} has a name that rewards need; rename it")
     return prompt, dict(prompt.columns)
 
 
-class Batches:
+class PromptBatches:
     """Whole batches of prompts, by default without end, as the host's learners take them.
 
     Every row comes once per epoch; the order depends on `seed` alone. A learner that resumes skips
