@@ -16,7 +16,15 @@ from small_models import ONE_DEVICE
 from tunix_gemma4.checkpoint import load_checkpoint
 from tunix_gemma4.lora import load_adapter
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = ROOT / "examples"
+# As they were in version 0.1, where modules had other names; until the next version.
+FORMER = Path(__file__).parent / "former_examples"
+
+
+@pytest.fixture(params=[EXAMPLES, pytest.param(FORMER, marks=pytest.mark.slow)], ids=["", "former"])
+def examples(request):
+    return request.param
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
@@ -24,7 +32,9 @@ def test_example_is_under_a_hundred_lines(path):
     assert len(path.read_text().splitlines()) < 100
 
 
-def test_sft_images_trains_an_adapter_and_goes_on_from_its_checkpoint(tiny_checkpoint, tmp_path):
+def test_sft_images_trains_an_adapter_and_goes_on_from_its_checkpoint(
+    examples, tiny_checkpoint, tmp_path
+):
     rows = []
     for index in range(4):
         pixels = np.random.default_rng(index).integers(0, 255, (8, 8), np.uint8)
@@ -44,14 +54,14 @@ def test_sft_images_trains_an_adapter_and_goes_on_from_its_checkpoint(tiny_check
     def run(steps):
         return subprocess.run(
             [
-                *(sys.executable, EXAMPLES / "sft_images.py", f"--model={model}"),
+                *(sys.executable, examples / "sft_images.py", f"--model={model}"),
                 *(f"--data={tmp_path / 'train.jsonl'}", f"--output={output}", "--rank=4"),
                 *(f"--steps={steps}", "--micro_batches=2", "--max_length=96"),
                 "--max_soft_tokens=70",
             ],
             capture_output=True,
             text=True,
-            env={**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "XLA_FLAGS": ONE_DEVICE},
+            env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ONE_DEVICE},
             check=True,
         ).stdout
 
@@ -63,18 +73,18 @@ def test_sft_images_trains_an_adapter_and_goes_on_from_its_checkpoint(tiny_check
     load_adapter(load_checkpoint(model, text_only=False), output / "adapter")
 
 
-def test_dpo_images_prefers_the_right_digit(tiny_checkpoint, tmp_path):
+def test_dpo_images_prefers_the_right_digit(examples, tiny_checkpoint, tmp_path):
     pytest.importorskip("sklearn")
     model, output = tiny_checkpoint("demo"), tmp_path / "out"
     printed = subprocess.run(
         [
-            *(sys.executable, EXAMPLES / "dpo_images.py", f"--model={model}"),
+            *(sys.executable, examples / "dpo_images.py", f"--model={model}"),
             *(f"--output={output}", "--steps=2", "--batch_size=2", "--rank=4"),
             *("--max_prompt_length=96", "--max_response_length=8", "--max_soft_tokens=70"),
         ],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "XLA_FLAGS": ONE_DEVICE},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ONE_DEVICE},
         check=True,
     ).stdout
     assert printed.endswith(f"adapter: {output / 'adapter'}\n")
@@ -89,18 +99,18 @@ def test_dpo_images_prefers_the_right_digit(tiny_checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["grpo_text", "grpo_images", "gspo_images"])
-def test_rewards_move_the_adapter_of_a_tiny_model(name, tmp_path):
+def test_rewards_move_the_adapter_of_a_tiny_model(name, examples, tmp_path):
     """As shipped, with fewer steps; Adam's first step moves whatever has a gradient."""
     if name == "grpo_images":
         pytest.importorskip("sklearn")
     printed = subprocess.run(
         [
-            *(sys.executable, EXAMPLES / f"{name}.py", f"--output={tmp_path}", "--steps=2"),
+            *(sys.executable, examples / f"{name}.py", f"--output={tmp_path}", "--steps=2"),
             *("--prompts=2", "--max_completion_length=3"),
         ],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(EXAMPLES.parent)},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         check=True,
     ).stdout
     rewards = re.search(r"^reward: \[(.*)\]$", printed, re.MULTILINE)[1].replace(",", " ").split()
