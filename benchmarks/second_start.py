@@ -41,7 +41,7 @@ def make_files(directory: Path) -> None:
     """Checkpoints `demo` and `deep`, and rows.jsonl of digits."""
     from safetensors.numpy import save_file
 
-    from tunix_gemma4.demos.digits import DIGIT, write_scans, write_task
+    from tunix_gemma4.testing.digits import DIGIT, write_scans, write_task
     from tunix_gemma4.testing.tiny import build_tiny_checkpoint
     from tunix_gemma4.testing.weights import random_tensor, tensor_shapes
 

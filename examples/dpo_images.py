@@ -21,10 +21,9 @@ from absl import app, flags
 from tunix.sft.dpo.dpo_trainer import DPOTrainer, DPOTrainingConfig
 
 import tunix_gemma4 as g4
-from tunix_gemma4.data.preferences import PreferenceBatches
-from tunix_gemma4.demos import digits
-from tunix_gemma4.plugin.optimizer import make_optimizer, make_schedule
-from tunix_gemma4.plugin.training_config import training_fields
+from tunix_gemma4.data import PreferenceBatches
+from tunix_gemma4.recipes import training_fields
+from tunix_gemma4.testing import digits
 
 _MODEL = flags.DEFINE_string("model", None, "Checkpoint directory.", required=True)
 _DATA = flags.DEFINE_string("data", None, "Preferences, .jsonl or .parquet; None: digits.")
@@ -73,7 +72,7 @@ def main(argv: list[str]) -> None:
     policy = g4.apply_lora(reference, lora)
 
     warmup, rate = _STEPS.value // 20, _LEARNING_RATE.value
-    schedule = make_schedule(
+    schedule = g4.make_schedule(
         "cosine", learning_rate=rate, warmup_steps=warmup, total_steps=_STEPS.value
     )
     training_config = DPOTrainingConfig(
@@ -84,7 +83,7 @@ def main(argv: list[str]) -> None:
     )
     if _ALGORITHM.value == "orpo":
         reference = None
-    DPOTrainer(policy, reference, make_optimizer(schedule), training_config).train(batches)
+    DPOTrainer(policy, reference, g4.make_optimizer(schedule), training_config).train(batches)
 
     g4.save_adapter(policy, output / "adapter")
     print(f"adapter: {output / 'adapter'}")

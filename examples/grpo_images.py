@@ -19,11 +19,8 @@ from pathlib import Path
 
 from absl import app, flags
 
-from tunix_gemma4.demos import digits
-from tunix_gemma4.recipes import grpo
-from tunix_gemma4.settings.common import LoraSettings
-from tunix_gemma4.settings.grpo import GrpoRunConfig, PromptConfig
-from tunix_gemma4.testing.tiny import build_tiny_checkpoint
+from tunix_gemma4.recipes import GrpoRunConfig, LoraSettings, PromptConfig, grpo
+from tunix_gemma4.testing import build_tiny_checkpoint, digits
 
 _MODEL = flags.DEFINE_string("model", None, "Checkpoint directory; None: a tiny one.")
 _DATA = flags.DEFINE_string("data", None, "Conversations, .jsonl or .parquet; None: digits.")

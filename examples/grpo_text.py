@@ -22,11 +22,10 @@ from tunix.rl.rl_cluster import ClusterConfig, RLCluster, RLTrainingConfig, Role
 from tunix.rl.rollout.base_rollout import RolloutConfig
 
 import tunix_gemma4 as g4
-from tunix_gemma4.data.prompts import PromptBatches, PromptRows
-from tunix_gemma4.recipes.common import device_mesh
-from tunix_gemma4.rewards import completion_text, read_number
-from tunix_gemma4.settings.common import MeshConfig
-from tunix_gemma4.testing.tiny import build_tiny_checkpoint
+from tunix_gemma4 import rewards
+from tunix_gemma4.data import PromptBatches, PromptRows
+from tunix_gemma4.recipes import MeshConfig, device_mesh
+from tunix_gemma4.testing import build_tiny_checkpoint
 
 _MODEL = flags.DEFINE_string("model", None, "Checkpoint directory; None: a tiny one.")
 _DATA = flags.DEFINE_string("data", None, "Prompts and answers, .jsonl; None: sums.")
@@ -40,8 +39,8 @@ _MAX_LENGTH = flags.DEFINE_integer("max_completion_length", 8, "Most tokens of a
 
 def right_number(prompts, completions, answer):
     """1 for the right number, 0 for another, a little less for none."""
-    said = [read_number(completion_text(completion)) for completion in completions]
-    pairs = zip(said, map(read_number, answer), strict=True)
+    said = [rewards.read_number(rewards.completion_text(completion)) for completion in completions]
+    pairs = zip(said, map(rewards.read_number, answer), strict=True)
     return [-0.1 if number is None else float(number == right) for number, right in pairs]
 
 

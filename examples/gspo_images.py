@@ -20,11 +20,8 @@ from absl import app, flags
 from PIL import Image, ImageDraw
 
 import tunix_gemma4 as g4
-from tunix_gemma4.plugin.rl import cluster as grpo
-from tunix_gemma4.recipes.common import device_mesh
-from tunix_gemma4.rewards import numeric_answer, soft_overlong
-from tunix_gemma4.settings.common import MeshConfig
-from tunix_gemma4.testing.tiny import build_tiny_checkpoint
+from tunix_gemma4 import recipes
+from tunix_gemma4.testing import build_tiny_checkpoint
 
 _MODEL = flags.DEFINE_string("model", None, "Checkpoint directory; None: a tiny one.")
 _OUTPUT = flags.DEFINE_string("output", None, "Directory for the results.", required=True)
@@ -66,27 +63,27 @@ def main(argv: list[str]) -> None:
     # No KL penalty, so no reference: GSPO's clip is narrow enough.
     g4.register()
     processor = g4.Processor.from_pretrained(directory, max_soft_tokens=70)
-    mesh = device_mesh(MeshConfig(fsdp=1, tp=1))
+    mesh = recipes.device_mesh(recipes.MeshConfig(fsdp=1, tp=1))
     model = g4.load_checkpoint(directory, mesh, text_only=False)
     policy = g4.apply_lora(model, g4.LoraConfig(rank=16, alpha=32))
-    cluster = grpo.make_cluster(
+    cluster = recipes.make_cluster(
         policy,
         None,
         processor,
         optimizer=optax.adamw(2e-5),
         mesh=mesh,
         rollout_mesh=None,
-        sizes=grpo.Sizes(mini=_PROMPTS.value, train_micro=_PROMPTS.value),
-        rollout=grpo.make_rollout_config(
+        sizes=recipes.Sizes(mini=_PROMPTS.value, train_micro=_PROMPTS.value),
+        rollout=recipes.make_rollout_config(
             max_prompt_length=256, max_completion_length=_MAX_LENGTH.value
         ),
         output_dir=output,
         max_steps=_STEPS.value,
         report_to="none",
     )
-    rewards = [numeric_answer, soft_overlong(max_length=32, buffer=32)]
+    rewards = [g4.rewards.numeric_answer, g4.rewards.soft_overlong(max_length=32, buffer=32)]
     loss = {"num_generations": _GENERATIONS.value, "epsilon": 3e-4, "epsilon_high": 4e-4}
-    learner = grpo.make_learner(cluster, "gspo", rewards, **loss)
+    learner = recipes.make_learner(cluster, "gspo", rewards, **loss)
     learner.train(batches())
     metrics = cluster.actor_trainer.metrics_logger
     print("reward:", metrics.get_metric_history("rewards", "score/mean", "train"))

@@ -18,9 +18,7 @@ from pathlib import Path
 from absl import app, flags
 
 import tunix_gemma4 as g4
-from tunix_gemma4.plugin.optimizer import make_optimizer, make_schedule
-from tunix_gemma4.plugin.sft.trainer import Gemma4Trainer
-from tunix_gemma4.plugin.training_config import make_training_config
+from tunix_gemma4.recipes import make_training_config
 
 _MODEL = flags.DEFINE_string("model", None, "Checkpoint directory.", required=True)
 _DATA = flags.DEFINE_string("data", None, "Conversations, .jsonl or .parquet.", required=True)
@@ -62,7 +60,7 @@ def main(argv: list[str]) -> None:
     model = g4.apply_lora(model, lora)
 
     # Tunix trains; checkpoints and TensorBoard files go below the output directory.
-    schedule = make_schedule(
+    schedule = g4.make_schedule(
         "cosine",
         learning_rate=_LEARNING_RATE.value,
         warmup_steps=_STEPS.value // 20,
@@ -73,7 +71,7 @@ def main(argv: list[str]) -> None:
         max_steps=_STEPS.value,
         gradient_accumulation_steps=_MICRO_BATCHES.value,
     )
-    Gemma4Trainer(model, make_optimizer(schedule), training_config).train(batches)
+    g4.Gemma4Trainer(model, g4.make_optimizer(schedule), training_config).train(batches)
 
     # What PEFT and vLLM load.
     adapter = Path(_OUTPUT.value) / "adapter"

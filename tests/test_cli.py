@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from small_models import ONE_DEVICE
 
 from tunix_gemma4.__main__ import main
-from tunix_gemma4.demos import digits
+from tunix_gemma4.testing import digits
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 from tunix_gemma4.__main__ import main
-from tunix_gemma4.demos import arithmetic, demo_rl, digits
+from tunix_gemma4.demos import arithmetic, demo_rl
 from tunix_gemma4.demos.demo_rl import Curve, Panel, draw
+from tunix_gemma4.testing import digits
 
 ROOT = Path(__file__).parent.parent
 

@@ -13,7 +13,7 @@ NAME = PACKAGE.name
 
 # From the bottom up. A module imports its own layer or a lower one, never a higher one.
 LAYERS = (
-    ("config", "extras", "sharding"),
+    ("config", "extras", "lazy", "sharding"),
     ("model",),
     ("checkpoint", "losses"),
     ("data", "lora", "rewards", "sampling", "testing"),
@@ -205,3 +205,16 @@ def test_no_file_names_a_path_of_one_machine():
         and file.name != ".git"  # In a worktree it is a file.
     ]
     assert not found
+
+
+PUBLIC = {NAME, *(f"{NAME}.{part}" for part in ("data", "lora", "recipes", "testing"))}
+
+
+def test_readers_meet_public_names_only():
+    """README, docs and examples import from five places."""
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *sources("examples")]
+    imports = re.compile(rf"^\s*(?:from|import) ({NAME}[\w.]*)", re.MULTILINE)
+    inner = {
+        (path.name, module) for path in pages for module in imports.findall(path.read_text())
+    } - {(path.name, module) for path in pages for module in PUBLIC}
+    assert not inner

@@ -61,8 +61,8 @@ def run(folder, name, path):
 
 def measure(output):
     import tunix_gemma4
-    from tunix_gemma4.demos.digits import DIGIT, write_scans, write_task
     from tunix_gemma4.plugin.version import found
+    from tunix_gemma4.testing.digits import DIGIT, write_scans, write_task
     from tunix_gemma4.testing.tiny import build_tiny_checkpoint
 
     tunix_gemma4.register()

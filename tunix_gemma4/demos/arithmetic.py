@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .digits import NUM_CURVE, NUM_HELD_OUT, TaskData
+from ..testing.digits import NUM_CURVE, NUM_HELD_OUT, TaskData
 
 _NUMBERS = range(10, 90)
 

@@ -23,8 +23,17 @@ from ..recipes.common import ADAPTER, MODEL
 from ..recipes.compile_cache import compilation_cache
 from ..sampling import generate
 from ..settings.sft import load_run_config
+from ..testing.digits import (
+    DIGIT,
+    MINUS,
+    NUM_CURVE,
+    Task,
+    TaskData,
+    require_demo,
+    write_scans,
+    write_task,
+)
 from ..testing.tiny import build_tiny_checkpoint
-from .digits import DIGIT, MINUS, NUM_CURVE, Task, TaskData, require_demo, write_scans, write_task
 
 ANSWER_TOKENS = 3  # a digit, the end of the turn, and one to spare
 

@@ -28,10 +28,10 @@ from ..recipes.common import MODEL
 from ..recipes.compile_cache import compilation_cache
 from ..settings.grpo import load_grpo_config
 from ..settings.sft import load_run_config
+from ..testing.digits import DIGIT, TaskData, require_demo, write_blank, write_scans, write_task
 from ..testing.tiny import build_tiny_checkpoint
 from .arithmetic import write_sums
 from .demo import accuracy, answers_to, new_figure, questions, unused
-from .digits import DIGIT, TaskData, require_demo, write_blank, write_scans, write_task
 
 START = (0.3, 0.6)  # held-out accuracy that reinforcement learning of digits starts from
 LEAST_AFTER = 0.85
