@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import yaml
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "tunix_gemma4"
 NAME = PACKAGE.name
@@ -218,3 +220,26 @@ def test_readers_meet_public_names_only():
         (path.name, module) for path in pages for module in imports.findall(path.read_text())
     } - {(path.name, module) for path in pages for module in PUBLIC}
     assert not inner
+
+
+def test_what_github_reads_is_valid():
+    """Forms as GitHub's schema wants them: an id once, a label on each input."""
+    folder = ROOT / ".github"
+    read = {
+        p: yaml.safe_load(p.read_text())
+        for p in [*folder.rglob("*.yml"), ROOT / ".pre-commit-config.yaml"]
+    }
+    assert len(read) == 6
+    for path in folder.glob("ISSUE_TEMPLATE/*.yml"):
+        if path.name == "config.yml":
+            continue
+        form = read[path]
+        assert {"name", "description", "body"} <= form.keys()
+        parts = form["body"]
+        assert len({part["id"] for part in parts}) == len(parts)
+        assert all(part["type"] == "textarea" and part["attributes"]["label"] for part in parts)
+    targets = set(re.findall(r"^([\w.$()/-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for path in folder.glob("workflows/*.yml"):
+        steps = [step for job in read[path]["jobs"].values() for step in job["steps"]]
+        made = {m for step in steps for m in re.findall(r"^make ([a-z]\S*)", step.get("run", ""))}
+        assert made and made <= targets

@@ -11,6 +11,8 @@ from .lazy import attach
 # Former names of modules are found behind those of today.
 __path__.append(str(Path(__file__).parent / "_renamed"))
 
+__version__ = "0.1.0"
+
 _HOME = {
     "Batch": ".data",
     "Gemma4ForConditionalGeneration": ".model.gemma4",
