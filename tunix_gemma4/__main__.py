@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         message = _message(error, anew=options.command.startswith("demo"))
         print(f"tunix-gemma4 {options.command}: {message}", file=sys.stderr)
-        stop = sys.modules.get(f"{__package__}.host.stop")
+        stop = sys.modules.get(f"{__package__}.plugin.stop")
         if stop is not None and stop.at_once():
             # Python would wait for the thread of a rollout, or of a reward that never returns.
             sys.stdout.flush()
@@ -134,7 +134,7 @@ def _add_training(commands: Any) -> None:
     sft = commands.add_parser(
         "sft",
         help="fine-tune on conversations",
-        description="Settings and their defaults: tunix_gemma4.recipes.run_config.RunConfig.",
+        description="Settings and their defaults: tunix_gemma4.recipes.RunConfig.",
     )
     sft.add_argument("config", help="a recipe's name, such as e2b_lora_image, or a YAML file")
     sft.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as lora.rank=32")
@@ -143,7 +143,7 @@ def _add_training(commands: Any) -> None:
     grpo = commands.add_parser(
         "grpo",
         help="train with rewards (GRPO, GSPO, Dr.GRPO, DAPO)",
-        description="Settings and defaults: tunix_gemma4.recipes.rl_config.GrpoRunConfig.",
+        description="Settings and defaults: tunix_gemma4.recipes.GrpoRunConfig.",
     )
     grpo.add_argument("config", help="a recipe's name, such as e2b_gsm8k_1gpu, or a YAML file")
     grpo.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as lora.rank=32")
@@ -217,17 +217,17 @@ def _demo_rl(options: argparse.Namespace) -> int:
 
 def _sft(options: argparse.Namespace) -> int:
     from .recipes import sft
-    from .settings import sft as run_config
+    from .settings.sft import load_run_config
 
-    sft.run(run_config.load_run_config(options.config, options.overrides))
+    sft.run(load_run_config(options.config, options.overrides))
     return 0
 
 
 def _grpo(options: argparse.Namespace) -> int:
     from .recipes import grpo
-    from .settings import grpo as rl_config
+    from .settings.grpo import load_grpo_config
 
-    grpo.run(rl_config.load_grpo_config(options.config, options.overrides))
+    grpo.run(load_grpo_config(options.config, options.overrides))
     return 0
 
 

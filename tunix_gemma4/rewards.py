@@ -3,7 +3,7 @@
 
 A completion is a string, or, where the prompt is a conversation, a list of one message; a column is
 a list with one value per completion. A function names the columns that it reads. The list holds a
-number per completion, or None to abstain. The run checks it: see `host.rewards.checked`.
+number per completion, or None to abstain. The run checks it: see `plugin.rl.rewards.checked`.
 """
 
 from __future__ import annotations

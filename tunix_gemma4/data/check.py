@@ -32,7 +32,7 @@ _NAMED = 10  # rows that an error lists by number
 
 
 def rows_to_check(how: How, rows: int, name: str = "data.check") -> int:
-    """How many of `rows` rows are read whole; see `data_pipeline.BatchDataset.check`.
+    """How many of `rows` rows are read whole; see `pipeline.BatchDataset.check`.
 
     Raises:
         ValueError: naming the setting, for another value.
@@ -60,7 +60,7 @@ class Checked:
         parts: of source rows that do not give one example, how many they give.
         long: (index, part) of the examples that are too long.
         bad: what is wrong with rows that are left out.
-        notes: see `data_rows.Road`.
+        notes: see `road.Road`.
     """
 
     rows: int
@@ -130,7 +130,7 @@ class Checker:
     def run(
         self, how: How, cache: Path | None = None, key: str = "", before: str | None = None
     ) -> Checked:
-        """See `data_pipeline.BatchDataset.check`."""
+        """See `pipeline.BatchDataset.check`."""
         rows = self._encoder.rows
         count = rows_to_check(how, len(rows))
         key = json.dumps([_VERSION, rows.sha256(), len(rows), count, key]) if cache else ""
@@ -211,7 +211,7 @@ def _all_text(bad: dict[int, str], name: str) -> str:
 
 
 def fingerprints_text(rows: np.ndarray | None) -> str | None:
-    """`Rows.fingerprints` as text; `data_pipeline.follow_rows` reads it."""
+    """`Rows.fingerprints` as text; `pipeline.follow_rows` reads it."""
     return None if rows is None else base64.b64encode(rows.tobytes()).decode()
 
 

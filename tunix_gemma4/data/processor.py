@@ -181,7 +181,7 @@ class Processor:
         is supervised and the model is to speak next.
 
         Args:
-            conversations: each as `processor_conversation.read_conversation` takes it.
+            conversations: each as `conversation.read_conversation` takes it.
             add_generation_prompt: build prompts; completions are left out.
             length, images, token_type_ids: see `collate`.
         """

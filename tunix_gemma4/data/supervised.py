@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Conversations to batches of supervised fine-tuning; see `data_pipeline`."""
+"""Conversations to batches of supervised fine-tuning; see `pipeline`."""
 
 from __future__ import annotations
 

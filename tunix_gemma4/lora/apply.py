@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Low-rank adapters: add them, merge them, and (in `lora_peft`) exchange them with PEFT.
+"""Low-rank adapters: add them, merge them, and (in `peft`) exchange them with PEFT.
 
 model = apply_lora(model, LoraConfig(rank=16, alpha=32, targets="all", quantize="nf4"))
 save_adapter(model, "adapter")

@@ -262,6 +262,9 @@ class Gemma4ForConditionalGeneration(Gemma4Model, BackendNames):
         return soft_cap(uncapped_logits(table, hidden, self.config), self.config)
 
 
+Gemma4 = Gemma4ForConditionalGeneration  # What Tunix calls it.
+
+
 def _end_index(config: ModelConfig, cache: Cache) -> jax.Array:
     """Slot of the next token: how many a cache holds."""
     first = next(spec for spec in config.layers if not spec.shares_kv)

@@ -120,7 +120,7 @@ class CheckpointManager(checkpoint_manager.CheckpointManager):
 
         Raises:
             NonFiniteError: if a number is not finite; then nothing is written.
-            host.stop.Interrupted, host.stop.Terminated: once the checkpoint is on the disk.
+            plugin.stop.Interrupted, plugin.stop.Terminated: once the checkpoint is on the disk.
         """
         stopping = self._stopping(step)
         manager, is_new = self._checkpoint_manager, self.latest_step() != step

@@ -54,7 +54,7 @@ _FIXED = (
 # What of these the place in the prompts is reckoned from.
 _POSITION = ("batch_size", "mini_batch_size", "num_iterations")
 
-# Of `host.settings.training_fields`.
+# Of `plugin.training_config.training_fields`.
 _OUTPUT = ("eval_steps", "save_steps", "save_total_limit", "keep_steps", "report_to")
 
 

@@ -68,7 +68,7 @@ class GrpoRunConfig(TrainSettings):
 
     Attributes:
         data: see `PromptConfig`.
-        reward_functions: names of `tunix_gemma4.recipes.rewards`, some with arguments, as in
+        reward_functions: names of `tunix_gemma4.rewards`, some with arguments, as in
             "soft_overlong(max_length=1200, buffer=300)", "package.module:function" or
             "path/to/file.py:function". Their rewards are added.
         reward_weights: a factor for each; null: 1.

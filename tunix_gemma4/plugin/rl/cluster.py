@@ -106,7 +106,7 @@ def make_cluster(
         rollout_mesh: samples, with a copy of the policy.
         sizes: of batches.
         rollout: from `make_rollout_config`.
-        output_dir, max_steps, **training: see `settings.training_fields`.
+        output_dir, max_steps, **training: see `training_config.training_fields`.
     """
     # The host would restore before it has placed the optimizer, and by metadata that the mesh may
     # not fit; see `CheckpointManager`.

@@ -61,7 +61,7 @@ class Rollout(vanilla_rollout.VanillaRollout):
             if directory is None:
                 raise ValueError(
                     "images and conversations need a processor, and the model does not come from "
-                    "a directory; give one with host.learner.set_processor(rl_cluster, processor)"
+                    "a directory; give one with tunix_gemma4.set_processor(rl_cluster, processor)"
                 )
             self._processor = Processor.from_pretrained(directory)
         return self._processor
