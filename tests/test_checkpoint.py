@@ -21,8 +21,8 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 from small_models import random_model
 
-from tunix_gemma4 import checkpoint
 from tunix_gemma4.checkpoint import load_checkpoint, save_checkpoint
+from tunix_gemma4.checkpoint import load_save as checkpoint
 from tunix_gemma4.checkpoint import names as weights
 from tunix_gemma4.checkpoint.files import read_header
 from tunix_gemma4.config import ModelConfig
@@ -728,7 +728,7 @@ def test_two_processes_read_their_shards_and_write_one_directory(directory, tmp_
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    root = str(Path(checkpoint.__file__).parents[1])
+    root = str(Path(checkpoint.__file__).parents[2])
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2",

@@ -11,9 +11,7 @@ from tunix_gemma4.plugin.hooks import Installed
 from tunix_gemma4.plugin.register import HOOKS, status
 
 OURS = [
-    hook
-    for hook in HOOKS
-    if hook.wrap.__module__.split(".")[-1] in ("automodel", "cli", "mappings")
+    hook for hook in HOOKS if hook.wrap.__module__.split(".")[-1] in ("automodel", "cli", "engines")
 ]
 
 
