@@ -23,7 +23,7 @@ from flax import nnx
 
 from ..checkpoint.names import SCORE
 from ..config.domains import require_fields
-from ..model.lora import project
+from ..model.lora import LoraLinear, plain_linear, unboxed
 from ..sharding import eval_shape, is_variable, param_shardings, spread
 from .targets import grouped, linears
 
@@ -70,50 +70,6 @@ class LoraConfig:
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
 
-class LoraLinear(nnx.Linear):
-    """`x W + scale (x A) B`: A and B float32, the sum rounded once, to the dtype of `x W`.
-
-    Made from an existing `nnx.Linear` by `adapt`. `kernel` is an `nnx.Param`, or a `qwix.QArray`
-    of two: `qvalue` [in, out] and `scale` [in / tile, out].
-
-    Source: PEFT 0.21 `Linear`.
-    """
-
-    kernel: nnx.Param | qwix.QArray
-    kernel_lora_a: nnx.LoRAParam
-    kernel_lora_b: nnx.LoRAParam
-    kernel_dtype: jnp.dtype  # what merging returns the kernel to
-    lora: LoraConfig
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return project(x, self)[0]
-
-    def base(self, x: jax.Array) -> jax.Array:
-        """`x W`."""
-        if isinstance(self.kernel, qwix.QArray):
-            return _quantized_dot(x, unboxed(self.kernel), dtype=self.dtype)
-        return super().__call__(x)
-
-
-def _quantized_dot(x: jax.Array, kernel: qwix.QArray, *, dtype: Any) -> jax.Array:
-    """`x` times the dequantised kernel, which the backward pass dequantises again.
-
-    Without the checkpoint every dequantised kernel would be kept for the backward pass, which is
-    the memory that quantising saves.
-    """
-
-    @jax.checkpoint
-    def dot(x: jax.Array, kernel: qwix.QArray) -> jax.Array:
-        return x @ qwix.dequantize(kernel).astype(dtype)
-
-    return dot(x.astype(dtype), kernel)
-
-
-def unboxed(kernel: qwix.QArray) -> qwix.QArray:
-    """The kernel with arrays in place of variables."""
-    return jax.tree.map(lambda leaf: leaf[...], kernel, is_leaf=is_variable)
-
-
 def main_variable(kernel: nnx.Param | qwix.QArray) -> nnx.Param:
     """The variable of a kernel's own shape: the kernel, or its quantised values."""
     return kernel.qvalue if isinstance(kernel, qwix.QArray) else kernel
@@ -151,59 +107,59 @@ def _merge(
     return (kernel.astype(jnp.float32) + scale * update).astype(dtype)
 
 
-def adapt(linear: nnx.Linear, *, name: str, config: LoraConfig, key: jax.Array) -> None:
-    """Turns `linear`, in place, into a `LoraLinear`, on its kernel's own devices.
+def adapt(linear: nnx.Linear, *, name: str, config: LoraConfig, key: jax.Array) -> LoraLinear:
+    """What takes the place of `linear`, on its kernel's own devices.
 
-    A is random and B zero, so that it computes what it did, or what its quantised kernel does.
+    A is random and B zero, so that it computes what `linear` did, or what its quantised kernel
+    does.
     """
     kernel = linear.kernel
     metadata = kernel.get_metadata()
     rows, columns = metadata.get("out_sharding") or (None, None)
     in_features, out_features = kernel.shape
     mesh = _mesh_of(kernel.get_raw_value())
-    a = _init_a(key, (in_features, config.rank), jnp.float32)
-    b = jnp.asarray(np.zeros((config.rank, out_features), np.float32))  # No program to compile.
 
     def boxed(kind: type[nnx.Variable], value: jax.Array, axes: tuple) -> nnx.Variable:
         return _placed(
             kind(value, **(metadata | {"out_sharding": axes, "eager_sharding": False})), mesh
         )
 
-    # Plain assignment would be recorded as an attribute of the module.
-    object.__setattr__(linear, "__class__", LoraLinear)
-    linear.lora = config
-    linear.kernel_dtype = kernel.dtype
-    linear.kernel_lora_a = boxed(nnx.LoRAParam, a, (spread(rows), None))
-    linear.kernel_lora_b = boxed(nnx.LoRAParam, b, (None, spread(columns)))
+    a = _init_a(key, (in_features, config.rank), jnp.float32)
+    b = jnp.asarray(np.zeros((config.rank, out_features), np.float32))  # No program to compile.
+    a = boxed(nnx.LoRAParam, a, (spread(rows), None))
+    b = boxed(nnx.LoRAParam, b, (None, spread(columns)))
+    result = LoraLinear(linear, a, b, scale=config.scale, lora=config)
     if config.quantize is not None:
         tile = tile_size(name, in_features, config)
         quantized = _quantize(kernel[...], qtype=config.quantize, tile=tile)
-        linear.kernel = jax.tree.map(
+        result.kernel = jax.tree.map(
             lambda leaf: boxed(nnx.Param, leaf, (rows, columns)), quantized
         )
+    return result
 
 
-def merge(linear: LoraLinear) -> None:
-    """Turns `linear`, in place, back into an `nnx.Linear` that computes the same."""
+def merged(linear: LoraLinear) -> nnx.Linear:
+    """An `nnx.Linear` that computes the same."""
     main = main_variable(linear.kernel)
     kernel = unboxed(linear.kernel) if isinstance(linear.kernel, qwix.QArray) else main[...]
-    merged = _merge(
+    value = _merge(
         kernel,
         linear.kernel_lora_a[...],
         linear.kernel_lora_b[...],
-        scale=linear.lora.scale,
+        scale=linear.scale,
         dtype=linear.kernel_dtype,
     )
     mesh = _mesh_of(main.get_raw_value())
-    linear.kernel = _placed(nnx.Param(merged, **main.get_metadata()), mesh)
-    remove_adapter(linear)
+    return plain_linear(linear, _placed(nnx.Param(value, **main.get_metadata()), mesh))
 
 
-def remove_adapter(linear: LoraLinear) -> None:
-    """Turns `linear`, in place, into an `nnx.Linear` of the kernel alone."""
-    for name in ("kernel_lora_a", "kernel_lora_b", "kernel_dtype", "lora"):
-        delattr(linear, name)
-    object.__setattr__(linear, "__class__", nnx.Linear)
+def replace_modules(model: nnx.Module, modules: dict[str, nnx.Module]) -> None:
+    """Puts `modules`, by dotted name, in the places of those that `model` has there."""
+    for name, module in modules.items():
+        parent, *words = model, *name.split(".")
+        for word in words[:-1]:
+            parent = parent[int(word)] if word.isdigit() else getattr(parent, word)
+        setattr(parent, words[-1], module)
 
 
 def _mesh_of(value: Any) -> jax.sharding.Mesh | None:
@@ -250,15 +206,18 @@ def add_adapters(
     def add(model: nnx.Module, key: jax.Array) -> nnx.Module:
         model = nnx.clone(model)
         projections = linears(model)
-        found = [projections[name] for name in names]
-        for name, linear in zip(names, found, strict=True):
+        for name in names:
             if config.quantize is not None and name != SCORE:
-                tile_size(name, linear.in_features, config)
+                tile_size(name, projections[name].in_features, config)
         keys = jax.random.split(key, len(names))
-        for name, linear, one_key in zip(names, found, keys, strict=True):
-            # There is no memory to save in a head of one column.
-            one = dataclasses.replace(config, quantize=None) if name == SCORE else config
-            adapt(linear, name=name, config=one, key=one_key)
+        # There is no memory to save in a head of one column.
+        head = dataclasses.replace(config, quantize=None)
+        settings = {name: head if name == SCORE else config for name in names}
+        replacements = {
+            name: adapt(projections[name], name=name, config=settings[name], key=one_key)
+            for name, one_key in zip(names, keys, strict=True)
+        }
+        replace_modules(model, replacements)
         return model
 
     leaves = jax.tree.leaves(variables)

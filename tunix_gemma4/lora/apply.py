@@ -11,10 +11,11 @@ from __future__ import annotations
 import qwix
 from flax import nnx
 
+from ..model.lora import LoraLinear, plain_linear
 from ..model.scan import require_single_layers
-from .adapters import LoraConfig, LoraLinear, adapted, add_adapters, describe, merge, remove_adapter
+from .adapters import LoraConfig, adapted, add_adapters, describe, merged, replace_modules
 from .peft import load_adapter, save_adapter
-from .targets import resolve, with_head
+from .targets import linears, resolve, with_head
 
 __all__ = [
     "LoraConfig",
@@ -72,8 +73,7 @@ def merge_lora(model: nnx.Module) -> nnx.Module:
     modules = adapted(model)
     if not modules:
         raise ValueError("the model has no adapters to merge; apply_lora or load_adapter adds them")
-    for module in modules.values():
-        merge(module)
+    replace_modules(model, {name: merged(module) for name, module in modules.items()})
     return model
 
 
@@ -83,7 +83,10 @@ def reference_model(model: nnx.Module) -> nnx.Module:
     Only where kernels are quantised does it keep adapters, and those must not have been trained.
     """
     model = nnx.clone(model)
-    for _, module in nnx.iter_modules(model):
-        if isinstance(module, LoraLinear) and not isinstance(module.kernel, qwix.QArray):
-            remove_adapter(module)
+    plain = {
+        name: plain_linear(module, module.kernel)
+        for name, module in linears(model).items()
+        if isinstance(module, LoraLinear) and not isinstance(module.kernel, qwix.QArray)
+    }
+    replace_modules(model, plain)
     return model

@@ -13,8 +13,7 @@ from tunix_gemma4.planning.flops import count_flops
 
 SIZE = 32
 COLUMNS, RANKS = (48, 16, 24), (4, None, 3)
-# Below and above the rows from which merging takes fewer operations.
-FEW, MANY = (2, 5), (2, 40)
+ROWS = (2, 40)
 
 
 def build(dtype=jnp.float32):
@@ -23,12 +22,13 @@ def build(dtype=jnp.float32):
     for index, (columns, rank) in enumerate(zip(COLUMNS, RANKS, strict=True)):
         rngs = nnx.Rngs(index)
         options = {"use_bias": False, "dtype": dtype, "param_dtype": dtype, "rngs": rngs}
-        made.append(nnx.Linear(SIZE, columns, **options))
+        linear = nnx.Linear(SIZE, columns, **options)
         if rank:
             config = LoraConfig(rank=rank, alpha=5)
-            adapt(made[-1], name=str(index), config=config, key=jax.random.key(index))
-            b = made[-1].kernel_lora_b
+            linear = adapt(linear, name=str(index), config=config, key=jax.random.key(index))
+            b = linear.kernel_lora_b
             b[...] = jax.random.normal(jax.random.key(9 + index), b.shape)
+        made.append(linear)
     return nnx.List(made)
 
 
@@ -50,10 +50,9 @@ def objective(call):
 
 
 @pytest.mark.parametrize("remat", [False, True])
-@pytest.mark.parametrize("rows", [FEW, MANY])
-def test_values_and_all_gradients_are_those_of_each_alone(rows, remat):
+def test_values_and_all_gradients_are_those_of_each_alone(remat):
     projections = build()
-    x = jax.random.normal(jax.random.key(1), (*rows, SIZE))
+    x = jax.random.normal(jax.random.key(1), (*ROWS, SIZE))
     together = lambda projections, x: project(x, *projections)  # noqa: E731
     for found, expected in zip(together(projections, x), separately(projections, x), strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
@@ -76,16 +75,13 @@ def adapters_step(projections, x):
     return jax.jit(jax.grad(jax.checkpoint(loss), argnums=(0, 1))).trace(adapters, x).jaxpr
 
 
-def test_merging_takes_fewer_operations_and_none_for_frozen_kernels():
+def test_frozen_kernels_get_no_gradient():
     projections, rows = build(), 80
     x = jnp.ones((1, rows, SIZE))
     wide = SIZE * sum(COLUMNS)
-    adapted = [(c, r) for c, r in zip(COLUMNS, RANKS, strict=True) if r]
-    narrow = sum(r * (SIZE + c) for c, r in adapted)
-    merges = sum(SIZE * c * r for c, r in adapted)
-    # Forward, once more, back to x; the adapters' gradients; the sums W + A B.
-    expected = 2 * rows * (3 * wide + 2 * narrow) + 3 * 2 * merges
-    assert count_flops(adapters_step(projections, x)) == expected
+    narrow = sum(r * (SIZE + c) for c, r in zip(COLUMNS, RANKS, strict=True) if r)
+    # Forward, once more, back to x; and the gradients of the narrow matrices.
+    assert count_flops(adapters_step(projections, x)) == 2 * rows * (3 * wide + 4 * narrow)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -96,6 +92,6 @@ def test_an_update_far_smaller_than_its_weight_is_not_rounded_away(dtype):
     p.kernel_lora_a[...] = jnp.tile(signs[:, None], RANKS[0])
     p.kernel_lora_b[...] = jnp.full_like(p.kernel_lora_b[...], 2**-13)
     # The ones cancel, which leaves the update alone; 1 + 2^-13 is 1 in bfloat16.
-    (y,) = project(jnp.broadcast_to(signs, (*MANY, SIZE)).astype(dtype), p)
+    (y,) = project(jnp.broadcast_to(signs, (*ROWS, SIZE)).astype(dtype), p)
     expected = p.lora.scale * SIZE * RANKS[0] * 2**-13
     np.testing.assert_allclose(y.astype(jnp.float32), expected, rtol=1e-2)
