@@ -23,9 +23,8 @@ import tunix_gemma4 as g4
 from tunix_gemma4.model.gemma4 import num_parameters
 from tunix_gemma4.plugin.optimizer import make_optimizer
 from tunix_gemma4.plugin.sft.trainer import Gemma4Trainer
-from tunix_gemma4.testing.tiny import tiny_hf_config
+from tunix_gemma4.testing.tiny import random_tensor, tensor_shapes, tiny_hf_config
 from tunix_gemma4.testing.tokenizer import VOCAB_SIZE
-from tunix_gemma4.testing.weights import random_tensor, tensor_shapes
 
 RANK, ALPHA, RATE = 8, 16.0, 1e-4
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -42,8 +42,7 @@ def make_files(directory: Path) -> None:
     from safetensors.numpy import save_file
 
     from tunix_gemma4.testing.digits import DIGIT, write_scans, write_task
-    from tunix_gemma4.testing.tiny import build_tiny_checkpoint
-    from tunix_gemma4.testing.weights import random_tensor, tensor_shapes
+    from tunix_gemma4.testing.tiny import build_tiny_checkpoint, random_tensor, tensor_shapes
 
     build_tiny_checkpoint(directory / "demo", preset="demo")
     deep = build_tiny_checkpoint(directory / "deep", preset="e2b")

@@ -14,8 +14,7 @@ from flax import nnx
 from tunix_gemma4.config import ModelConfig
 from tunix_gemma4.model.gemma4 import Gemma4ForConditionalGeneration
 from tunix_gemma4.model.layers import HasBuffers
-from tunix_gemma4.testing.tiny import tiny_config
-from tunix_gemma4.testing.weights import random_tensor
+from tunix_gemma4.testing.tiny import random_tensor, tiny_config
 
 # Flags of a process of its own with one device, as quick to compile as the tests'.
 ONE_DEVICE = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")

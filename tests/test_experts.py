@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from tunix_gemma4.model import experts
 from tunix_gemma4.model.experts import expert_mix
 from tunix_gemma4.model.layers import gelu
-from tunix_gemma4.planning.flops import count_flops
+from tunix_gemma4.planning.measure import count_flops
 
 B, T, D, F, E, TOP_K = 4, 21, 16, 8, 8, 2
 

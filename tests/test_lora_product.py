@@ -9,7 +9,7 @@ from flax import nnx
 
 from tunix_gemma4.lora.adapters import LoraConfig, adapt
 from tunix_gemma4.model.lora import project
-from tunix_gemma4.planning.flops import count_flops
+from tunix_gemma4.planning.measure import count_flops
 
 SIZE = 32
 COLUMNS, RANKS = (48, 16, 24), (4, None, 3)

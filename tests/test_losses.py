@@ -10,7 +10,7 @@ from jax.extend.core import jaxprs_in_params
 
 from tunix_gemma4 import losses
 from tunix_gemma4.model.gemma4 import Gemma4ForConditionalGeneration
-from tunix_gemma4.planning.flops import count_flops
+from tunix_gemma4.planning.measure import count_flops
 from tunix_gemma4.testing.tiny import tiny_config
 
 PRESETS = ["e2b", "26b_a4b"]

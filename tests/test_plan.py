@@ -25,9 +25,8 @@ from tunix_gemma4.lora.targets import linears, resolve
 from tunix_gemma4.model.gemma4 import abstract_model
 from tunix_gemma4.planning import plan as planner
 from tunix_gemma4.planning.command import load_settings
-from tunix_gemma4.planning.flops import count_flops
 from tunix_gemma4.planning.hardware import hardware
-from tunix_gemma4.planning.measure import _asked, bits
+from tunix_gemma4.planning.measure import _asked, bits, count_flops
 from tunix_gemma4.planning.programs import Shapes, resident_of
 from tunix_gemma4.planning.search import largest
 from tunix_gemma4.recipes import common, sft

@@ -9,8 +9,7 @@ from small_models import random_model
 
 from tunix_gemma4.checkpoint import names as weights
 from tunix_gemma4.model.gemma4 import abstract_model
-from tunix_gemma4.testing.tiny import tiny_config, tiny_hf_config
-from tunix_gemma4.testing.weights import tensor_shapes
+from tunix_gemma4.testing.tiny import tensor_shapes, tiny_config, tiny_hf_config
 
 PRESETS = ("e2b", "e4b", "12b", "26b_a4b", "31b", "demo")
 LAYER = ("language_model", "layers", 3)

@@ -12,7 +12,8 @@ def is_installed(module: str) -> bool:
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is not None:
         return spec is not None
-    return any(Path(place).parent != Path.cwd() for place in spec.submodule_search_locations)
+    places = spec.submodule_search_locations or ()
+    return any(Path(place).parent != Path.cwd() for place in places)
 
 
 def require_extra(module: str, extra: str, use: str) -> None:

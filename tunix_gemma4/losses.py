@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -180,7 +180,6 @@ def _chunked(model, hidden, targets, temperature, *, with_entropy, suppressed=()
     return scored(table, jnp.asarray(temperature, jnp.float32), hidden, targets)
 
 
-def _array(cotangent: jax.Array | SymbolicZero) -> jax.Array:
-    if isinstance(cotangent, SymbolicZero):
-        return jnp.zeros(cotangent.shape, cotangent.dtype)
-    return cotangent
+def _array(cotangent: Any) -> jax.Array:
+    shape, dtype = cotangent.shape, cotangent.dtype
+    return jnp.zeros(shape, dtype) if isinstance(cotangent, SymbolicZero) else cotangent

@@ -12,17 +12,20 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from absl import logging
 from flax import nnx
+from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 with warnings.catch_warnings():
     # Deprecated, but the only public name of the mesh that `with mesh:` sets and Tunix reads.
     warnings.simplefilter("ignore", DeprecationWarning)
     from jax.interpreters.pxla import thread_resources as _thread_resources
+
+Made = TypeVar("Made")
 
 _MESH_AXIS = {
     "batch": "fsdp",
@@ -102,8 +105,8 @@ def _fitting_axis(axis: str | tuple[str, ...] | None, size: int, mesh: Any) -> A
     if names and size % math.prod(mesh.shape[name] for name in names) == 0:
         return names[0] if len(names) == 1 else names
     parts = {name: mesh.shape[name] for name in names if size % mesh.shape[name] == 0}
-    best = max(parts, key=parts.get, default=None)
-    return best if parts.get(best, 1) > 1 else None
+    best = max(parts, key=parts.__getitem__, default=None)
+    return best if best is not None and parts[best] > 1 else None
 
 
 def is_variable(leaf: Any) -> bool:
@@ -198,7 +201,7 @@ def shard_model(model: nnx.Module, mesh: Mesh) -> nnx.Module:
     return model
 
 
-def eval_shape(function: Callable[..., nnx.Module], *args: Any) -> nnx.Module:
+def eval_shape(function: Callable[..., Made], *args: Any) -> Made:
     """`nnx.eval_shape`, whatever mesh is set.
 
     Under `jax.set_mesh` flax would give each shape the sharding that its metadata names, and fail
@@ -223,7 +226,7 @@ def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
 
 def _constrain(x: jax.Array, axes: tuple) -> jax.Array:
     mesh = active_mesh()
-    if mesh is None or not isinstance(x, jax.core.Tracer):
+    if mesh is None or not isinstance(x, Tracer):
         return x
     spec = _fitting_spec(axes, x.shape, mesh)
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))

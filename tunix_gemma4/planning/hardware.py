@@ -9,6 +9,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.experimental import topologies
@@ -36,8 +37,8 @@ class Hardware:
     capacity: int | None
     flops: float | None
 
-    def devices(self) -> Sequence[jax.Device]:
-        """The compiler's, on which nothing can be run; for "cpu" this process's own.
+    def devices(self) -> Sequence[Any]:
+        """The compiler's `jax.Device`s, on which nothing runs; for "cpu" this process's own.
 
         Raises:
             ValueError: for a compiler that is not installed, a shape that it refuses, or more CPU
@@ -50,7 +51,7 @@ class Hardware:
         return _gpus(self.name.split(":")[0], self.chips)
 
     @property
-    def compiler_options(self) -> dict[str, object] | None:
+    def compiler_options(self) -> dict[str, Any] | None:
         """Triton's matrix products are chosen by timing them, which takes a GPU."""
         if self.platform != "cuda":
             return None
@@ -95,10 +96,9 @@ def hardware(topology: str) -> Hardware:
         ValueError: for a name that is not known.
     """
     match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", topology.strip())
-    kind = match and match[1]
-    if kind not in {*_TPUS, *_GPUS, "cpu"}:
+    if match is None or match[1] not in {*_TPUS, *_GPUS, "cpu"}:
         raise ValueError(f"topology: expected one such as {_KNOWN}, found {topology!r}")
-    count = math.prod(int(size) for size in match[2].split("x"))
+    kind, count = match[1], math.prod(int(size) for size in match[2].split("x"))
     if not count:
         raise ValueError(f"topology: expected at least one chip, found {topology!r}")
     if kind == "cpu":
@@ -108,7 +108,7 @@ def hardware(topology: str) -> Hardware:
     return Hardware(topology, "cuda", count, _GPUS[kind].memory, _GPUS[kind].flops)
 
 
-def _cpus(count: int) -> Sequence[jax.Device]:
+def _cpus(count: int) -> Sequence[Any]:
     # Fails once a backend is up; then there are as many as there are.
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", count)
@@ -121,7 +121,7 @@ def _cpus(count: int) -> Sequence[jax.Device]:
     return devices[:count]
 
 
-def _tpus(topology: str) -> Sequence[jax.Device]:
+def _tpus(topology: str) -> Sequence[Any]:
     require_extra("libtpu", "aot", "topology: the compiler of a TPU")
     # The compiler would else look for the TPU's own machine, and warn.
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
@@ -134,7 +134,7 @@ def _tpus(topology: str) -> Sequence[jax.Device]:
         raise ValueError(f"topology: the TPU compiler refuses {topology!r}: {error}") from error
 
 
-def _gpus(kind: str, count: int) -> Sequence[jax.Device]:
+def _gpus(kind: str, count: int) -> Sequence[Any]:
     require_extra("jax_cuda12_plugin", "aot-gpu", "topology: the compiler of a GPU")
     options = {"topology": f"1x1x{count}", "target_config": _target(kind, _GPUS[kind])}
     try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles a traced program for given chips and says what it takes."""
+"""Compiles a traced program for given chips and says what it takes: memory, operations, time."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend import core
 
-from .flops import count_flops
 from .hardware import GIB, Hardware
 
 # Of the whole program, and of its temporaries where they alone are more than there is.
@@ -69,7 +69,7 @@ def measure(
         if asked is None:
             raise
         return Usage(0, 0, 0, 0, 0, asked, flops, time.monotonic() - start)
-    memory = compiled.memory_analysis()
+    memory: Any = compiled.memory_analysis()
     return Usage(
         arguments=memory.argument_size_in_bytes,
         outputs=memory.output_size_in_bytes,
@@ -106,3 +106,63 @@ def bytes_per_chip(tree: Any) -> int:
         math.ceil(math.prod(leaf.sharding.shard_shape(leaf.shape)) * bits(leaf.dtype) / 8)
         for leaf in jax.tree.leaves(tree)
     )
+
+
+def count_flops(jaxpr: core.ClosedJaxpr, *, while_trips: int = 1) -> float:
+    """Floating-point operations of the matrix products of `jaxpr`, over all devices.
+
+    A compiler's `cost_analysis()` counts the body of a loop once; here it counts as often as it
+    runs. What else a model computes is small beside its products. A multiplication and an addition
+    are two operations. Of branches the dearest counts. A `shard_map` counts on every device of its
+    mesh, a Pallas kernel in every cell of its grid unless it says itself how much it does.
+
+    Args:
+        jaxpr: as `jax.jit(f).trace(...).jaxpr` gives it.
+        while_trips: how often a `while_loop` is taken to run, which a jaxpr does not tell, unless
+            its metadata say so (`set_xla_metadata(trip_count=...)`).
+    """
+    return _of_jaxpr(jaxpr, while_trips)
+
+
+def _of_equation(equation: core.JaxprEqn, trips: int) -> float:
+    name, parameters = equation.primitive.name, equation.params
+    if name in ("dot_general", "conv_general_dilated"):
+        return _of_product(equation)
+    if name == "cond":
+        return max(_of_jaxpr(branch, trips) for branch in parameters["branches"])
+    times = 1
+    if name == "scan":
+        times = parameters["length"]
+    elif name == "while":
+        # `set_xla_metadata` may say what the jaxpr does not.
+        times = int((equation.ctx.xla_metadata or {}).get("trip_count", trips))
+    elif name == "shard_map":
+        times = math.prod(parameters["mesh"].shape.values())
+    elif name == "pallas_call":
+        if estimate := parameters.get("cost_estimate"):
+            return float(estimate.flops)
+        times = math.prod(parameters["grid_mapping"].grid)
+    inner = filter(_is_jaxpr, jax.tree.leaves(parameters, is_leaf=_is_jaxpr))
+    return times * sum(_of_jaxpr(program, trips) for program in inner)
+
+
+def _of_jaxpr(jaxpr: Any, trips: int) -> float:
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)  # Closed or not.
+    return sum(_of_equation(equation, trips) for equation in jaxpr.eqns)
+
+
+def _is_jaxpr(value: Any) -> bool:
+    return hasattr(getattr(value, "jaxpr", value), "eqns")
+
+
+def _of_product(equation: core.JaxprEqn) -> float:
+    """Of every number of the result, the pairs of numbers that meet in it."""
+    variables: list[Any] = [*equation.invars[:2], equation.outvars[0]]
+    left, right, out = (variable.aval for variable in variables)
+    numbers = equation.params["dimension_numbers"]
+    if equation.primitive.name == "dot_general":
+        (contracted, _), _ = numbers
+        depth = math.prod(left.shape[axis] for axis in contracted)
+    else:
+        depth = right.size / right.shape[numbers.rhs_spec[0]]
+    return 2.0 * out.size * depth

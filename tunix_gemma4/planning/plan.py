@@ -14,8 +14,6 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from ..config import ModelConfig
 from ..data.images import soft_tokens_of
 from ..data.processor import image_slots
@@ -123,7 +121,7 @@ class Plan:
         return "\n".join(lines)
 
     def _verdict(self) -> str:
-        if self.fits is None:
+        if self.hardware.capacity is None:
             return ""
         return f"{'fits' if self.fits else 'does not fit'} in {self.hardware.capacity / GB:.2f}"
 
@@ -197,7 +195,7 @@ def plan(
     )
 
 
-def _sampler(config: GrpoRunConfig, shapes: Shapes, devices: Sequence[jax.Device]) -> Shapes | None:
+def _sampler(config: GrpoRunConfig, shapes: Shapes, devices: Sequence[Any]) -> Shapes | None:
     """Makes the arrays of sampling on other chips, where it has its own."""
     if config.rollout_mesh is None:
         return None
@@ -242,6 +240,6 @@ def images_of(config: RunConfig | GrpoRunConfig, model_config: ModelConfig) -> i
     if not model_config.has_vision:
         return 0
     if isinstance(config, GrpoRunConfig):
-        room = config.data.max_prompt_length // (config.data.max_soft_tokens + 2)
-        return image_slots(max(1, room))
+        budget = soft_tokens_of(config.model, config.data.max_soft_tokens)
+        return image_slots(max(1, config.data.max_prompt_length // (budget + 2)))
     return max(config.data.image_buckets, default=0)

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 from ..settings.common import TrainSettings
 from ..settings.grpo import GrpoRunConfig
 from ..settings.sft import RunConfig
 from .plan import GB, Plan, plan
+
+Run = TypeVar("Run", bound=TrainSettings)
 
 # Lengths are sought in steps of a block of queries.
 LENGTH_UNIT = 256
@@ -128,26 +130,18 @@ class Search:
         """As few rows in a forward pass as the mesh allows, and as many in a step as before."""
         config = self._config
         if isinstance(config, GrpoRunConfig):
-            sizes = [size for size in self._micro_sizes() if size < config.micro]
+            sizes = [size for size in _micro_sizes(config) if size < config.micro]
             return {"train_micro_batch_size": sizes[0]} if sizes else {}
         times = config.batch_size // config.mesh.fsdp
         steps = config.gradient_accumulation_steps * times
         rows = {"batch_size": config.mesh.fsdp, "gradient_accumulation_steps": steps}
         return rows if times > 1 else {}
 
-    def _micro_sizes(self) -> list[int]:
-        """Prompts that a forward pass of training may have."""
-        config = self._config
-        return [
-            size
-            for size in range(1, config.mini + 1)
-            if config.mini % size == 0 and size * config.num_generations % config.mesh.fsdp == 0
-        ]
-
     def longest(self, capacity: int) -> tuple[str, int | None]:
         """The setting of the length, and its largest value that fits."""
-        name, start = "max_completion_length", getattr(self._config, "max_completion_length", None)
-        if isinstance(self._config, RunConfig):
+        if isinstance(self._config, GrpoRunConfig):
+            name, start = "max_completion_length", self._config.max_completion_length
+        else:
             name, start = "data.max_length", self._config.data.max_length
         return name, largest(
             lambda length: self.try_settings({name: length}).total,
@@ -161,10 +155,9 @@ class Search:
         """The setting of the rows of a forward pass of training, and its largest that fits."""
         if isinstance(self._config, GrpoRunConfig):
             name = "train_micro_batch_size"
-            for size in reversed(self._micro_sizes()):
-                if self.try_settings({name: size}).total <= capacity:
-                    return name, size
-            return name, None
+            sizes = reversed(_micro_sizes(self._config))
+            fits = (s for s in sizes if self.try_settings({name: s}).total <= capacity)
+            return name, next(fits, None)
         return "batch_size", largest(
             lambda rows: self.try_settings({"batch_size": rows}).total,
             capacity,
@@ -174,7 +167,16 @@ class Search:
         )
 
 
-def _changed(config: TrainSettings, settings: dict[str, Any]) -> TrainSettings:
+def _micro_sizes(config: GrpoRunConfig) -> list[int]:
+    """Prompts that a forward pass of training may have."""
+    return [
+        size
+        for size in range(1, config.mini + 1)
+        if config.mini % size == 0 and size * config.num_generations % config.mesh.fsdp == 0
+    ]
+
+
+def _changed(config: Run, settings: dict[str, Any]) -> Run:
     for name, value in settings.items():
         section, _, key = name.rpartition(".")
         if section:

@@ -7,6 +7,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -64,7 +65,7 @@ def write_scans(directory: Path) -> tuple[list[Path], list[int]]:
     """
     from sklearn.datasets import load_digits
 
-    scans = load_digits()
+    scans: Any = load_digits()
     folder = directory / "scans"
     folder.mkdir(parents=True)
     order = np.random.default_rng(0).permutation(len(scans.images))

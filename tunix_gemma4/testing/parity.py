@@ -19,17 +19,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from PIL import Image
 
 from ..checkpoint import load_checkpoint
 from ..config import ModelConfig
-from ..data.processor import Batch
+from ..data.processor import Batch, Processor
 from ..data.tokenizer_files import NO_CODE
+from ..model.gemma4 import Gemma4ForConditionalGeneration
 from ..model.masks import Visibility
-from .parity_inputs import make_inputs
 
 RELATIVE = 1e-4  # Of a row's largest value.
 _LAST = 64  # Logits are compared at the last tokens: over the whole text they fill the memory.
 _CHUNK = 1 << 24
+# The smallest budget: enough for every operation of the tower.
+_SOFT_TOKENS = 70
+_SENTENCE = "The quick brown fox jumps over 13 lazy dogs, and nobody asks why. "
+_PICTURES = ((40, 64), (96, 31))
 
 # Receives a row's name and its values at real tokens, float32 [tokens, features].
 Sink = Callable[[str, np.ndarray], None]
@@ -131,6 +136,104 @@ def compare(
             f"{directory}: transformers' model of {reference} has what this one lacks: {missing}"
         )
     return rows
+
+
+# ---- What both are fed: text past the window, and pictures.
+
+
+def make_inputs(
+    directory: Path, config: ModelConfig, *, length: int | None, seed: int
+) -> tuple[dict[str, Batch], str]:
+    """Batches by case, "text" and where `config` has vision "image", left-padded.
+
+    Each holds a long row and a short one. The long row of text exceeds the sliding window.
+
+    Args:
+        directory: whose tokenizer and chat template make the tokens; without them they are random.
+        config: of the model.
+        length: tokens of the long row of text, about; None: past the window.
+        seed: of random tokens and pixels.
+
+    Returns:
+        The batches, and a sentence that says how they were made.
+    """
+    length = length or config.sliding_window + 32
+    random = np.random.default_rng(seed)
+    try:
+        processor = Processor.from_pretrained(directory, _SOFT_TOKENS)
+        batches = _from_processor(processor, config, length=length, random=random)
+    except ValueError as error:
+        return _random(config, length=length, random=random), f"random ids, because {error}"
+    return batches, "the directory's own tokenizer and chat template"
+
+
+def _user(*parts) -> list[dict]:
+    kinds = [
+        {"type": "text", "text": part}
+        if isinstance(part, str)
+        else {"type": "image", "image": part}
+        for part in parts
+    ]
+    return [{"role": "user", "content": kinds}]
+
+
+def _from_processor(
+    processor: Processor, config: ModelConfig, *, length: int, random: np.random.Generator
+) -> dict[str, Batch]:
+    def tokens_of(repeats: int) -> int:
+        example = processor.encode(_user(_SENTENCE * repeats), add_generation_prompt=True)
+        return len(example.tokens)
+
+    per_sentence = tokens_of(2) - tokens_of(1)
+    repeats = max(1, -(-(length - tokens_of(1)) // per_sentence) + 1)
+    prompts = [_user(_SENTENCE * repeats), _user("Why?")]
+    batches = {"text": processor(prompts, add_generation_prompt=True)}
+    if config.has_vision:
+        pictures = [
+            Image.fromarray(random.integers(0, 256, (*shape, 3), dtype=np.uint8))
+            for shape in _PICTURES
+        ]
+        prompts = [_user(pictures[0], "Or", pictures[1], "Which?"), _user("Neither.")]
+        batches["image"] = processor(prompts, add_generation_prompt=True)
+    return batches
+
+
+def _random(config: ModelConfig, *, length: int, random: np.random.Generator) -> dict[str, Batch]:
+    media = (config.image_token_id, config.video_token_id, config.audio_token_id)
+    bounds = (config.boi_token_id, config.eoi_token_id)
+    special = {*media, *bounds, config.pad_token_id}
+    words = np.array([word for word in range(config.vocab_size) if word not in special], np.int32)
+
+    def draw(count):
+        return [config.bos_token_id, *random.choice(words, count - 1)]
+
+    batches = {"text": _left_padded(config, [draw(length), draw(8)], None)}
+    if config.has_vision:
+        kernel = config.vision_config.pooling_kernel_size
+        grids = [(2 * kernel, 3 * kernel), (5 * kernel, kernel)]
+        row = draw(3)
+        for height, width in grids:
+            soft = [config.image_token_id] * (height * width // kernel**2)
+            row += [config.boi_token_id, *soft, config.eoi_token_id, *draw(4)[1:]]
+        images = np.zeros((2, 2, 6 * kernel**2, config.vision_config.patch_dim + 2), np.float32)
+        images[..., -2:] = -1
+        for slot, (height, width) in enumerate(grids):
+            count = height * width
+            y, x = np.mgrid[:height, :width]
+            images[0, slot, :count, :-2] = random.random((count, images.shape[-1] - 2))
+            images[0, slot, :count, -2:] = np.stack([x.ravel(), y.ravel()], axis=-1)
+        batches["image"] = _left_padded(config, [row, draw(5)], images)
+    return batches
+
+
+def _left_padded(config: ModelConfig, rows: list[list[int]], images: np.ndarray | None) -> Batch:
+    length = max(map(len, rows))
+    tokens = np.full((len(rows), length), config.pad_token_id, np.int32)
+    mask = np.zeros_like(tokens)
+    for index, row in enumerate(rows):
+        tokens[index, -len(row) :] = row
+        mask[index, -len(row) :] = 1
+    return Batch(tokens=tokens, loss_mask=np.zeros_like(mask), padding_mask=mask, images=images)
 
 
 # ---- Transformers.
@@ -267,11 +370,13 @@ def _positions(batch: Batch) -> np.ndarray:
 
 
 def _used(batch: Batch) -> np.ndarray:
-    """Which image slots hold an image, bool [B, I]."""
-    return (batch.images[..., -1] >= 0).any(axis=-1)
+    """Which image slots of a batch with images hold one, bool [B, I]."""
+    return np.any(np.asarray(batch.images)[..., -1] >= 0, axis=-1)
 
 
-def _forward(model: nnx.Module, tokens, positions, mask, images) -> dict[str, jax.Array]:
+def _forward(
+    model: Gemma4ForConditionalGeneration, tokens, positions, mask, images
+) -> dict[str, jax.Array]:
     """Activations by row; logits of the last tokens."""
     rows = {}
     if images is None:
@@ -280,7 +385,8 @@ def _forward(model: nnx.Module, tokens, positions, mask, images) -> dict[str, ja
         flat = images.reshape(-1, *images.shape[2:])
         soft, rows["valid"] = model.vision_tower(flat)
         rows |= {"vision tower": soft, "soft tokens": model.embed_vision(soft)}
-    (hidden, _), states = nnx.capture(model, nnx.Intermediate)(
+    run: Any = nnx.capture(model, nnx.Intermediate)
+    (hidden, _), states = run(
         tokens,
         positions,
         attention_mask=model.get_attention_mask(tokens, inputs_mask=mask),
@@ -296,7 +402,7 @@ def _forward(model: nnx.Module, tokens, positions, mask, images) -> dict[str, ja
     }
 
 
-def _run_ours(model: nnx.Module, batch: Batch, sink: Sink) -> None:
+def _run_ours(model: Gemma4ForConditionalGeneration, batch: Batch, sink: Sink) -> None:
     """Runs our model on `batch`, giving `sink` the same rows as transformers' in order."""
     graph, state = nnx.split(model)
     real = batch.padding_mask.astype(bool)

@@ -109,12 +109,13 @@ def write_tokenizer(directory: Path, *, empty_thought: bool) -> None:
         ],
         "model_specific_special_tokens": _NAMED,
     }
-    _write_json(directory / "tokenizer_config.json", settings)
+    write_json(directory / "tokenizer_config.json", settings)
     template = resources.files("tunix_gemma4").joinpath("presets/tiny_chat_template.jinja")
     switch = f"{{%- set empty_thought = {str(empty_thought).lower()} -%}}\n"
     text = switch + template.read_text("utf-8")
     (directory / "chat_template.jinja").write_text(text, "utf-8")
 
 
-def _write_json(path: Path, content: dict) -> None:
+def write_json(path: Path, content: dict) -> None:
+    """A file as Hugging Face's own look."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
