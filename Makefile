@@ -18,7 +18,7 @@ PIP := $(BIN)/python -m pip
 PYTEST := $(BIN)/python -m pytest $(PYTEST_ARGS)
 PACKAGING := setup.cfg pyproject.toml
 
-.PHONY: demo demo-rl test parity parity-latest parity-slow slow aot bench bench-quick tunix wheel lint format clean
+.PHONY: demo demo-rl test parity parity-latest parity-slow slow aot bench bench-quick tunix wheel docs lint format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/tunix-gemma4 demo $(DEMO_ARGS)
@@ -65,6 +65,10 @@ tunix: $(VENV)/.test
 wheel: $(VENV)/.build
 	PYTHON=$(BIN)/python .ci/wheel
 
+# The site of docs/ into site/, with the reference of the public names; a warning is an error.
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --strict --quiet
+
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -74,7 +78,7 @@ format: $(VENV)/.test
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) $(LATEST)
+	rm -rf $(VENV) $(LATEST) site
 
 $(VENV)/.made:
 	$(PYTHON) -m venv $(VENV)
@@ -97,6 +101,10 @@ $(VENV)/.parity: $(VENV)/.test
 
 $(VENV)/.aot: $(VENV)/.test
 	$(PIP) install -e ".[demo,test,aot]"
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.made $(PACKAGING)
+	$(PIP) install -e ".[docs]"
 	touch $@
 
 $(VENV)/.build: $(VENV)/.made
