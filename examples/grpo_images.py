@@ -19,7 +19,8 @@ from pathlib import Path
 
 from absl import app, flags
 
-from tunix_gemma4.recipes import GrpoRunConfig, LoraSettings, PromptConfig, grpo
+from tunix_gemma4.lora import LoraConfig
+from tunix_gemma4.recipes import GrpoRunConfig, PromptConfig, grpo
 from tunix_gemma4.testing import build_tiny_checkpoint, digits
 
 _MODEL = flags.DEFINE_string("model", None, "Checkpoint directory; None: a tiny one.")
@@ -69,7 +70,7 @@ def main(argv: list[str]) -> None:
         batch_size=_PROMPTS.value,
         max_steps=_STEPS.value,
         num_train_epochs=None,
-        lora=LoraSettings(rank=16, alpha=32, targets="all"),
+        lora=LoraConfig(rank=16, alpha=32, targets="all"),
         learning_rate=_LEARNING_RATE.value,
         log_completions=True,
     )

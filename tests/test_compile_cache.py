@@ -170,12 +170,13 @@ import jax
 from tunix_gemma4.recipes import grpo, sft
 from tunix_gemma4.settings.grpo import GrpoRunConfig, PromptConfig
 from tunix_gemma4.settings.sft import DataConfig, RunConfig
-from tunix_gemma4.settings.common import LoraSettings, MeshConfig
+from tunix_gemma4.lora import LoraConfig
+from tunix_gemma4.settings.common import MeshConfig
 
 model, folder, output = sys.argv[1:]
 shared = {
     "model": model, "max_steps": 1, "num_train_epochs": None, "text_only": True,
-    "lora": LoraSettings(rank=4), "mesh": MeshConfig(fsdp=2, tp=2), "report_to": "none",
+    "lora": LoraConfig(rank=4), "mesh": MeshConfig(fsdp=2, tp=2), "report_to": "none",
 }
 prompts = PromptConfig(path=f"{folder}/prompts.jsonl", max_prompt_length=64)
 data = DataConfig(f"{folder}/chat.jsonl", max_length=64, bucket_lengths=[64], image_buckets=[0])

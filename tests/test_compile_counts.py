@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from compiled import compiled_programs
 
+from tunix_gemma4.lora import LoraConfig
 from tunix_gemma4.recipes import grpo, sft
-from tunix_gemma4.settings.common import LoraSettings, MeshConfig
+from tunix_gemma4.settings.common import MeshConfig
 from tunix_gemma4.settings.grpo import GrpoRunConfig, PromptConfig
 from tunix_gemma4.settings.sft import DataConfig, RunConfig
 
@@ -64,7 +65,7 @@ def test_the_count_notices_a_second_compilation():
     assert programs["jit(<lambda>)"] == 2
 
 
-LORA = LoraSettings(rank=4)
+LORA = LoraConfig(rank=4)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +73,7 @@ LORA = LoraSettings(rank=4)
     [
         {},
         {"lora": LORA, "gradient_accumulation_steps": 2, "remat": "decoder"},
-        {"lora": LoraSettings(rank=4, quantize="nf4"), "mesh": SQUARE},
+        {"lora": LoraConfig(rank=4, quantize="nf4"), "mesh": SQUARE},
         {"lora": LORA, "scan_layers": True, "mesh": SQUARE},
         {"mesh": SQUARE, "scan_layers": True},
     ],

@@ -24,7 +24,7 @@ from tunix_gemma4 import LoraConfig, ModelConfig
 from tunix_gemma4.checkpoint.names import named_buffers, named_parameters
 from tunix_gemma4.model.gemma4 import abstract_model
 from tunix_gemma4.settings.grpo import GrpoRunConfig, PromptConfig
-from tunix_gemma4.settings.sft import DataConfig, LoraSettings, MeshConfig, RunConfig
+from tunix_gemma4.settings.sft import DataConfig, MeshConfig, RunConfig
 from tunix_gemma4.testing.tiny import tiny_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -150,7 +150,7 @@ def test_readme_names_every_folder_of_the_package():
     assert not [name for name in sorted(folders) if f"`{name}/`" not in readme]
 
 
-CONFIGS = [ModelConfig, LoraConfig, RunConfig, DataConfig, LoraSettings, MeshConfig]
+CONFIGS = [ModelConfig, LoraConfig, RunConfig, DataConfig, MeshConfig]
 CONFIGS += [GrpoRunConfig, PromptConfig]
 
 

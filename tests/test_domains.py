@@ -15,7 +15,6 @@ from tunix_gemma4.plugin.rl.cluster import Sizes, make_algorithm, make_rollout_c
 from tunix_gemma4.plugin.sft.trainer import Gemma4Trainer, TrainingConfig
 from tunix_gemma4.plugin.training_config import make_training_config
 from tunix_gemma4.sampling import generate
-from tunix_gemma4.settings.common import LoraSettings
 from tunix_gemma4.settings.grpo import GrpoRunConfig, load_grpo_config
 from tunix_gemma4.settings.load_config import sections
 from tunix_gemma4.settings.sft import RunConfig, load_run_config
@@ -57,7 +56,7 @@ def outside(allowed):
 def test_no_setting_of_a_recipe_takes_what_is_outside(tmp_path, recipe):
     path = tmp_path / "run.yaml"
     path.write_text(MINIMAL % (REWARDS if recipe is GrpoRunConfig else ""))
-    lora = [f"lora.{field}={value}" for field, value in vars(LoraSettings()).items() if value]
+    lora = [f"lora.{field}={value}" for field, value in vars(LoraConfig()).items() if value]
     RECIPES[recipe](path, lora)
     for key, kind in keys(recipe):
         name = key.split(".")[-1]

@@ -65,12 +65,7 @@ def test_config_fits_its_model_and_its_chips(path):
     config = read(path)
     assert config.output_dir == f"outputs/{path.stem}"
     assert config.text_only == (task == "gsm8k")
-    assert vars(config.lora) == {
-        "rank": 16,
-        "alpha": 32,
-        "targets": "language",
-        "quantize": None,
-    }
+    assert config.lora == LoraConfig(rank=16, alpha=32, targets="language")
     mesh = device_mesh(config.mesh)
     assert mesh.size == CHIPS[hardware]
     base, policy = adapted(size, config.text_only)

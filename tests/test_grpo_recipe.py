@@ -18,10 +18,10 @@ from PIL import Image
 
 from tunix_gemma4.checkpoint import load_checkpoint
 from tunix_gemma4.data.processor import Processor
-from tunix_gemma4.lora import load_adapter
+from tunix_gemma4.lora import LoraConfig, load_adapter
 from tunix_gemma4.plugin.rl.cluster import make_algorithm
 from tunix_gemma4.recipes import common, grpo
-from tunix_gemma4.settings.common import LoraSettings, MeshConfig
+from tunix_gemma4.settings.common import MeshConfig
 from tunix_gemma4.settings.grpo import LOSS_TYPES, GrpoRunConfig, PromptConfig
 
 STEPS = 5
@@ -107,7 +107,7 @@ def trained(tiny_checkpoint, data, tmp_path_factory):
     output = tmp_path_factory.mktemp("trained") / "run"
     config = settings_for(
         *(tiny_checkpoint("demo"), data, output),
-        lora=LoraSettings(rank=4, alpha=8),
+        lora=LoraConfig(rank=4, alpha=8),
         train_micro_batch_size=2,
         beta=0.02,
         scan_layers=True,
@@ -255,7 +255,7 @@ def test_reward_that_goes_wrong_stops_the_run_and_names_the_sample(settings, dat
     config = settings(
         reward_functions=[f"{tmp_path / 'bad.py'}:bad"],
         reward_weights=[2.0],
-        lora=LoraSettings(rank=2),
+        lora=LoraConfig(rank=2),
         max_completion_length=2,
     )
     with pytest.raises(RuntimeError, match=r"(?s)reward function bad.*finite.*What is 3\?"):

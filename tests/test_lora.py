@@ -13,7 +13,7 @@ import qwix
 from flax import nnx
 from small_models import draw_images, draw_tokens, forward, random_model
 
-from tunix_gemma4.lora import LoraConfig, apply_lora
+from tunix_gemma4.lora import LoraConfig, apply_lora, describe
 from tunix_gemma4.lora.adapters import LoraLinear, adapted, count_parameters
 from tunix_gemma4.lora.targets import as_regex, linears, resolve
 from tunix_gemma4.model.gemma4 import Gemma4ForConditionalGeneration
@@ -122,6 +122,26 @@ def test_a_pattern_matches_dotted_names_slashed_names_or_the_last_word(pattern, 
 )
 def test_tunix_names_mean_our_projections(preset, pattern, same_as):
     assert resolve(base(preset), pattern) == resolve(base(preset), same_as)
+
+
+@pytest.mark.parametrize(
+    "names, same_as",
+    [
+        (["q_proj", "v_proj"], "q_proj|v_proj"),
+        (["self_attn.q_proj"], r".*self_attn\.q_proj(\.linear)?"),
+        (("layers.0.mlp.up_proj", "o_proj"), r".*\.0\.mlp\.up_proj(\.linear)?|o_proj"),
+        (["attn/q_einsum", "k_proj"], r"language_model.*\.q_proj|k_proj"),
+    ],
+)
+def test_a_list_names_ends_as_in_peft(names, same_as):
+    assert resolve(base(), names) == resolve(base(), same_as)
+    assert hash(LoraConfig(targets=names)) == hash(LoraConfig(targets=tuple(names)))
+
+
+@pytest.mark.parametrize("names", [["q_proj", "proj"], ["q_pro", "q_proj"], ["language"]])
+def test_each_name_of_a_list_must_reach_something(names):
+    with pytest.raises(ValueError, match="^targets='(proj|q_pro|language)' matches no projection"):
+        resolve(base(), names)
 
 
 def test_a_pattern_that_matches_nothing_lists_what_could_match():
@@ -333,10 +353,11 @@ def test_the_same_adapters_are_drawn_on_every_mesh():
 # ---- What they cost.
 
 
-def test_trainable_and_total_parameters_are_printed(capsys):
+def test_trainable_and_total_parameters_are_told(capsys):
     model = base()
     lora = apply_lora(model, LoraConfig(rank=2, targets="q_proj", quantize="int8"))
-    printed = capsys.readouterr().out
+    assert not capsys.readouterr().out
+    printed = describe(lora)
     own = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
     trainable = sum(2 * (m.in_features + m.out_features) for m in adapted(lora).values())
     assert count_parameters(lora) == (trainable, own + trainable)
@@ -403,8 +424,14 @@ def test_a_second_apply_is_refused():
     "fields, message",
     [
         ({"rank": 0}, "rank: expected at least 1, found 0"),
-        ({"quantize": "int3"}, "quantize: expected None or one of nf4, int8, found 'int3'"),
+        (
+            {"quantize": "int3"},
+            "quantize: expected None .null. or one of nf4, int8, found",
+        ),
         ({"tile_size": 0}, "tile_size: expected at least 1, found 0"),
+        ({"targets": []}, r"targets: expected a name, .* or a list of names, found \[\]"),
+        ({"targets": ["q_proj", 3]}, r"targets: expected a name, .*, found \['q_proj', 3\]"),
+        ({"targets": None}, "targets: expected a name, .*, found None"),
     ],
 )
 def test_a_config_says_what_is_wrong_with_it(fields, message):

@@ -22,7 +22,7 @@ NAMES = {
     "recipes.prompts": "Batches PromptRows",
     "recipes.rewards": "completion_text load_reward numeric_answer read_number soft_overlong",
     "recipes.rl_config": "GrpoRunConfig PromptConfig load_grpo_config",
-    "recipes.run_config": "DataConfig RunConfig load_run_config",
+    "recipes.run_config": "DataConfig LoraSettings RunConfig load_run_config to_yaml",
     "recipes.settings": "LoraSettings MeshConfig",
     "tiny": "build_tiny_checkpoint",
 }

@@ -8,9 +8,10 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
+from tunix_gemma4 import LoraConfig
 from tunix_gemma4.recipes.common import model_config
-from tunix_gemma4.settings.load_config import sections
-from tunix_gemma4.settings.sft import RunConfig, load_run_config, to_yaml
+from tunix_gemma4.settings.load_config import sections, to_yaml
+from tunix_gemma4.settings.sft import RunConfig, load_run_config
 from tunix_gemma4.testing.tiny import tiny_hf_config
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs" / "sft").glob("*.yaml"))
@@ -35,6 +36,20 @@ def test_overrides_take_precedence_over_the_file_and_the_file_over_defaults(writ
     assert (config.learning_rate, config.batch_size) == (1e-3, 8)
     assert (config.data.max_length, config.data.max_soft_tokens) == (1024, None)
     assert (config.lora.rank, config.lora.alpha) == (8, 32.0)
+
+
+def test_targets_are_a_name_or_an_expression_or_a_list(write):
+    path = write(MINIMAL + "lora: {targets: [q_proj, v_proj], use_rslora: true}\n")
+    config = load_run_config(path, [])
+    assert config.lora == LoraConfig(targets=["q_proj", "v_proj"], use_rslora=True)
+    assert load_run_config(write(to_yaml(config))) == config
+    for given, expected in (
+        ("[k_proj]", ("k_proj",)),
+        ("q_proj|v_proj", "q_proj|v_proj"),
+        (".*q_einsum", ".*q_einsum"),
+        ("all", "all"),
+    ):
+        assert load_run_config(path, [f"lora.targets={given}"]).lora.targets == expected
 
 
 def test_null_switches_lora_off(write):
@@ -100,7 +115,10 @@ def test_unknown_key_of_the_file_names_the_file(write):
             r"at least 0, as float32 holds it, found 1e\+39, which is inf there",
         ),
         ("learning_rate=.inf", r"learning_rate: expected a finite number, at least 0, found inf"),
-        ("lora.quantize=none", r"lora\.quantize: expected one of null, nf4, int8, found 'none'"),
+        (
+            "lora.quantize=none",
+            r"lora\.quantize: expected None .* one of nf4, int8, found 'none'",
+        ),
         ("lora.targets='('", r"lora\.targets='\(': not a regular expression"),
     ],
 )

@@ -13,10 +13,10 @@ from PIL import Image
 
 from tunix_gemma4.checkpoint import load_checkpoint
 from tunix_gemma4.config import ModelConfig
-from tunix_gemma4.lora import load_adapter, merge_lora
+from tunix_gemma4.lora import LoraConfig, load_adapter, merge_lora
 from tunix_gemma4.plugin.optimizer import make_schedule
 from tunix_gemma4.recipes import common, sft
-from tunix_gemma4.settings.sft import DataConfig, LoraSettings, MeshConfig, RunConfig
+from tunix_gemma4.settings.sft import DataConfig, MeshConfig, RunConfig
 
 ROWS = 12
 
@@ -82,7 +82,7 @@ def assert_same_parameters(found, expected):
 
 
 def test_lora_run_leaves_adapter_merged_model_checkpoints_and_curves(settings, data, tmp_path):
-    config = settings(lora=LoraSettings(rank=4, alpha=8), merge=True, report_to="tensorboard")
+    config = settings(lora=LoraConfig(rank=4, alpha=8), merge=True, report_to="tensorboard")
     config.data.eval_path = str(data / "text.jsonl")
     result = sft.run(config)
     output = tmp_path / "run"
@@ -120,7 +120,7 @@ def test_full_run_trains_in_float32_and_saves_in_the_dtype_of_the_source(
 
 def test_run_prints_what_is_learnt_and_where_it_was_saved(settings, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    sft.run(settings(lora=LoraSettings(rank=4), max_steps=1))
+    sft.run(settings(lora=LoraConfig(rank=4), max_steps=1))
     printed, others = capsys.readouterr()
     assert "step/s" not in others and "it/s" not in others  # No bar of the host's.
     compiling = "Compiling the training step, once for each shape of batch: nothing more is said"
@@ -139,7 +139,7 @@ def test_finished_run_is_not_overwritten(settings, tmp_path):
 
 
 def test_broken_off_run_goes_on_by_itself(settings, tmp_path, capsys):
-    config = settings(lora=LoraSettings(rank=4))
+    config = settings(lora=LoraConfig(rank=4))
     sft.run(config)
     shutil.rmtree(tmp_path / "run" / "adapter")
     config.max_steps = 3
@@ -181,10 +181,9 @@ def test_checkpoints_are_not_overwritten_without_resuming(broken_off):
         ({"max_steps": None, "num_train_epochs": None}, "both are null"),
         ({"text_only": True}, "text_only=False"),
         (
-            {"lora": LoraSettings(targets="nothing_like_it")},
+            {"lora": LoraConfig(targets="nothing_like_it")},
             r"lora\.targets='nothing_like_it' matches",
         ),
-        ({"lora": LoraSettings(quantize="int3")}, r"^lora\.quantize: .*'int3'"),
     ],
 )
 def test_mistake_is_answered_with_a_clear_error(settings, changes, message):
@@ -267,12 +266,12 @@ def test_learning_rate_is_planned_from_what_is_trained_on(settings, tmp_path, ca
 
 
 def test_epochs_end_the_run(settings, capsys):
-    config = settings(max_steps=5, num_train_epochs=1, lora=LoraSettings(rank=4))
+    config = settings(max_steps=5, num_train_epochs=1, lora=LoraConfig(rank=4))
     assert sft.run(config).trainer.train_steps == 3
     assert "max_steps=5 is more than num_train_epochs=1 has, 3 steps," in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("lora", [None, LoraSettings(rank=4, alpha=8)], ids=["full", "lora"])
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=4, alpha=8)], ids=["full", "lora"])
 def test_scanned_layers_train_and_are_saved_as_single_ones(settings, tmp_path, lora):
     # Norms are not decayed, which stacking makes look like matrices.
     changes = {"lora": lora, "weight_decay": 0.1}

@@ -533,6 +533,29 @@ def test_settings_are_compared_one_by_one(settings, tmp_path):
         common.prepare_output(changed, ("data", "lora", "batch_size"))
 
 
+def test_what_an_earlier_version_did_not_have_was_as_it_is_by_default(settings, tmp_path):
+    (tmp_path / "run" / "checkpoints" / "1").mkdir(parents=True)
+    lora = {"rank": 4, "alpha": 8, "targets": "language", "quantize": None}
+    words = [f"lora.{key}={value}" for key, value in lora.items() if value]
+    written = dataclasses.asdict(settings(tmp_path / "run", *words)) | {"lora": lora}
+    path = tmp_path / "run" / "checkpoints" / "record.json"
+    path.write_text(json.dumps({"settings": written, "files": {}}))
+    common.prepare_output(settings(tmp_path / "run", *words), ("data", "lora"))
+    for more, said in (
+        ("lora.use_rslora=true", "lora.use_rslora was False, is True"),
+        ("lora.targets=[q_proj]", r"lora.targets was language, is \['q_proj'\]"),
+        ("data.chat_template_kwargs={a: 1}", "chat_template_kwargs was None, is {'a': 1}"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            common.prepare_output(settings(tmp_path / "run", *words, more), ("data", "lora"))
+    # What it knew and this one does not.
+    path.write_text(
+        json.dumps({"settings": written | {"lora": lora | {"dora": True}}, "files": {}})
+    )
+    with pytest.raises(ValueError, match=r"lora\.dora was True, is None"):
+        common.prepare_output(settings(tmp_path / "run", *words), ("data", "lora"))
+
+
 def test_same_place_spelt_another_way_is_the_same(settings, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "base").mkdir()

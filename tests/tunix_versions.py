@@ -78,8 +78,9 @@ def measure(output):
 
 
 def sft_losses(model, data, output):
+    from tunix_gemma4.lora import LoraConfig
     from tunix_gemma4.recipes import sft
-    from tunix_gemma4.settings.sft import DataConfig, LoraSettings, RunConfig
+    from tunix_gemma4.settings.sft import DataConfig, RunConfig
 
     config = RunConfig(
         model=str(model),
@@ -87,7 +88,7 @@ def sft_losses(model, data, output):
         data=DataConfig(
             path=str(data.train), max_length=96, bucket_lengths=[96], image_buckets=[1]
         ),
-        lora=LoraSettings(rank=4, alpha=8),
+        lora=LoraConfig(rank=4, alpha=8),
         batch_size=4,
         gradient_accumulation_steps=2,
         max_steps=STEPS,
@@ -97,15 +98,15 @@ def sft_losses(model, data, output):
 
 
 def grpo_losses(model, data, output):
+    from tunix_gemma4.lora import LoraConfig
     from tunix_gemma4.recipes import grpo
-    from tunix_gemma4.settings.common import LoraSettings
     from tunix_gemma4.settings.grpo import GrpoRunConfig, PromptConfig
 
     config = GrpoRunConfig(
         model=str(model),
         output_dir=str(output),
         data=PromptConfig(path=str(data.train), max_prompt_length=96),
-        lora=LoraSettings(rank=4, alpha=8),
+        lora=LoraConfig(rank=4, alpha=8),
         reward_functions=[f"{Path(__file__).resolve()}:early_letters"],
         num_generations=4,
         max_completion_length=6,

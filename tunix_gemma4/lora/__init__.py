@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adapters: what carries one, how they are added, saved and loaded."""
 
-from .adapters import LoraConfig
+from .adapters import LoraConfig, describe
 from .apply import apply_lora, merge_lora, reference_model
 from .peft import load_adapter, save_adapter
 
 __all__ = [
     "LoraConfig",
     "apply_lora",
+    "describe",
     "load_adapter",
     "merge_lora",
     "reference_model",

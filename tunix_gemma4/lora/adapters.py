@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ from ..checkpoint.names import SCORE
 from ..config.domains import require_fields
 from ..model.lora import LoraLinear, plain_linear, unboxed
 from ..sharding import eval_shape, is_variable, param_shardings, spread
-from .targets import grouped, linears
+from .targets import check_targets, grouped, linears
 
 QTYPES = ("nf4", "int8")
 TILE_SIZES = (64, 32, 16)
@@ -42,7 +42,8 @@ class LoraConfig:
     Attributes:
         rank: columns of A and rows of B.
         alpha: the update is scaled by alpha / rank, as in PEFT.
-        targets: "language", "vision", "all", or a regular expression over module names.
+        targets: "language", "vision", "all", a regular expression over module names, or a list of
+            such names or their ends, as PEFT's `target_modules`.
         quantize: "nf4" or "int8" stores the kernels of the targeted projections, and only theirs,
             in 4 or 8 bits; None leaves them as they are.
         tile_size: input features that share one float32 quantisation scale; None takes the
@@ -52,8 +53,8 @@ class LoraConfig:
 
     rank: int = 16
     alpha: float = 32
-    targets: str = "language"
-    quantize: Literal["nf4", "int8"] | None = None
+    targets: Any = "language"  # str | Sequence[str]
+    quantize: str | None = None
     tile_size: int | None = None
     use_rslora: bool = False
 
@@ -61,8 +62,12 @@ class LoraConfig:
         require_fields(self)
         if self.quantize not in (None, *QTYPES):
             raise ValueError(
-                f"quantize: expected None or one of {', '.join(QTYPES)}, found {self.quantize!r}"
+                f"quantize: expected None (null) or one of {', '.join(QTYPES)}, found "
+                f"{self.quantize!r}"
             )
+        check_targets(self.targets)
+        if isinstance(self.targets, list):  # It must be hashable.
+            object.__setattr__(self, "targets", tuple(self.targets))
 
     @property
     def scale(self) -> float:

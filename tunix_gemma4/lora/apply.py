@@ -9,6 +9,7 @@ model = merge_lora(model)
 from __future__ import annotations
 
 import qwix
+from absl import logging
 from flax import nnx
 
 from ..model.lora import LoraLinear, plain_linear
@@ -31,7 +32,7 @@ __all__ = [
 def apply_lora(
     model: nnx.Module, config: LoraConfig | None = None, *, rngs: nnx.Rngs | None = None
 ) -> nnx.Module:
-    """Adds adapters and prints where, and how many parameters train.
+    """Adds adapters and logs where, and how many parameters train; see `describe`.
 
     A starts random and B zero, so the model computes what it did (or what its quantised kernels
     do). Layers that reuse another layer's K/V have no `k_proj` and `v_proj`, and layers whose keys
@@ -54,7 +55,7 @@ def apply_lora(
     config = config or LoraConfig()
     names = with_head(model, resolve(model, config.targets))
     model = add_adapters(model, names, config, rngs or nnx.Rngs(0))
-    print(describe(model))
+    logging.info("%s", describe(model))
     return model
 
 

@@ -203,7 +203,7 @@ def load_adapter(model: nnx.Module, directory: str | Path) -> nnx.Module:
     else:
         config = dataclasses.replace(config, targets=as_regex(names))
         model = add_adapters(model, names, config, nnx.Rngs(0))
-        print(describe(model))
+        logging.info("%s", describe(model))
     spoilt = []
     for name, module in adapted(model).items():
         for side, variable in _matrices(module).items():

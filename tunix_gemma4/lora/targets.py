@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import collections
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from flax import nnx
@@ -50,21 +50,22 @@ def natural_key(name: str) -> list[tuple[bool, int, str]]:
     ]
 
 
-def resolve(model: nnx.Module, targets: str) -> list[str]:
+def resolve(model: nnx.Module, targets: str | Sequence[str]) -> list[str]:
     """Names of the projections that `targets` means.
 
     A regular expression has to match all of a name: the dotted one (`language_model.layers.0.
     self_attn.q_proj`, with or without HF's leading `model.`), the same with slashes, or its last
     word alone (`q_proj`; for vision too, where the name ends in `.linear`). One that contains
-    `einsum` is read as Tunix's and matches Tunix's names of the text decoder.
+    `einsum` is read as Tunix's and matches Tunix's names of the text decoder. Of a list each entry
+    is the end of a name, as in PEFT.
 
     Raises:
         ValueError: for a pattern that is invalid or reaches experts, and for one of which any
-            alternative reaches nothing.
+            alternative, or entry, reaches nothing.
     """
     require_single_layers(model)
     names = list(linears(model))
-    if targets in _PRESETS:
+    if isinstance(targets, str) and targets in _PRESETS:
         found = [name for name in names if re.fullmatch(_PRESETS[targets], name)]
         if not found:
             raise ValueError(
@@ -72,20 +73,35 @@ def resolve(model: nnx.Module, targets: str) -> list[str]:
                 f"vision (text_only=True, or a config that has none).\n{_what_could_match(names)}"
             )
         return found
-    pattern = check_targets(targets)
-    _refuse_experts(model, targets, pattern)
-    spell = _tunix_names if is_tunix_pattern(targets) else _own_names
-    spellings = {name: spell(name, names) for name in names}
-    require_reached(f"targets={targets!r}", targets, spellings)
-    return [name for name in names if any(map(pattern.fullmatch, spellings[name]))]
+    reached: set[str] = set()
+    for entry, pattern in check_targets(targets).items():
+        _refuse_experts(model, entry, pattern)
+        spell = _tunix_names if is_tunix_pattern(entry) else _own_names
+        spellings = {name: spell(name, names) for name in names}
+        require_reached(f"targets={entry!r}", pattern.pattern, spellings)
+        reached |= {name for name in names if any(map(pattern.fullmatch, spellings[name]))}
+    return [name for name in names if name in reached]
 
 
-def check_targets(targets: str, name: str = "targets") -> re.Pattern:
-    """Of what can be said without a model: raises ValueError for what is no regular expression."""
-    try:
-        return re.compile(targets)
-    except re.error as error:
-        raise ValueError(f"{name}={targets!r}: not a regular expression ({error})") from error
+def check_targets(targets: str | Sequence[str]) -> dict[str, re.Pattern]:
+    """Each entry of `targets`, and what it matches.
+
+    Raises:
+        ValueError: for what is no regular expression and no list of names.
+    """
+    if isinstance(targets, str):
+        try:
+            return {targets: re.compile(targets)}
+        except re.error as error:
+            raise ValueError(f"targets={targets!r}: not a regular expression ({error})") from error
+    entries = list(targets) if isinstance(targets, list | tuple) else []
+    if not entries or not all(isinstance(entry, str) and entry for entry in entries):
+        raise ValueError(
+            f"targets: expected a name, a regular expression or a list of names, found {targets!r}"
+        )
+    # Projections of the vision tower have one more word in their names.
+    ends = {entry: rf"(?:.*[./])?{re.escape(entry)}(?:\.linear)?" for entry in entries}
+    return {entry: re.compile(end) for entry, end in ends.items()}
 
 
 def is_tunix_pattern(pattern: str) -> bool:

@@ -7,14 +7,13 @@ missing.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import io
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -116,8 +115,7 @@ class Shapes:
             made.append(result)
             return modules
 
-        with contextlib.redirect_stdout(io.StringIO()):
-            modules = eval_shape(build)  # Recipes tell of their model, and plans try many.
+        modules = eval_shape(build)
         for module in modules:
             nnx.update(module, shapes_on(nnx.state(module), self.mesh))
         return made[0], modules
@@ -173,7 +171,9 @@ def _sft_trainer(config: RunConfig, shapes: Shapes) -> tuple[Gemma4Trainer, tupl
     )
 
     def make(base: nnx.Module) -> tuple[Gemma4Trainer, tuple[nnx.Module, nnx.Module]]:
-        trainer = Gemma4Trainer(sft.prepare_model(config, base), _optimizer(config), training)
+        trainer = Gemma4Trainer(
+            sft.prepare_model(config, base, logging.debug), _optimizer(config), training
+        )
         return trainer, (trainer.model, trainer.optimizer)
 
     return shapes.build(make)
@@ -246,7 +246,7 @@ def _grpo_trainer(config: GrpoRunConfig, shapes: Shapes) -> tuple[Any, tuple]:
     algorithm.temperature = config.temperature
 
     def make(base: nnx.Module) -> tuple[Any, tuple[nnx.Module, ...]]:
-        policy, reference = grpo.prepare_models(config, base)
+        policy, reference = grpo.prepare_models(config, base, logging.debug)
         trainer = rl_step.make_trainer(
             policy,
             _optimizer(config),
@@ -295,7 +295,9 @@ def grpo_programs(
         found.append(_logps(config, shapes, model, resident, images, suppressed))
     if sampler is not None:
         # It has a copy of the policy, and nothing else.
-        _, (model,) = sampler.build(lambda base: (None, (grpo.prepare_models(config, base)[0],)))
+        _, (model,) = sampler.build(
+            lambda base: (None, (grpo.prepare_models(config, base, logging.debug)[0],))
+        )
         shapes, resident = sampler, _resident(model)
     found.append(_rollout(config, shapes, model, resident, images))
     return found

@@ -10,7 +10,6 @@ __path__.append(str(Path(__file__).parents[1] / "_renamed" / "recipes"))
 _HOME = {
     "DataConfig": "..settings.sft",
     "GrpoRunConfig": "..settings.grpo",
-    "LoraSettings": "..settings.common",
     "MeshConfig": "..settings.common",
     "PromptConfig": "..settings.grpo",
     "RewardError": "..plugin.rl.rewards",

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from ..checkpoint import load_checkpoint, save_checkpoint
 from ..config import ModelConfig
 from ..data.processor import Processor
 from ..extras import is_installed
-from ..lora import LoraConfig, apply_lora, merge_lora, save_adapter
+from ..lora import apply_lora, describe, merge_lora, save_adapter
 from ..model.gemma4 import num_parameters
 from ..model.scan import stack_layers, unstack_layers
 from ..plugin.optimizer import make_optimizer, make_schedule
@@ -179,20 +179,28 @@ def load_base(config: TrainSettings, mesh: Mesh | None) -> nnx.Module:
     return load_checkpoint(config.model, mesh, config.text_only, config=settled)
 
 
-def add_lora(config: TrainSettings, model: nnx.Module) -> nnx.Module:
-    """The model with adapters, sharing its arrays."""
+def trainable(
+    config: TrainSettings, model: nnx.Module, log: Callable[[str], None] | None = None
+) -> nnx.Module:
+    """The model with adapters, sharing its arrays; or, to train all of it, in place in float32.
+
+    Args:
+        config: the settings.
+        model: the checkpoint's.
+        log: called with what is trained; `say` if None.
+    """
+    log = log or say
+    if config.lora is None:  # bfloat16 would lose small updates.
+        log(f"Trainable parameters: {num_parameters(model):,}, all of them, in float32")
+        return cast(model, jnp.float32)
     try:
-        return apply_lora(model, LoraConfig(**vars(config.lora)), rngs=nnx.Rngs(config.seed))
+        model = apply_lora(model, config.lora, rngs=nnx.Rngs(config.seed))
     except ValueError as error:
         if str(error).startswith(tuple(vars(config.lora))):
             raise ValueError(f"lora.{error}") from error
         raise
-
-
-def in_float32(model: nnx.Module) -> nnx.Module:
-    """The model, in place, for training all of it: bfloat16 would lose small updates."""
-    say(f"Trainable parameters: {num_parameters(model):,}, all of them, in float32")
-    return cast(model, jnp.float32)
+    log(describe(model))
+    return model
 
 
 def cast(model: nnx.Module, dtype: Any) -> nnx.Module:

@@ -355,17 +355,19 @@ def say_of_end(config: GrpoRunConfig, num_rows: int, steps: int) -> None:
 # ---- Model and algorithm.
 
 
-def prepare_models(config: GrpoRunConfig, base: nnx.Module) -> tuple[nnx.Module, nnx.Module | None]:
+def prepare_models(
+    config: GrpoRunConfig, base: nnx.Module, log: Callable[[str], None] | None = None
+) -> tuple[nnx.Module, nnx.Module | None]:
     """The policy, and for the KL penalty the model it starts from: the checkpoint's, `base`.
 
     With adapters the reference is the base, quantised if the policy's is, and the two share its
     arrays. Without, it keeps the checkpoint's own dtype, and the policy is its copy in float32.
     """
     if config.lora is None:
-        policy = common.in_float32(nnx.clone(base) if config.beta else base)
+        policy = common.trainable(config, nnx.clone(base) if config.beta else base, log)
         reference = common.stacked(config, base) if config.beta else None
         return common.stacked(config, policy), reference
-    policy = common.add_lora(config, base)
+    policy = common.trainable(config, base, log)
     # Stacking makes a copy of each parameter and lets go of the original.
     del base
     policy = common.stacked(config, policy)

@@ -17,13 +17,12 @@ from typing import Any
 import jax
 import yaml
 from absl import logging
-from omegaconf import OmegaConf
 
 from ..checkpoint.disk import sha256, write_text
 from ..plugin.checkpoints import UnusableError
 from ..plugin.training_config import CHECKPOINTS
 from ..settings.common import TrainSettings
-from ..settings.load_config import read_yaml, to_yaml
+from ..settings.load_config import read_yaml, sections, to_yaml
 
 SETTINGS = "run_config.yaml"
 _NAME = "record.json"
@@ -184,8 +183,8 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def plain(config: TrainSettings) -> dict[str, Any]:
-    """The settings as dicts, lists and scalars."""
-    return dataclasses.asdict(config)
+    """The settings as dicts, lists and scalars, as the record holds them."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def write_settings(output: Path, config: TrainSettings) -> None:
@@ -231,23 +230,28 @@ def differences(
     earlier: Mapping[str, Any], config: TrainSettings, names: Sequence[str]
 ) -> dict[str, str]:
     """What of the settings `names` was another, by dotted name: what it was and what it is."""
-    now, usual = plain(config), OmegaConf.to_container(OmegaConf.structured(type(config)))
+    kind = type(config)
+    now, usual = plain(config), plain(kind())
+    # Where a section is null by default, it has its own where it is given.
+    own = {name: plain(section()) for name, section in sections(kind).items()}
     found = {}
     for name in names:
         # What an older version did not have was as it is by default.
         was = earlier.get(name, usual[name] if len(earlier) else now[name])
-        found |= _different(name, was, now[name], usual[name])
+        found |= _different(name, was, now[name], own.get(name))
     return found
 
 
-def _different(name: str, was: Any, now: Any, usual: Any) -> dict[str, str]:
+def _different(
+    name: str, was: Any, now: Any, usual: Mapping[str, Any] | None = None
+) -> dict[str, str]:
     if isinstance(was, dict) and isinstance(now, dict):
-        usual = usual if isinstance(usual, dict) else now
+        usual = usual or {}
         return {
             dotted: text
-            for key in now
+            for key in now | was  # Also what only another version has.
             for dotted, text in _different(
-                f"{name}.{key}", was.get(key, usual.get(key)), now[key], usual.get(key)
+                f"{name}.{key}", was.get(key, usual.get(key)), now.get(key)
             ).items()
         }
     same = was == now or (name in _PLACES and Path(str(was)).resolve() == Path(now).resolve())

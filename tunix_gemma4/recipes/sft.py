@@ -159,11 +159,11 @@ def first_row(config: RunConfig, processor: Processor, train_ds: BatchDataset | 
     return processor.explain(processor.collate([train_ds.first()]))
 
 
-def prepare_model(config: RunConfig, model: nnx.Module) -> nnx.Module:
-    """The checkpoint's model with adapters or, to train all of it, in float32."""
-    adapted = config.lora is not None
-    model = common.add_lora(config, model) if adapted else common.in_float32(model)
-    return common.stacked(config, model)
+def prepare_model(
+    config: RunConfig, model: nnx.Module, log: Callable[[str], None] | None = None
+) -> nnx.Module:
+    """The checkpoint's model as it is trained; see `common.trainable`."""
+    return common.stacked(config, common.trainable(config, model, log))
 
 
 def make_trainer(

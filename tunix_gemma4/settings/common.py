@@ -10,30 +10,11 @@ from omegaconf import MISSING
 from ..config.checks import ATTENTION_IMPLEMENTATIONS
 from ..config.domains import require_fields
 from ..config.parts import RematConfig
-from ..lora.adapters import QTYPES
-from ..lora.targets import check_targets
+from ..lora.adapters import LoraConfig
 
 AUTO = "auto"  # The user's own cache directory.
 SCHEDULES = ("constant", "linear", "cosine")
 ON_NONFINITE = ("stop", "skip")
-
-
-@dataclasses.dataclass
-class LoraSettings:
-    """A low-rank adapter; see `tunix_gemma4.LoraConfig`.
-
-    Attributes:
-        rank: columns of A and rows of B.
-        alpha: the update is scaled by alpha / rank; twice the rank is the usual choice.
-        targets: "language", "vision", "all", or a regular expression over module names.
-        quantize: "nf4" or "int8" keeps the adapted kernels in 4 or 8 bits (QLoRA); null as they
-            are.
-    """
-
-    rank: int = 16
-    alpha: float = 32.0
-    targets: str = "language"
-    quantize: str | None = None
 
 
 @dataclasses.dataclass
@@ -57,7 +38,7 @@ class TrainSettings:
     Attributes:
         model: checkpoint directory, as Hugging Face writes it, with a chat template (an -it one).
         output_dir: receives adapter/ or model/, checkpoints/, tensorboard/ and run_config.yaml.
-        lora: see `LoraSettings`; null trains every parameter.
+        lora: see `tunix_gemma4.LoraConfig`; null trains every parameter.
         mesh: see `MeshConfig`.
         text_only: leave the vision tower out, which saves its memory where there are no images.
         dtype: of activations, "bfloat16" or "float32"; null: the checkpoint's own. With full
@@ -102,7 +83,7 @@ class TrainSettings:
 
     model: str = MISSING
     output_dir: str = MISSING
-    lora: LoraSettings | None = None
+    lora: LoraConfig | None = None
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     text_only: bool = False
     dtype: str | None = None
@@ -147,9 +128,6 @@ class TrainSettings:
         one_of("dtype", self.dtype, (None, "bfloat16", "float32"))
         one_of("lr_scheduler_type", self.lr_scheduler_type, SCHEDULES)
         one_of("on_nonfinite", self.on_nonfinite, ON_NONFINITE)
-        if self.lora is not None:
-            one_of("lora.quantize", self.lora.quantize, (None, *QTYPES))
-            check_targets(self.lora.targets, "lora.targets")
         one_of("report_to", self.report_to, ("tensorboard", "wandb", "none"))
         never = [step for step in self.keep_steps if step % self.save_steps]
         if never:

@@ -95,12 +95,22 @@ def load_config(
         raise ValueError(
             f"{path}: {', '.join(missing)} must be given, in the file or as {missing[0]}=..."
         )
-    result = OmegaConf.to_object(config)
     try:
+        for name in sections(kind):  # One that checks itself does not know what it is called here.
+            _made(config[name], f"{name}.")
+        result = _made(config)
         result.validate()
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return result
+
+
+def _made(config: DictConfig | None, prefix: str = "") -> Any:
+    """The dataclass that `config` is of."""
+    try:
+        return OmegaConf.to_object(config) if config is not None else None
+    except ValueError as error:
+        raise ValueError(f"{prefix}{error}") from error
 
 
 def to_yaml(config: TrainSettings) -> str:

@@ -15,10 +15,8 @@ from omegaconf import MISSING
 
 from ..data.check import rows_to_check
 from ..data.processor import THOUGHTS
-from .common import LoraSettings, MeshConfig, TrainSettings, one_of
-from .load_config import load_config, to_yaml
-
-__all__ = ["DataConfig", "LoraSettings", "MeshConfig", "RunConfig", "load_run_config", "to_yaml"]
+from .common import TrainSettings, one_of
+from .load_config import load_config
 
 
 @dataclasses.dataclass
