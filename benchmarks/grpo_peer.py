@@ -28,6 +28,7 @@ from tunix.rl.grpo.grpo_learner import TrainExample
 from tunix_gemma4.planning.hardware import hardware
 from tunix_gemma4.plugin.rl import step as rl_step
 from tunix_gemma4.plugin.rl.cluster import make_algorithm
+from tunix_gemma4.settings.grpo import GrpoRunConfig
 
 ROWS, LENGTH = 8, 1024
 TOPOLOGY = "v5p:2x2x2"
@@ -54,7 +55,7 @@ def main() -> None:
     config.dtype = config.param_dtype = jnp.bfloat16
     targets = "q_einsum|kv_einsum|k_einsum|attn_vec_einsum|gate_proj|up_proj|down_proj"
     provider = qwix.LoraProvider(module_path=f".*({targets})", rank=RANK, alpha=RANK)
-    _, algorithm = make_algorithm("grpo", num_generations=ROWS)
+    _, algorithm = make_algorithm(GrpoRunConfig(loss_type="grpo", num_generations=ROWS))
     algorithm.temperature = 1.0
     made = []
 

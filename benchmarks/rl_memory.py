@@ -51,6 +51,7 @@ from tunix_gemma4.plugin.rl import context as binding
 from tunix_gemma4.plugin.rl import step as rl_step
 from tunix_gemma4.plugin.rl.cluster import make_algorithm
 from tunix_gemma4.plugin.train_step import TrainStep
+from tunix_gemma4.settings.grpo import GrpoRunConfig
 
 ROWS, GENERATIONS, RANK = 8, 4, 16
 PROGRAMS = ("logps", "score", "step")
@@ -149,7 +150,8 @@ def lower_score(shapes: Shapes):
 
 def lower_step(shapes: Shapes):
     """The step that `GRPOLearner` makes its actor's trainer take, as that jits it."""
-    _, algorithm = make_algorithm("grpo", num_generations=GENERATIONS, beta=0.04)
+    settings = GrpoRunConfig(loss_type="grpo", num_generations=GENERATIONS, beta=0.04)
+    _, algorithm = make_algorithm(settings)
     algorithm.temperature = 1.0
     made = []
 

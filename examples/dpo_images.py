@@ -22,7 +22,7 @@ from tunix.sft.dpo.dpo_trainer import DPOTrainer, DPOTrainingConfig
 
 import tunix_gemma4 as g4
 from tunix_gemma4.data import PreferenceBatches
-from tunix_gemma4.recipes import training_fields
+from tunix_gemma4.recipes import TrainSettings, make_training_config
 from tunix_gemma4.testing import digits
 
 _MODEL = flags.DEFINE_string("model", None, "Checkpoint directory.", required=True)
@@ -75,11 +75,12 @@ def main(argv: list[str]) -> None:
     schedule = g4.make_schedule(
         "cosine", learning_rate=rate, warmup_steps=warmup, total_steps=_STEPS.value
     )
-    training_config = DPOTrainingConfig(
+    training_config = make_training_config(
+        TrainSettings(output_dir=str(output), max_steps=_STEPS.value),
+        DPOTrainingConfig,
         algorithm=_ALGORITHM.value,
         beta=_BETA.value,
         lambda_orpo=_BETA.value,
-        **training_fields(output, max_steps=_STEPS.value),
     )
     if _ALGORITHM.value == "orpo":
         reference = None

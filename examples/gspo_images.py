@@ -66,24 +66,23 @@ def main(argv: list[str]) -> None:
     mesh = recipes.device_mesh(recipes.MeshConfig(fsdp=1, tp=1))
     model = g4.load_checkpoint(directory, mesh, text_only=False)
     policy = g4.apply_lora(model, g4.LoraConfig(rank=16, alpha=32))
-    cluster = recipes.make_cluster(
-        policy,
-        None,
-        processor,
-        optimizer=optax.adamw(2e-5),
-        mesh=mesh,
-        rollout_mesh=None,
-        sizes=recipes.Sizes(mini=_PROMPTS.value, train_micro=_PROMPTS.value),
-        rollout=recipes.make_rollout_config(
-            max_prompt_length=256, max_completion_length=_MAX_LENGTH.value
-        ),
-        output_dir=output,
+    settings = recipes.GrpoRunConfig(
+        output_dir=str(output),
+        data=recipes.PromptConfig(max_prompt_length=256),
+        loss_type="gspo",
+        num_generations=_GENERATIONS.value,
+        epsilon=3e-4,
+        epsilon_high=4e-4,
+        batch_size=_PROMPTS.value,
+        max_completion_length=_MAX_LENGTH.value,
         max_steps=_STEPS.value,
         report_to="none",
     )
+    cluster = recipes.make_cluster(
+        policy, None, processor, settings, optimizer=optax.adamw(2e-5), mesh=mesh
+    )
     rewards = [g4.rewards.numeric_answer, g4.rewards.soft_overlong(max_length=32, buffer=32)]
-    loss = {"num_generations": _GENERATIONS.value, "epsilon": 3e-4, "epsilon_high": 4e-4}
-    learner = recipes.make_learner(cluster, "gspo", rewards, **loss)
+    learner = recipes.make_learner(cluster, settings, rewards)
     learner.train(batches())
     metrics = cluster.actor_trainer.metrics_logger
     print("reward:", metrics.get_metric_history("rewards", "score/mean", "train"))

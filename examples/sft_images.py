@@ -18,7 +18,7 @@ from pathlib import Path
 from absl import app, flags
 
 import tunix_gemma4 as g4
-from tunix_gemma4.recipes import make_training_config
+from tunix_gemma4.recipes import RunConfig, make_training_config
 
 _MODEL = flags.DEFINE_string("model", None, "Checkpoint directory.", required=True)
 _DATA = flags.DEFINE_string("data", None, "Conversations, .jsonl or .parquet.", required=True)
@@ -66,11 +66,12 @@ def main(argv: list[str]) -> None:
         warmup_steps=_STEPS.value // 20,
         total_steps=_STEPS.value,
     )
-    training_config = make_training_config(
-        _OUTPUT.value,
+    settings = RunConfig(
+        output_dir=_OUTPUT.value,
         max_steps=_STEPS.value,
         gradient_accumulation_steps=_MICRO_BATCHES.value,
     )
+    training_config = make_training_config(settings)
     g4.Gemma4Trainer(model, g4.make_optimizer(schedule), training_config).train(batches)
 
     # What PEFT and vLLM load.

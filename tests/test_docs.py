@@ -23,8 +23,9 @@ import tunix_gemma4
 from tunix_gemma4 import LoraConfig, ModelConfig
 from tunix_gemma4.checkpoint.names import named_buffers, named_parameters
 from tunix_gemma4.model.gemma4 import abstract_model
+from tunix_gemma4.settings.common import MeshConfig
 from tunix_gemma4.settings.grpo import GrpoRunConfig, PromptConfig
-from tunix_gemma4.settings.sft import DataConfig, MeshConfig, RunConfig
+from tunix_gemma4.settings.sft import DataConfig, RunConfig
 from tunix_gemma4.testing.tiny import tiny_config
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -11,7 +11,7 @@ import pytest
 from tunix_gemma4 import LoraConfig
 from tunix_gemma4.config.domains import DOMAINS, Domain, domain, numeric_fields
 from tunix_gemma4.plugin.optimizer import make_optimizer, make_schedule
-from tunix_gemma4.plugin.rl.cluster import Sizes, make_algorithm, make_rollout_config
+from tunix_gemma4.plugin.rl.cluster import cluster_config, make_algorithm
 from tunix_gemma4.plugin.sft.trainer import Gemma4Trainer, TrainingConfig
 from tunix_gemma4.plugin.training_config import make_training_config
 from tunix_gemma4.sampling import generate
@@ -33,9 +33,7 @@ def keys(kind, prefix=""):
 
 
 LISTS = ("image_buckets", "bucket_lengths", "reward_weights")
-OTHERS = [
-    (kind, name) for kind in (LoraConfig, Sizes, TrainingConfig) for name, _ in numeric_fields(kind)
-]
+OTHERS = [(kind, name) for kind in (LoraConfig, TrainingConfig) for name, _ in numeric_fields(kind)]
 
 
 def test_every_number_has_a_domain_in_the_table():
@@ -68,7 +66,7 @@ def test_no_setting_of_a_recipe_takes_what_is_outside(tmp_path, recipe):
 
 @pytest.mark.parametrize(("kind", "name"), OTHERS)
 def test_no_field_takes_what_is_outside(kind, name):
-    least = {TrainingConfig: {"eval_every_n_steps": 1}, Sizes: {"mini": 1, "train_micro": 1}}
+    least = {TrainingConfig: {"eval_every_n_steps": 1}}
     for value in (math.nan, math.inf, DOMAINS[name].low - 1, True, "1"):
         with pytest.raises(ValueError, match=f"^{name}: expected .*, found "):
             made = kind(**least.get(kind, {}) | {name: value})
@@ -88,11 +86,11 @@ def test_no_function_takes_what_is_outside(tmp_path):
         "max_grad_norm": lambda x: make_optimizer(schedule, max_grad_norm=x),
         "temperature": lambda x: generate(*model_and_batch(), max_new_tokens=1, temperature=x),
         "max_new_tokens": lambda x: generate(*model_and_batch(), max_new_tokens=x),
-        "save_steps": lambda x: make_training_config(tmp_path, max_steps=1, save_steps=x),
-        "beta": lambda x: make_algorithm("grpo", num_generations=2, beta=x),
-        "top_p": lambda x: make_rollout_config(
-            max_prompt_length=1, max_completion_length=1, top_p=x
+        "save_steps": lambda x: make_training_config(RunConfig(save_steps=x)),
+        "beta": lambda x: make_algorithm(
+            GrpoRunConfig(loss_type="grpo", num_generations=2, beta=x)
         ),
+        "top_p": lambda x: cluster_config(GrpoRunConfig(top_p=x), optimizer=None, mesh=None),
     }
 
     class Config:

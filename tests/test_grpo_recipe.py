@@ -19,8 +19,9 @@ from PIL import Image
 from tunix_gemma4.checkpoint import load_checkpoint
 from tunix_gemma4.data.processor import Processor
 from tunix_gemma4.lora import LoraConfig, load_adapter
-from tunix_gemma4.plugin.rl.cluster import make_algorithm
+from tunix_gemma4.plugin.rl.cluster import cluster_config, make_algorithm
 from tunix_gemma4.recipes import common, grpo
+from tunix_gemma4.recipes.run_directory import write_settings
 from tunix_gemma4.settings.common import MeshConfig
 from tunix_gemma4.settings.grpo import LOSS_TYPES, GrpoRunConfig, PromptConfig
 
@@ -218,7 +219,7 @@ def test_broken_off_run_goes_on_as_if_nothing_had_happened(trained, tmp_path, ca
 
 def test_place_in_the_prompts_is_not_reckoned_from_other_sizes(settings):
     config = settings()
-    common.write_settings(Path(config.output_dir), config)
+    write_settings(Path(config.output_dir), config)
     (Path(config.output_dir) / "checkpoints" / "actor" / "1").mkdir(parents=True)
     config.num_iterations, config.max_steps, config.allow_changes = 2, 4, True
     with pytest.raises(ValueError, match="num_iterations was 1, is 2.* depends on num_iterations"):
@@ -268,9 +269,10 @@ def test_reward_that_goes_wrong_stops_the_run_and_names_the_sample(settings, dat
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_each_loss_is_one_of_the_hosts(loss_type):
     beta = 0.0 if loss_type == "dapo" else 0.3
-    learner, config = make_algorithm(
-        loss_type, num_generations=6, num_iterations=2, beta=beta, epsilon=0.1
+    settings = GrpoRunConfig(
+        loss_type=loss_type, num_generations=6, num_iterations=2, beta=beta, epsilon=0.1
     )
+    learner, config = make_algorithm(settings)
     expected = {
         "grpo": ("GRPOLearner", "grpo", "sequence-mean-token-mean", "grpo", 0.1),
         "gspo": ("GRPOLearner", "gspo-token", "sequence-mean-token-mean", "grpo", 0.1),
@@ -281,12 +283,14 @@ def test_each_loss_is_one_of_the_hosts(loss_type):
     assert (*found, config.epsilon_high) == expected
     assert (config.num_generations, config.num_iterations) == (6, 2)
     assert (config.beta, config.epsilon) == (beta, 0.1)
-    _, wider = make_algorithm(loss_type, num_generations=2, epsilon_high=0.5)
+    settings = GrpoRunConfig(loss_type=loss_type, num_generations=2, epsilon_high=0.5)
+    _, wider = make_algorithm(settings)
     assert wider.epsilon_high == 0.5
 
 
 def test_sampling_follows_the_settings(settings):
-    rollout = grpo.rollout_of(settings(temperature=0.7, top_p=0.9, top_k=20, seed=3))
+    config = settings(temperature=0.7, top_p=0.9, top_k=20, seed=3)
+    rollout = cluster_config(config, optimizer=None, mesh=None).rollout_config
     assert (rollout.temperature, rollout.top_p, rollout.top_k, rollout.seed) == (0.7, 0.9, 20, 3)
     assert (rollout.max_prompt_length, rollout.max_tokens_to_generate) == (96, 6)
 
@@ -330,7 +334,7 @@ def test_sampling_on_other_devices_takes_those_behind(settings):
     ],
 )
 def test_epochs_end_with_whole_rollout_steps(settings, limits, expected):
-    assert grpo.total_steps(settings(**limits), num_rows=20) == expected
+    assert settings(**limits).total_steps(num_rows=20) == expected
 
 
 def test_prompts_of_the_end_that_fill_no_rollout_step_are_said(settings, capsys):
@@ -340,7 +344,7 @@ def test_prompts_of_the_end_that_fill_no_rollout_step_are_said(settings, capsys)
         (7, f"last {7 % config.batch_size} of 7 prompts (1 epochs)"),
         (1, f"batch_size={config.batch_size} is more than the 1 prompts"),
     ):
-        grpo.say_of_end(config, rows, grpo.total_steps(config, rows))
+        grpo.say_of_end(config, rows, config.total_steps(rows))
         out = capsys.readouterr().out
         assert said in out and bool(said) == bool(out)
 

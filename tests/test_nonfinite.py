@@ -22,6 +22,7 @@ from tunix_gemma4.plugin.health import NonFiniteError, state_is_finite
 from tunix_gemma4.plugin.optimizer import make_optimizer, skipped_steps
 from tunix_gemma4.plugin.sft.trainer import Gemma4Trainer, model_input
 from tunix_gemma4.plugin.training_config import make_training_config
+from tunix_gemma4.settings.sft import RunConfig
 
 BAD = 999.0  # A batch with this denominator has a loss of NaN.
 
@@ -51,13 +52,13 @@ def sometimes_nan(*inputs, **named):
 def make_trainer(directory, optimizer, *, lora=True, micro=1, save_steps=1, kind=Gemma4Trainer):
     model = random_model("demo", text_only=True)
     model = apply_lora(model, LoraConfig(rank=2)) if lora else model
-    config = make_training_config(
-        directory,
-        max_steps=None,
+    settings = RunConfig(
+        output_dir=str(directory),
         report_to="none",
         save_steps=save_steps,
         gradient_accumulation_steps=micro,
     )
+    config = make_training_config(settings)
     trainer = kind(model, optimizer, config)
     return trainer.with_loss_fn(sometimes_nan).with_gen_model_input_fn(model_input)
 

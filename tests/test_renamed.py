@@ -9,7 +9,7 @@ import pytest
 # What README, docs and examples named then.
 NAMES = {
     "host": "grpo",
-    "host.grpo": "RLCluster make_cluster",
+    "host.grpo": "RLCluster Sizes make_algorithm make_cluster make_learner make_rollout_config",
     "host.learner": "set_processor",
     "host.optimizer": "make_optimizer make_schedule",
     "host.register": "status",
@@ -22,7 +22,7 @@ NAMES = {
     "recipes.prompts": "Batches PromptRows",
     "recipes.rewards": "completion_text load_reward numeric_answer read_number soft_overlong",
     "recipes.rl_config": "GrpoRunConfig PromptConfig load_grpo_config",
-    "recipes.run_config": "DataConfig LoraSettings RunConfig load_run_config to_yaml",
+    "recipes.run_config": "DataConfig LoraSettings MeshConfig RunConfig load_run_config to_yaml",
     "recipes.settings": "LoraSettings MeshConfig",
     "tiny": "build_tiny_checkpoint",
 }

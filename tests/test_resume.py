@@ -40,6 +40,7 @@ def train(checkpoint, output, *, log, max_steps=STEPS, save_steps=1, die=False):
     from tunix_gemma4.plugin.optimizer import make_optimizer, make_schedule
     from tunix_gemma4.plugin.sft.trainer import Gemma4Trainer
     from tunix_gemma4.plugin.training_config import make_training_config
+    from tunix_gemma4.settings.sft import RunConfig
 
     processor = Processor.from_pretrained(checkpoint, max_soft_tokens=70)
 
@@ -66,13 +67,14 @@ def train(checkpoint, output, *, log, max_steps=STEPS, save_steps=1, die=False):
         seed=1,
     )
     schedule = make_schedule("cosine", learning_rate=1e-3, warmup_steps=2, total_steps=STEPS)
-    config = make_training_config(
-        output,
+    settings = RunConfig(
+        output_dir=str(output),
         max_steps=max_steps,
         gradient_accumulation_steps=2,
         save_steps=save_steps,
         report_to="none",
     )
+    config = make_training_config(settings)
     trainer = Logged(load_checkpoint(checkpoint), make_optimizer(schedule), config)
     first = trainer.train_steps
     trainer.train(dataset)

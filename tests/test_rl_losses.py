@@ -24,7 +24,7 @@ from tunix_gemma4.plugin.rl import learner as hooks
 from tunix_gemma4.plugin.rl import micro_batches, orpo
 from tunix_gemma4.plugin.rl.cluster import make_algorithm
 from tunix_gemma4.plugin.rl.context import Bound, bind
-from tunix_gemma4.settings.grpo import KL_ESTIMATORS
+from tunix_gemma4.settings.grpo import KL_ESTIMATORS, GrpoRunConfig
 
 ROWS, LENGTH, GROUP = 4, 5, 2
 LENGTHS = np.array([5, 2, 1, 4])
@@ -155,7 +155,10 @@ def test_grpo_with_each_estimator_of_the_kl_penalty(estimator):
         tokens = clipped(np.exp(logps - OLD), advantages[:, None])
         return mean_of_means(tokens + 0.3 * KL[estimator](logps))
 
-    _, algorithm = make_algorithm("grpo", num_generations=GROUP, beta=0.3, kl_estimator=estimator)
+    settings = GrpoRunConfig(
+        loss_type="grpo", num_generations=GROUP, beta=0.3, kl_estimator=estimator
+    )
+    _, algorithm = make_algorithm(settings)
     estimate = function_registry.get_advantage_estimator(algorithm.advantage_estimator)
     found = estimate(rewards=REWARDS, num_generations=GROUP)
     np.testing.assert_allclose(found, advantages, rtol=1e-6)
@@ -164,7 +167,7 @@ def test_grpo_with_each_estimator_of_the_kl_penalty(estimator):
 
 def test_the_penalty_pulls_towards_the_reference_unless_told_otherwise():
     """k3 by default: its gradient is 0 at the reference alone, and k1's is 1 everywhere."""
-    _, algorithm = make_algorithm("grpo", num_generations=GROUP, beta=1.0)
+    _, algorithm = make_algorithm(GrpoRunConfig(loss_type="grpo", num_generations=GROUP, beta=1.0))
     loss = grpo_loss(algorithm, example(np.zeros(ROWS), old=None))
     pulls = nnx.grad(loss)(Table(LOGPS))["logps"][...]
     np.testing.assert_array_equal(np.sign(pulls)[MASK], np.sign(LOGPS - REFERENCE)[MASK])
@@ -179,9 +182,10 @@ def test_gspo_has_one_ratio_for_each_sequence():
         penalty = mean_of_means(KL["k3"](logps))
         return clipped(ratio, advantages, 0.1, 0.15).mean() + 0.05 * penalty
 
-    _, algorithm = make_algorithm(
-        "gspo", num_generations=GROUP, beta=0.05, epsilon=0.1, epsilon_high=0.15
+    settings = GrpoRunConfig(
+        loss_type="gspo", num_generations=GROUP, beta=0.05, epsilon=0.1, epsilon_high=0.15
     )
+    _, algorithm = make_algorithm(settings)
     assert_is(grpo_loss(algorithm, example(advantages)), formula, LOGPS)
 
 
@@ -192,7 +196,8 @@ def test_dr_grpo_sums_over_a_fixed_length_and_keeps_the_scale_of_rewards():
         tokens = clipped(np.exp(logps - OLD), advantages[:, None])
         return ((tokens + 0.1 * KL["k3"](logps)) * MASK).sum() / (ROWS * LENGTH)
 
-    _, algorithm = make_algorithm("dr_grpo", num_generations=GROUP, beta=0.1)
+    settings = GrpoRunConfig(loss_type="dr_grpo", num_generations=GROUP, beta=0.1)
+    _, algorithm = make_algorithm(settings)
     estimate = function_registry.get_advantage_estimator(algorithm.advantage_estimator)
     np.testing.assert_allclose(estimate(rewards=REWARDS, num_generations=GROUP), advantages)
     assert_is(grpo_loss(algorithm, example(advantages)), formula, LOGPS)
@@ -206,7 +211,7 @@ def test_dapo_is_a_mean_over_the_tokens_of_the_step(size):
         tokens = clipped(np.exp(logps - OLD), advantages[:, None], 0.2, 0.28)
         return (tokens * MASK).sum() / MASK.sum()
 
-    _, algorithm = make_algorithm("dapo", num_generations=GROUP)
+    _, algorithm = make_algorithm(GrpoRunConfig(loss_type="dapo", num_generations=GROUP))
     batch = example(advantages, reference=None)
     assert_is(over_micro_batches(grpo_loss, algorithm, batch, size), formula, LOGPS)
 

@@ -11,6 +11,7 @@ from rl_setup import history, low_ids, make_cluster, mesh_of, text_batch
 import tunix_gemma4
 from tunix_gemma4.checkpoint.finite import NonFiniteError
 from tunix_gemma4.plugin.rl.cluster import make_algorithm
+from tunix_gemma4.settings.grpo import GrpoRunConfig
 
 GENERATIONS, STEPS = 2, 4
 
@@ -58,7 +59,8 @@ def train(directory, loss_type, *, micro, apart, optimizer=SGD):
         return update(train_ds, *rest)
 
     cluster.update_actor = update_actor
-    learner, algorithm = make_algorithm(loss_type, num_generations=GENERATIONS)
+    settings = GrpoRunConfig(loss_type=loss_type, num_generations=GENERATIONS)
+    learner, algorithm = make_algorithm(settings)
     learner = learner(rl_cluster=cluster, algo_config=algorithm, reward_fns=[reward])
     learner.train([text_batch(0), text_batch(1)], [text_batch(7)])
     assert cluster.actor_trainer.train_steps == STEPS

@@ -26,7 +26,7 @@ from tunix_gemma4.data.preferences import PreferenceBatches
 from tunix_gemma4.data.processor import Example, Processor
 from tunix_gemma4.data.prompts import PromptBatches, PromptRows
 from tunix_gemma4.plugin.rl.prompts import PromptReader
-from tunix_gemma4.recipes import grpo, sft
+from tunix_gemma4.recipes import grpo
 from tunix_gemma4.settings.grpo import GrpoRunConfig, PromptConfig
 from tunix_gemma4.settings.sft import RunConfig
 
@@ -265,7 +265,7 @@ def test_steps_are_planned_from_what_is_trained_on(batch_size, steps, seed):
 
 def test_the_schedule_ends_with_the_steps_of_the_check():
     config = RunConfig(max_steps=None, num_train_epochs=3, batch_size=4)
-    assert sft.total_steps(config, 20, 2) == 6 and sft.total_steps(config, 20) == 15
+    assert config.total_steps(20, 2) == 6 and config.total_steps(20) == 15
 
 
 def test_a_check_names_what_is_not_trained_on(processor, tmp_path):

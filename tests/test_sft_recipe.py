@@ -16,7 +16,9 @@ from tunix_gemma4.config import ModelConfig
 from tunix_gemma4.lora import LoraConfig, load_adapter, merge_lora
 from tunix_gemma4.plugin.optimizer import make_schedule
 from tunix_gemma4.recipes import common, sft
-from tunix_gemma4.settings.sft import DataConfig, MeshConfig, RunConfig
+from tunix_gemma4.recipes.run_directory import prepare_output
+from tunix_gemma4.settings.common import MeshConfig
+from tunix_gemma4.settings.sft import DataConfig, RunConfig
 
 ROWS = 12
 
@@ -153,7 +155,7 @@ def test_broken_off_run_goes_on_by_itself(settings, tmp_path, capsys):
 def broken_off(settings, tmp_path):
     """Settings of a run that left a checkpoint, which need not be a real one here."""
     config = settings()
-    common.prepare_output(config, ())
+    prepare_output(config, ())
     (tmp_path / "run" / "checkpoints" / "1").mkdir(parents=True)
     return config
 
@@ -239,7 +241,7 @@ def test_run_on_a_mesh_saves_what_a_single_device_loads(settings, tmp_path):
 )
 def test_learning_rate_ends_with_the_steps_or_the_epochs(settings, limits, expected):
     config = settings(gradient_accumulation_steps=2, **limits)
-    assert sft.total_steps(config, num_rows=20) == expected
+    assert config.total_steps(num_rows=20) == expected
 
 
 @pytest.mark.parametrize("check", [None, False])
@@ -256,7 +258,7 @@ def test_learning_rate_is_planned_from_what_is_trained_on(settings, tmp_path, ca
     config = settings(data=data, max_steps=None, num_train_epochs=2, batch_size=2)
     train_ds, _ = sft.make_datasets(config, common.make_processor(config))
     sft.check_datasets(config, tmp_path, train_ds, None)
-    steps = sft.total_steps(config, train_ds.num_rows, train_ds.steps_per_epoch())
+    steps = config.total_steps(train_ds.num_rows, train_ds.steps_per_epoch())
     sft.say_of_estimate(config, train_ds)
     assert ("data.check=all makes it exact" in capsys.readouterr().out) == (check is False)
     if check is None:

@@ -23,6 +23,7 @@ from tunix_gemma4.plugin.optimizer import make_optimizer, make_schedule, record_
 from tunix_gemma4.plugin.progress import Progress
 from tunix_gemma4.plugin.sft.trainer import Gemma4Trainer, TrainingConfig, model_input
 from tunix_gemma4.plugin.training_config import make_training_config
+from tunix_gemma4.settings.sft import RunConfig
 from tunix_gemma4.sharding import shard_model
 
 ROWS = 8
@@ -56,6 +57,10 @@ def draw_batches(config, *, steps=STEPS, micro_batches=1, rows=ROWS, new_rows=Tr
                 )
             )
     return result
+
+
+def told(output_dir, **settings):
+    return RunConfig(output_dir=str(output_dir), report_to="none", **settings)
 
 
 def buffers(model):
@@ -186,7 +191,9 @@ def test_every_arrangement_trains_alike(mode, micro_batches, remat, on_mesh, pla
 def test_restored_arrays_lie_where_they_did_on_a_mesh_without_all_axes(tmp_path):
     mesh = Mesh(np.array(jax.devices()[:4]), ("fsdp",))
     model = shard_model(random_model("demo"), mesh)
-    config = make_training_config(tmp_path, max_steps=1, report_to="none")
+    config = make_training_config(
+        RunConfig(output_dir=str(tmp_path), max_steps=1, report_to="none")
+    )
     first = Gemma4Trainer(model, optax.adamw(1e-3), config, log=lambda line: None)
     first.train(draw_batches(model.config, steps=1))
     model = shard_model(random_model("demo"), mesh)
@@ -355,12 +362,16 @@ def test_accumulation_that_the_data_was_not_made_for_is_refused(tiny_checkpoint)
 
 def test_checkpoint_without_a_position_is_refused(tiny_checkpoint, tmp_path):
     model = random_model("demo")
-    config = make_training_config(tmp_path, max_steps=1, report_to="none")
+    config = make_training_config(
+        RunConfig(output_dir=str(tmp_path), max_steps=1, report_to="none")
+    )
     Gemma4Trainer(model, optax.sgd(0.1), config).train(draw_batches(model.config, steps=1))
     processor = Processor.from_pretrained(tiny_checkpoint("demo"), max_soft_tokens=70)
     row = {"messages": [{"role": role, "content": "?"} for role in ("user", "assistant")]}
     dataset = make_dataset([row] * 8, processor, batch_size=2, max_length=64)
-    config = make_training_config(tmp_path, max_steps=2, report_to="none")
+    config = make_training_config(
+        RunConfig(output_dir=str(tmp_path), max_steps=2, report_to="none")
+    )
     with pytest.raises(ValueError, match="checkpoint of step 1 .* has no data position"):
         Gemma4Trainer(model, optax.sgd(0.1), config).train(dataset)
 

@@ -23,9 +23,14 @@ from tunix_gemma4.__main__ import main
 from tunix_gemma4.checkpoint.disk import clear_leftovers, locked, sha256, write_text
 from tunix_gemma4.checkpoint.finite import NonFiniteError
 from tunix_gemma4.plugin import stop
-from tunix_gemma4.recipes import common, sft
-from tunix_gemma4.recipes.record import Record
-from tunix_gemma4.recipes.way_out import one_way_out, training
+from tunix_gemma4.recipes import sft
+from tunix_gemma4.recipes.run_directory import (
+    Record,
+    one_way_out,
+    prepare_output,
+    training,
+    write_settings,
+)
 from tunix_gemma4.settings.sft import RunConfig, load_run_config
 
 STEPS = 5
@@ -178,7 +183,7 @@ def test_other_rows_are_refused_before_the_model_is_loaded(
 def test_run_without_merge_is_finished_with_its_adapter(settings, unbroken, tmp_path):
     """Merging later is another wish than finishing what broke off."""
     config = settings(tmp_path / "run", "merge=false")
-    common.prepare_output(config, ())
+    prepare_output(config, ())
     for part in ("checkpoints/5", "adapter"):
         (tmp_path / "run" / part).mkdir(parents=True)
     with pytest.raises(ValueError, match=r"holds a finished run \(adapter/\)"):
@@ -494,7 +499,7 @@ def test_missing_and_added_files_of_the_base_are_named(recorded, tmp_path):
 
 
 def test_files_that_were_hashed_are_not_read_again(recorded, tmp_path, monkeypatch):
-    monkeypatch.setattr("tunix_gemma4.recipes.record.sha256", lambda path: 1 / 0)
+    monkeypatch.setattr("tunix_gemma4.recipes.run_directory.sha256", lambda path: 1 / 0)
     recorded().settle()
 
 
@@ -510,27 +515,27 @@ def test_run_without_a_record_resumes_with_a_word(text, recorded, tmp_path, capl
 
 def test_settings_are_compared_one_by_one(settings, tmp_path):
     config = settings(tmp_path / "run")
-    common.prepare_output(config, ())
+    prepare_output(config, ())
     (tmp_path / "run" / "checkpoints" / "1").mkdir(parents=True)
     changed = settings(tmp_path / "run", "data.max_length=32", "max_steps=9", "lora.rank=4")
     found = (
         r"another data.max_length, lora.rank \(see .*\): data.max_length was 64, is 32; lora.rank"
     )
     with pytest.raises(ValueError, match=found) as raised:
-        common.prepare_output(changed, ("data", "lora", "batch_size"))
+        prepare_output(changed, ("data", "lora", "batch_size"))
     assert "emove" not in str(raised.value)
     assert "allow_changes" not in str(raised.value)  # It could not help with the rank.
     changed = settings(tmp_path / "run", "data.max_length=32", "max_steps=9")
     with pytest.raises(ValueError, match="allow_changes=true goes on all the same"):
-        common.prepare_output(changed, ("data", "lora"))
-    common.prepare_output(dataclasses.replace(changed, allow_changes=True), ("data", "lora"))
-    common.prepare_output(config, ("data", "lora", "batch_size"))  # It was not restored.
+        prepare_output(changed, ("data", "lora"))
+    prepare_output(dataclasses.replace(changed, allow_changes=True), ("data", "lora"))
+    prepare_output(config, ("data", "lora", "batch_size"))  # It was not restored.
     settle_and_keep(Record(tmp_path / "run", changed))
-    common.prepare_output(changed, ("data", "lora"))
+    prepare_output(changed, ("data", "lora"))
     (tmp_path / "run" / "checkpoints" / "record.json").unlink()
     for text in ("batch_size: [", "batch_size: 1"):  # Not YAML, and cut behind a digit.
         (tmp_path / "run" / "run_config.yaml").write_text(text)
-        common.prepare_output(changed, ("data", "lora", "batch_size"))
+        prepare_output(changed, ("data", "lora", "batch_size"))
 
 
 def test_what_an_earlier_version_did_not_have_was_as_it_is_by_default(settings, tmp_path):
@@ -540,33 +545,33 @@ def test_what_an_earlier_version_did_not_have_was_as_it_is_by_default(settings, 
     written = dataclasses.asdict(settings(tmp_path / "run", *words)) | {"lora": lora}
     path = tmp_path / "run" / "checkpoints" / "record.json"
     path.write_text(json.dumps({"settings": written, "files": {}}))
-    common.prepare_output(settings(tmp_path / "run", *words), ("data", "lora"))
+    prepare_output(settings(tmp_path / "run", *words), ("data", "lora"))
     for more, said in (
         ("lora.use_rslora=true", "lora.use_rslora was False, is True"),
         ("lora.targets=[q_proj]", r"lora.targets was language, is \['q_proj'\]"),
         ("data.chat_template_kwargs={a: 1}", "chat_template_kwargs was None, is {'a': 1}"),
     ):
         with pytest.raises(ValueError, match=said):
-            common.prepare_output(settings(tmp_path / "run", *words, more), ("data", "lora"))
+            prepare_output(settings(tmp_path / "run", *words, more), ("data", "lora"))
     # What it knew and this one does not.
     path.write_text(
         json.dumps({"settings": written | {"lora": lora | {"dora": True}}, "files": {}})
     )
     with pytest.raises(ValueError, match=r"lora\.dora was True, is None"):
-        common.prepare_output(settings(tmp_path / "run", *words), ("data", "lora"))
+        prepare_output(settings(tmp_path / "run", *words), ("data", "lora"))
 
 
 def test_same_place_spelt_another_way_is_the_same(settings, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "base").mkdir()
     (tmp_path / "run" / "checkpoints" / "1").mkdir(parents=True)
-    common.write_settings(tmp_path / "run", settings("run", "model=base", "data.path=rows.jsonl"))
+    write_settings(tmp_path / "run", settings("run", "model=base", "data.path=rows.jsonl"))
     for start in ("./", "base/../", f"{tmp_path}/"):
         words = [f"model={start}base", f"data.path={start}rows.jsonl"]
-        common.prepare_output(settings("run", *words), ("model", "data"))
+        prepare_output(settings("run", *words), ("model", "data"))
     other = settings("run", "model=base", "data.path=base/rows.jsonl")
     with pytest.raises(ValueError, match="data.path was rows.jsonl, is base/rows.jsonl"):
-        common.prepare_output(other, ("model", "data"))
+        prepare_output(other, ("model", "data"))
 
 
 def test_writes_that_come_back_to_a_save_given_up_say_nothing(settings, tmp_path, monkeypatch):

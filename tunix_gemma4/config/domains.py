@@ -136,11 +136,6 @@ DOMAINS: dict[str, Domain] = {
     "train_micro_batch_size": _COUNT,
     "rollout_micro_batch_size": _COUNT,
     "compute_logps_micro_batch_size": _COUNT,
-    "mini": _COUNT,
-    "train_micro": _COUNT,
-    "rollout_micro": _COUNT,
-    "logps_micro": _COUNT,
-    "updates_per_batch": _COUNT,
     # Files.
     "max_shard_bytes": _COUNT,
 }

@@ -23,8 +23,8 @@ from ..data.processor import Batch
 from ..losses import CHUNK_TOKENS
 from ..model.cache import init_cache
 from ..model.gemma4 import Gemma4ForConditionalGeneration
-from ..plugin.rl import cluster as host_grpo
 from ..plugin.rl import step as rl_step
+from ..plugin.rl.cluster import make_algorithm
 from ..plugin.rl.logps import chunked_logps
 from ..plugin.sft.trainer import Gemma4Trainer
 from ..plugin.train_step import TrainStep
@@ -160,15 +160,8 @@ def resident_of(config: RunConfig | GrpoRunConfig, shapes: Shapes) -> Resident:
 
 def _sft_trainer(config: RunConfig, shapes: Shapes) -> tuple[Gemma4Trainer, tuple]:
     """The trainer, its model and its optimizer."""
-    training = dataclasses.replace(
-        make_training_config(
-            config.output_dir,
-            max_steps=None,
-            gradient_accumulation_steps=config.gradient_accumulation_steps,
-            report_to="none",
-        ),
-        checkpoint_root_directory=None,
-    )
+    quiet = dataclasses.replace(config, report_to="none")
+    training = make_training_config(quiet, max_steps=None, checkpoint_root_directory=None)
 
     def make(base: nnx.Module) -> tuple[Gemma4Trainer, tuple[nnx.Module, nnx.Module]]:
         trainer = Gemma4Trainer(
@@ -234,15 +227,7 @@ def _resident(
 def _grpo_trainer(config: GrpoRunConfig, shapes: Shapes) -> tuple[Any, tuple]:
     """The policy's trainer, the policy, its optimizer and, where it has its own weights, the
     reference."""
-    _, algorithm = host_grpo.make_algorithm(
-        config.loss_type,
-        num_generations=config.num_generations,
-        num_iterations=config.num_iterations,
-        beta=config.beta,
-        kl_estimator=config.kl_estimator,
-        epsilon=config.epsilon,
-        epsilon_high=config.epsilon_high,
-    )
+    _, algorithm = make_algorithm(config)
     algorithm.temperature = config.temperature
 
     def make(base: nnx.Module) -> tuple[Any, tuple[nnx.Module, ...]]:

@@ -1,84 +1,55 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tunix's training configuration, from settings in the words of other trainers."""
+"""Tunix's training configurations, from the settings of a run."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import orbax.checkpoint as ocp
 from tunix.sft.metrics_logger import MetricsLoggerOptions, TensorboardBackend, WandbBackend
 from tunix.sft.peft_trainer import TrainingConfig
 
-from ..config.domains import require
+from ..config.domains import require_fields
 from ..extras import require_extra
+from ..settings.common import TrainSettings
+from ..settings.sft import RunConfig
 from .checkpoints import Kept
 
 CHECKPOINTS = "checkpoints"
 TENSORBOARD = "tensorboard"
 
+Config = TypeVar("Config", bound=TrainingConfig)
+
 
 def make_training_config(
-    output_dir: str | Path,
-    *,
-    max_steps: int | None,
-    gradient_accumulation_steps: int = 1,
-    eval_steps: int = 100,
-    save_steps: int = 100,
-    save_total_limit: int = 3,
-    keep_steps: Sequence[int] = (),
-    report_to: str = "tensorboard",
-) -> TrainingConfig:
-    """A configuration that saves and logs below `output_dir`.
+    config: TrainSettings, kind: type[Config] = TrainingConfig, **own: Any
+) -> Config:
+    """What a trainer of Tunix's is told, to save and log below `config.output_dir`.
 
     Args:
-        output_dir: gets `checkpoints/` and `tensorboard/`.
-        max_steps, gradient_accumulation_steps, eval_steps, save_steps: in optimizer steps, and
-            micro-batches of one.
-        save_total_limit: checkpoints that are kept, the newest.
-        keep_steps: steps whose checkpoints are kept besides.
-        report_to: "tensorboard", "wandb" or "none".
+        config: how many steps there are, what happens how often, and where results go; of a recipe,
+            or `TrainSettings` alone.
+        kind: the trainer's, such as `DPOTrainingConfig`.
+        **own: fields of `kind` that are no settings, or are to be others.
     """
-    fields = training_fields(
-        output_dir,
-        max_steps=max_steps,
-        eval_steps=eval_steps,
-        save_steps=save_steps,
-        save_total_limit=save_total_limit,
-        keep_steps=keep_steps,
-        report_to=report_to,
-    )
-    # With one micro-batch the host would still keep a sum of gradients, as large as these.
-    micro_batches = gradient_accumulation_steps if gradient_accumulation_steps > 1 else None
-    return TrainingConfig(gradient_accumulation_steps=micro_batches, **fields)
-
-
-def training_fields(
-    output_dir: str | Path,
-    *,
-    max_steps: int | None,
-    eval_steps: int = 100,
-    save_steps: int = 100,
-    save_total_limit: int = 3,
-    keep_steps: Sequence[int] = (),
-    report_to: str = "tensorboard",
-) -> dict[str, Any]:
-    """What the configurations of all of Tunix's trainers share; see `make_training_config`."""
-    require(max_steps=max_steps, eval_steps=eval_steps)
-    require(save_steps=save_steps, save_total_limit=save_total_limit)
-    output_dir = Path(output_dir).absolute()
-    return {
-        "max_steps": max_steps,
-        "eval_every_n_steps": eval_steps,
+    require_fields(config)
+    output_dir = Path(config.output_dir).absolute()
+    fields = {
+        "max_steps": config.max_steps,
+        "eval_every_n_steps": config.eval_steps,
         "checkpoint_root_directory": str(output_dir / CHECKPOINTS),
         "checkpointing_options": ocp.CheckpointManagerOptions(
-            save_interval_steps=save_steps,
-            preservation_policy=Kept(save_total_limit, tuple(keep_steps)),
+            save_interval_steps=config.save_steps,
+            preservation_policy=Kept(config.save_total_limit, tuple(config.keep_steps)),
         ),
-        "metrics_logging_options": _metrics_options(output_dir, report_to),
+        "metrics_logging_options": _metrics_options(output_dir, config.report_to),
     }
+    # With one micro-batch the host would still keep a sum of gradients, as large as these.
+    if isinstance(config, RunConfig) and config.gradient_accumulation_steps > 1:
+        fields["gradient_accumulation_steps"] = config.gradient_accumulation_steps
+    return kind(**fields | own)
 
 
 def require_backend(report_to: str) -> None:

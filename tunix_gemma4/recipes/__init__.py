@@ -14,7 +14,7 @@ _HOME = {
     "PromptConfig": "..settings.grpo",
     "RewardError": "..plugin.rl.rewards",
     "RunConfig": "..settings.sft",
-    "Sizes": "..plugin.rl.cluster",
+    "TrainSettings": "..settings.common",
     "checked": "..plugin.rl.rewards",
     "compilation_cache": ".compile_cache",
     "device_mesh": ".common",
@@ -22,9 +22,7 @@ _HOME = {
     "load_run_config": "..settings.sft",
     "make_cluster": "..plugin.rl.cluster",
     "make_learner": "..plugin.rl.cluster",
-    "make_rollout_config": "..plugin.rl.cluster",
     "make_training_config": "..plugin.training_config",
-    "training_fields": "..plugin.training_config",
 }
 _MODULES = ("grpo", "sft")
 

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the recipes share: output directory, mesh, model, optimizer, saving."""
+"""What the recipes share: mesh, model, optimizer, saving."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from absl import logging
 from flax import nnx
@@ -22,99 +24,40 @@ from ..lora import apply_lora, describe, merge_lora, save_adapter
 from ..model.gemma4 import num_parameters
 from ..model.scan import stack_layers, unstack_layers
 from ..plugin.optimizer import make_optimizer, make_schedule
-from ..plugin.training_config import CHECKPOINTS, TENSORBOARD, require_backend
+from ..plugin.training_config import TENSORBOARD
 from ..settings.common import MeshConfig, TrainSettings
-from .record import SETTINGS, differences, earlier_settings, refuse_change, write_settings
-
-ADAPTER, MODEL = "adapter", "model"
+from .run_directory import ADAPTER, MODEL, say
 
 
-# What the shape of a run's state depends on.
-_SHAPE = ("lora", "lora.rank", "lora.targets", "scan_layers")
+@dataclasses.dataclass
+class Result:
+    """What a run leaves.
 
-
-def prepare_output(
-    config: TrainSettings, fixed: Sequence[str], position: Sequence[str] = ()
-) -> Path:
-    """Makes the output directory, unless it holds what must not be overwritten or mixed.
-
-    Where there are checkpoints, their settings stay beside them until `Record.keep`.
-
-    Args:
-        config: of the run.
-        fixed: settings that a run which is resumed must have had.
-        position: those that its place in the data depends on, whatever `allow_changes` says.
+    Attributes:
+        model: trained, as it was trained.
+        processor: for its prompts.
+        trainer: the host's; its `metrics_logger` holds what `history` reads.
+        saved: directories that were written.
     """
-    _require_directory(config.model)
-    require_backend(config.report_to)
-    output = Path(config.output_dir)
-    settings = output / SETTINGS
-    checkpoints = output / CHECKPOINTS
-    resumable = has_checkpoints(output)
-    earlier = earlier_settings(settings) if resumable else None
-    _refuse_finished(config, output, earlier if resumable else {})
-    if resumable:
-        if not config.resume_from_checkpoint:
-            raise ValueError(
-                f"{checkpoints}: there are checkpoints, and resume_from_checkpoint is false. "
-                "Choose another output_dir, or resume"
-            )
-        changed = differences(earlier or {}, config, fixed)
-        if changed:
-            refuse_change(
-                config,
-                f"{checkpoints}: they belong to a run with another {', '.join(changed)} (see "
-                f"{settings}): {'; '.join(changed.values())}",
-                "set these back",
-                [name for name in changed if name in (*position, *_of_shape(config))],
-            )
-    elif jax.process_index() == 0:
-        write_settings(output, config)
-    return output
 
+    model: nnx.Module
+    processor: Processor
+    trainer: Any
+    saved: list[Path]
 
-def _of_shape(config: TrainSettings) -> Sequence[str]:
-    """Settings without which no checkpoint fits the model."""
-    vision_is_trained = config.lora is None or config.lora.targets in ("vision", "all")
-    return (*_SHAPE, "text_only") if vision_is_trained else _SHAPE
+    @property
+    def steps(self) -> int:
+        """Optimizer steps taken, those before a resumption included."""
+        return self.trainer.train_steps
 
-
-def has_checkpoints(output: Path) -> bool:
-    """Whether there is one to go on from."""
-    # Supervised runs keep theirs in this directory, others in one of each model.
-    checkpoints = output / CHECKPOINTS
-    steps = (*checkpoints.glob("*"), *checkpoints.glob("*/*"))
-    return any(path.name.isdigit() for path in steps)
-
-
-def _refuse_finished(config: TrainSettings, output: Path, earlier: dict[str, Any] | None) -> None:
-    """Refuses a directory with results, unless the run broke off between adapter/ and model/.
-
-    Args:
-        earlier: settings of the run that left checkpoints there; None if they are unknown.
-    """
-    finished = [name for name in (ADAPTER, MODEL) if (output / name).exists()]
-    if not finished:
-        return
-    was_to_merge = earlier is None or earlier.get("merge", False)
-    if finished == [ADAPTER] and config.merge and was_to_merge and config.resume_from_checkpoint:
-        say(f"{output}: an earlier run wrote {ADAPTER}/ and not {MODEL}/; this one finishes it.")
-        return
-    raise ValueError(
-        f"{output}: it holds a finished run ({', '.join(finished)}/). Choose another "
-        "output_dir, or remove these to train on from the last checkpoint"
-    )
-
-
-def _require_directory(model: str) -> None:
-    """Raises ValueError for what is not on this disk, with the command that puts it there."""
-    if Path(model).is_dir():
-        return
-    message = f"model: expected a checkpoint directory, and there is no {model}"
-    if model.count("/") == 1 and not model.startswith((".", "/")):
-        name = model.split("/")[1]
-        message += f". Download it (hf download {model} --local-dir {name}) and give model={name}"
-    raise ValueError(message)
+    def history(self, name: str, mode: str = "train") -> list[float]:
+        """Every logged value of a metric, such as "loss", "actor/loss" or "rewards/score/mean"."""
+        logger, prefix = self.trainer.metrics_logger, ""
+        if "/" in name:
+            prefix, name = name.split("/", 1)
+        if not logger.metric_exists(prefix, name, mode):
+            return []
+        return np.asarray(logger.get_metric_history(prefix, name, mode)).tolist()
 
 
 def device_mesh(
@@ -230,20 +173,12 @@ def optimizer_of(config: TrainSettings, total_steps: int) -> optax.GradientTrans
     )
 
 
-def total_steps(config: TrainSettings, steps_per_epoch: int) -> int:
-    """Optimizer steps until `max_steps` or the end of the epochs, whichever comes first."""
-    limits = [] if config.max_steps is None else [config.max_steps]
-    if config.num_train_epochs is not None:
-        limits.append(steps_per_epoch * config.num_train_epochs)
-    return min(limits)
-
-
 def say_of_epochs(config: TrainSettings, steps: int, about: str = "") -> None:
-    """Says where the epochs, of so many `steps`, end before `max_steps`.
+    """Says where the epochs end before `max_steps`.
 
     Args:
         config: the settings.
-        steps: optimizer steps of all epochs.
+        steps: `config.total_steps`.
         about: a word before their number where that is an estimate.
     """
     if config.num_train_epochs and config.max_steps and steps < config.max_steps:
@@ -264,16 +199,6 @@ def make_processor(config: TrainSettings) -> Processor:
         thinking=data.thinking,
         chat_template_kwargs=data.chat_template_kwargs,
     )
-
-
-def check_file(output: Path, name: str) -> Path:
-    """Keeps what the check of a run's data has found: of "train" or of "eval"."""
-    return output / CHECKPOINTS / f"data_check_{name}.json"
-
-
-def check_key(config: TrainSettings, path: str) -> str:
-    """All that the check of the rows in `path` depends on."""
-    return repr((path, config.model, config.data))
 
 
 def stacked(config: TrainSettings, model: nnx.Module) -> nnx.Module:
@@ -320,9 +245,3 @@ def say_done(config: TrainSettings, steps: int, saved: Sequence[Path], left_out:
             viewer = f"pip install tensorboard, then {viewer}"
         say(f"Curves: {viewer}")
     say(f"{steps} steps done. Saved: {', '.join(map(str, saved))}")
-
-
-def say(text: str) -> None:
-    """Prints once, however many processes there are."""
-    if jax.process_index() == 0:
-        print(text, flush=True)

@@ -6,7 +6,6 @@ tunix-gemma4 grpo configs/grpo/e2b_gsm8k_1gpu.yaml model=gemma-4-E2B-it data.pat
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 from inspect import Parameter, signature
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -26,22 +24,27 @@ from ..plugin.progress import Progress, compiling
 from ..plugin.register import register
 from ..plugin.rl.cluster import (
     RLCluster,
-    Sizes,
     checkpoint_directory,
     make_algorithm,
     make_cluster,
     make_learner,
-    make_rollout_config,
 )
 from ..plugin.rl.report import Report
 from ..plugin.rl.reward_time import limited
 from ..rewards import RewardFn, load_reward, source_files, weighted
 from ..settings.grpo import GrpoRunConfig
 from . import common
-from .common import say
+from .common import Result, say
 from .compile_cache import fast_start
-from .record import Record
-from .way_out import one_way_out, training
+from .run_directory import (
+    Record,
+    check_file,
+    check_key,
+    one_way_out,
+    prepare_output,
+    saved_steps,
+    training,
+)
 
 # What a checkpoint depends on: a run that is resumed must have the same.
 _FIXED = (
@@ -53,35 +56,6 @@ _FIXED = (
 )
 # What of these the place in the prompts is reckoned from.
 _POSITION = ("batch_size", "mini_batch_size", "num_iterations")
-
-# Of `plugin.training_config.training_fields`.
-_OUTPUT = ("eval_steps", "save_steps", "save_total_limit", "keep_steps", "report_to")
-
-
-@dataclasses.dataclass
-class Result:
-    """What a run leaves.
-
-    Attributes:
-        model: trained, as it was trained.
-        processor: for its prompts.
-        steps: optimizer steps taken, those before a resumption included.
-        saved: directories that were written.
-        metrics: the host's logger; see `history`.
-    """
-
-    model: nnx.Module
-    processor: Processor
-    steps: int
-    saved: list[Path]
-    metrics: object
-
-    def history(self, name: str, mode: str = "train") -> list[float]:
-        """Every logged value of a metric, such as "rewards/score/mean" or "actor/loss"."""
-        prefix, name = name.split("/", 1)
-        if not self.metrics.metric_exists(prefix, name, mode):
-            return []
-        return np.asarray(self.metrics.get_metric_history(prefix, name, mode)).tolist()
 
 
 @fast_start
@@ -96,31 +70,27 @@ def run(config: GrpoRunConfig, *, after_step: Callable[[Any], None] | None = Non
     """
     register()
     reward_functions(config)  # What cannot be imported is named before anything is loaded.
-    output = common.prepare_output(config, _FIXED, _POSITION)
+    output = prepare_output(config, _FIXED, _POSITION)
     record = Record(output, config, source_files(config.reward_functions))
     mesh, rollout_mesh = make_meshes(config)
     processor = common.make_processor(config)
     common.say_of_long_images(config, processor.max_soft_tokens)
-    is_older = not common.check_file(output, "train").is_file()
+    is_older = not check_file(output, "train").is_file()
     rows = prompt_rows(config.data.path, processor, config, output)
     eval_ds = eval_batches(config, processor, output)
     say(f"{len(rows)} prompts in {config.data.path}. The first:\n{first_prompt(rows, processor)}")
 
     policy, reference = prepare_models(config, common.load_base(config, mesh))
     record.settle(rows_are_known=rows.are_known)
-    steps = total_steps(config, len(rows))
+    steps = config.total_steps(len(rows))
     say_of_end(config, len(rows), steps)
     with record.restoring(_FIXED):
         cluster = make_cluster(
-            *(policy, reference, processor),
+            *(policy, reference, processor, config),
             optimizer=common.optimizer_of(config, steps),
             mesh=mesh,
             rollout_mesh=rollout_mesh,
-            sizes=sizes_of(config),
-            rollout=rollout_of(config),
-            output_dir=config.output_dir,
             max_steps=steps,
-            **{name: vars(config)[name] for name in _OUTPUT},
         )
     Report(
         cluster,
@@ -141,24 +111,14 @@ def run(config: GrpoRunConfig, *, after_step: Callable[[Any], None] | None = Non
 
     saved = common.save(config, trainer.model, output)
     common.say_done(config, trainer.train_steps, saved, rows.left_out)
-    return Result(trainer.model, processor, trainer.train_steps, saved, trainer.metrics_logger)
+    return Result(trainer.model, processor, trainer, saved)
 
 
 def train(
     config: GrpoRunConfig, cluster: RLCluster, rows: PromptRows, eval_ds: PromptBatches | None
 ) -> None:
     """Trains the policy of `cluster` to the end."""
-    learner = make_learner(
-        cluster,
-        config.loss_type,
-        reward_functions(config),
-        num_generations=config.num_generations,
-        num_iterations=config.num_iterations,
-        beta=config.beta,
-        kl_estimator=config.kl_estimator,
-        epsilon=config.epsilon,
-        epsilon_high=config.epsilon_high,
-    )
+    learner = make_learner(cluster, config, reward_functions(config))
     trainer = cluster.actor_trainer
     with training(trainer):
         learner.train(train_batches(config, rows, trainer.train_steps), eval_ds)
@@ -200,13 +160,13 @@ def prompt_rows(
         output: of the run, where the result of the check is kept; None keeps none.
         name: "train" or "eval".
     """
-    cache = None if output is None else common.check_file(output, name)
-    key = common.check_key(config, path)
+    cache = None if output is None else check_file(output, name)
+    key = check_key(config, path)
     names = {
         name for spec in config.reward_functions for name in signature(load_reward(spec)).parameters
     }
     before = None
-    if cache is not None and name == "train" and common.has_checkpoints(output):
+    if cache is not None and name == "train" and saved_steps(output):
         before = checked_rows(cache)
     data = config.data
     rows = PromptRows(
@@ -235,7 +195,7 @@ def prompt_rows(
 
 def _require_columns(config: GrpoRunConfig, columns: Sequence[str], path: str) -> None:
     """Raises ValueError if a reward function asks for what no row has."""
-    _, algorithm = make_algorithm(config.loss_type, num_generations=config.num_generations)
+    _, algorithm = make_algorithm(config)
     # The host offers the settings of the algorithm too.
     known = {"prompts", "completions", "mode", *CONTEXT, *columns, *vars(algorithm)}
     for spec in config.reward_functions:
@@ -318,22 +278,13 @@ def eval_batches(
     return PromptBatches(rows, config.micro, seed=None, limit=whole)
 
 
-def total_steps(config: GrpoRunConfig, num_rows: int) -> int:
-    """Optimizer steps until `max_steps` or the end of the epochs, in whole rollout steps."""
-    limits = [] if config.max_steps is None else [config.max_steps]
-    if config.num_train_epochs is not None:
-        batches = max(num_rows * config.num_train_epochs // config.batch_size, 1)
-        limits.append(batches * config.updates_per_batch)
-    return min(limits)
-
-
 def say_of_end(config: GrpoRunConfig, num_rows: int, steps: int) -> None:
     """Says where the epochs end first, and which prompts the last rollout step leaves or repeats.
 
     Args:
         config: the settings.
         num_rows: prompts of an epoch.
-        steps: of the run, as `total_steps` has them.
+        steps: `config.total_steps`.
     """
     if num_rows < config.batch_size:
         say(
@@ -372,29 +323,6 @@ def prepare_models(
     del base
     policy = common.stacked(config, policy)
     return policy, reference_model(policy) if config.beta else None
-
-
-def sizes_of(config: GrpoRunConfig) -> Sizes:
-    """The batch sizes of a step's parts."""
-    return Sizes(
-        mini=config.mini,
-        train_micro=config.micro,
-        rollout_micro=config.rollout_micro_batch_size,
-        logps_micro=config.compute_logps_micro_batch_size,
-        updates_per_batch=config.updates_per_batch,
-    )
-
-
-def rollout_of(config: GrpoRunConfig):
-    """How completions are sampled."""
-    return make_rollout_config(
-        max_prompt_length=config.data.max_prompt_length,
-        max_completion_length=config.max_completion_length,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        top_k=config.top_k,
-        seed=config.seed,
-    )
 
 
 def reward_functions(config: GrpoRunConfig) -> list[RewardFn]:

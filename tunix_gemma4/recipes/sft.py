@@ -6,8 +6,6 @@ tunix-gemma4 sft configs/sft/e2b_lora_image.yaml model=gemma-4-E2B-it data.path=
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,10 +20,9 @@ from ..plugin.sft.trainer import POSITION, Gemma4Trainer
 from ..plugin.training_config import CHECKPOINTS, make_training_config
 from ..settings.sft import RunConfig
 from . import common
-from .common import say
+from .common import Result, say
 from .compile_cache import fast_start
-from .record import Record
-from .way_out import one_way_out, training
+from .run_directory import Record, check_file, check_key, one_way_out, prepare_output, training
 
 # What a checkpoint depends on: a run that is resumed must have the same.
 _FIXED = (
@@ -39,23 +36,6 @@ _POSITION = (
 )
 
 
-@dataclasses.dataclass
-class Result:
-    """What a run leaves.
-
-    Attributes:
-        model: trained, as it was trained.
-        processor: for its prompts.
-        trainer: holds the metrics; see `Gemma4Trainer.history`.
-        saved: directories that were written.
-    """
-
-    model: nnx.Module
-    processor: Processor
-    trainer: Gemma4Trainer
-    saved: list[Path]
-
-
 @fast_start
 @one_way_out
 def run(config: RunConfig, *, after_eval: Callable[[Gemma4Trainer], None] | None = None) -> Result:
@@ -65,7 +45,7 @@ def run(config: RunConfig, *, after_eval: Callable[[Gemma4Trainer], None] | None
         config: the settings.
         after_eval: called with the trainer after each evaluation.
     """
-    output = common.prepare_output(config, _FIXED, _POSITION)
+    output = prepare_output(config, _FIXED, _POSITION)
     record = Record(output, config)
     mesh = make_mesh(config)
     processor = common.make_processor(config)
@@ -148,7 +128,7 @@ def check_datasets(
     named = (("train", train_ds, config.data.path), ("eval", eval_ds, config.data.eval_path))
     for name, dataset, path in named:
         if dataset is not None:
-            file, key = common.check_file(output, name), common.check_key(config, path)
+            file, key = check_file(output, name), check_key(config, path)
             dataset.check(config.data.check, log=say, cache=file, key=key)
 
 
@@ -176,22 +156,12 @@ def make_trainer(
     all_checked: bool = False,
 ) -> Gemma4Trainer:
     """The trainer with its optimizer; it restores the latest checkpoint, if there is one."""
-    steps = total_steps(config, num_rows, steps_per_epoch)
+    steps = config.total_steps(num_rows, steps_per_epoch)
     estimated = not all_checked and steps != config.max_steps
-    training_config = make_training_config(
-        config.output_dir,
-        max_steps=config.max_steps,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        eval_steps=config.eval_steps,
-        save_steps=config.save_steps,
-        save_total_limit=config.save_total_limit,
-        keep_steps=config.keep_steps,
-        report_to=config.report_to,
-    )
     return Gemma4Trainer(
         model,
         common.optimizer_of(config, steps),
-        training_config,
+        make_training_config(config),
         logging_steps=config.logging_steps,
         log=say,
         after_eval=after_eval,
@@ -218,32 +188,10 @@ def say_of_empty_rows(config: RunConfig, train_ds: BatchDataset) -> None:
 def say_of_estimate(config: RunConfig, train_ds: BatchDataset) -> None:
     """Says where the epochs end first, and where the rate ends with rows that are not yet read."""
     whole = train_ds.checked is not None and train_ds.checked.is_whole
-    per_epoch = steps_per_epoch(config, train_ds.num_rows, train_ds.steps_per_epoch())
-    steps = per_epoch * (config.num_train_epochs or 0)
+    steps = config.total_steps(train_ds.num_rows, train_ds.steps_per_epoch())
     common.say_of_epochs(config, steps, "" if whole else "about ")
     if config.max_steps is None and config.lr_scheduler_type != "constant" and not whole:
-        steps = total_steps(config, train_ds.num_rows, train_ds.steps_per_epoch())
         say(
             f"The learning rate is planned for about {steps} steps, because not all rows were "
             "checked; data.check=all makes it exact."
         )
-
-
-def total_steps(config: RunConfig, num_rows: int, found: int | None = None) -> int:
-    """Steps for the learning rate to reach zero in; see `steps_per_epoch`."""
-    return common.total_steps(config, steps_per_epoch(config, num_rows, found))
-
-
-def steps_per_epoch(config: RunConfig, num_rows: int, found: int | None) -> int:
-    """Optimizer steps of an epoch.
-
-    Args:
-        config: the settings.
-        num_rows: of the file.
-        found: what `BatchDataset.steps_per_epoch` found. Where no row was checked this is reckoned
-            from `num_rows`: rows that are left out make for fewer steps, and the rest of each
-            bucket at an epoch's end for more.
-    """
-    if found is not None:
-        return found
-    return math.ceil(num_rows / (config.batch_size * config.gradient_accumulation_steps))

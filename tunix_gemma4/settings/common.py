@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from omegaconf import MISSING
 
 from ..config.checks import ATTENTION_IMPLEMENTATIONS
 from ..config.domains import require_fields
 from ..config.parts import RematConfig
+from ..data.check import rows_to_check
 from ..lora.adapters import LoraConfig
 
 AUTO = "auto"  # The user's own cache directory.
@@ -32,12 +34,47 @@ class MeshConfig:
 
 
 @dataclasses.dataclass
+class DataSettings:
+    """What the rows of every run have.
+
+    Attributes:
+        path: a .jsonl, .json or .parquet file of rows.
+        eval_path: the like, held out; null evaluates nothing.
+        max_soft_tokens: most tokens an image becomes: 70, 140, 280, 560 or 1120; null: what the
+            checkpoint's processor_config.json says, or 280.
+        transformers_alpha: drop the transparency of images, as transformers does, instead of
+            laying them on white.
+        thinking: tell the model to think before it answers; the chat template's `enable_thinking`.
+        chat_template_kwargs: other arguments of the chat template.
+        shuffle: a new order each epoch.
+        check: which rows are read before the first step, so that what is wrong is said then: "all",
+            a number of rows spread over the file (and of every other row its form and the files of
+            its images), or false; null: all of fewer than 20,000, otherwise 2,000. The result is
+            kept with the checkpoints, and steps, so the learning rate too, are planned from it.
+            Held-out prompts are all checked.
+        skip_bad_rows: leave out rows that cannot be read, and count them, in place of an error.
+    """
+
+    path: str = MISSING
+    eval_path: str | None = None
+    max_soft_tokens: int | None = None
+    transformers_alpha: bool = False
+    thinking: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
+    shuffle: bool = True
+    # Not compared: a run that is resumed may change them.
+    check: Any = dataclasses.field(default=None, compare=False)
+    skip_bad_rows: bool = dataclasses.field(default=False, compare=False)
+
+
+@dataclasses.dataclass
 class TrainSettings:
     """What every run has.
 
     Attributes:
         model: checkpoint directory, as Hugging Face writes it, with a chat template (an -it one).
         output_dir: receives adapter/ or model/, checkpoints/, tensorboard/ and run_config.yaml.
+        data: the rows; of each recipe its own.
         lora: see `tunix_gemma4.LoraConfig`; null trains every parameter.
         mesh: see `MeshConfig`.
         text_only: leave the vision tower out, which saves its memory where there are no images.
@@ -83,6 +120,7 @@ class TrainSettings:
 
     model: str = MISSING
     output_dir: str = MISSING
+    data: DataSettings = dataclasses.field(default_factory=DataSettings)
     lora: LoraConfig | None = None
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     text_only: bool = False
@@ -114,11 +152,31 @@ class TrainSettings:
     seed: int = 0
     compilation_cache_dir: str | None = AUTO
 
+    def total_steps(self, num_rows: int, steps_per_epoch: int | None = None) -> int:
+        """Optimizer steps until `max_steps` or the end of the epochs, whichever comes first.
+
+        Args:
+            num_rows: of the file.
+            steps_per_epoch: where the data tells. Reckoned from `num_rows` there are more, by the
+                rows that are left out, and fewer, by the rest of each bucket at an epoch's end.
+        """
+        limits = [] if self.max_steps is None else [self.max_steps]
+        if self.num_train_epochs is not None and steps_per_epoch is not None:
+            limits.append(steps_per_epoch * self.num_train_epochs)
+        elif self.num_train_epochs is not None:
+            limits.append(self.steps_of_epochs(num_rows, self.num_train_epochs))
+        return min(limits)
+
+    def steps_of_epochs(self, num_rows: int, epochs: int) -> int:
+        """Optimizer steps that a recipe takes with so many rows."""
+        raise NotImplementedError(f"{type(self).__name__} is no recipe's: give max_steps alone")
+
     def validate(self) -> None:
         """Raises ValueError for settings that cannot be meant."""
         if self.max_steps is None and self.num_train_epochs is None:
             raise ValueError("max_steps, num_train_epochs: both are null; give at least one")
         require_fields(self)
+        rows_to_check(self.data.check, 1)
         places = {"model": self.model, "output_dir": self.output_dir, "data.path": self.data.path}
         for name, place in places.items():
             if not place.strip():

@@ -9,13 +9,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from omegaconf import MISSING
 
-from ..data.check import rows_to_check
 from ..rewards import load_reward
-from .common import MeshConfig, TrainSettings, one_of
+from .common import DataSettings, MeshConfig, TrainSettings, one_of
 from .load_config import load_config
 
 LOSS_TYPES = ("grpo", "gspo", "dr_grpo", "dapo")
@@ -23,41 +21,23 @@ KL_ESTIMATORS = ("k1", "k2", "k3")
 
 
 @dataclasses.dataclass
-class PromptConfig:
-    """What is asked.
+class PromptConfig(DataSettings):
+    """What is asked: rows with `prompt`, a string or messages, or `messages`, whose last answer is
+    left out and becomes the column `answer`; images as in supervised data; further columns go to
+    the reward functions.
+
+    Besides those of `DataSettings`:
 
     Attributes:
-        path: a .jsonl, .json or .parquet file of rows with `prompt` (a string or messages) or
-            `messages`, whose last answer is left out and becomes the column `answer`; images as
-            in supervised data; further columns go to the reward functions.
-        eval_path: the like, held out; null evaluates nothing.
         prompt_column: read the prompt from this column instead, such as "question".
         system_prompt: put before each conversation that has none of its own.
         max_prompt_length: tokens; longer prompts are dropped and counted, never cut. Every prompt
             is padded to this, so it should not be much longer than the longest.
-        max_soft_tokens: most tokens an image becomes: 70, 140, 280, 560 or 1120; null: what the
-            checkpoint's processor_config.json says, or 280.
-        transformers_alpha: drop the transparency of images, as transformers does, instead of
-            laying them on white.
-        thinking: tell the model to think before it answers; the chat template's `enable_thinking`.
-        chat_template_kwargs: other arguments of the chat template.
-        shuffle: a new order each epoch.
-        check, skip_bad_rows: as in supervised data. Held-out prompts are all checked.
     """
 
-    path: str = MISSING
-    eval_path: str | None = None
     prompt_column: str | None = None
     system_prompt: str | None = None
     max_prompt_length: int = 512
-    max_soft_tokens: int | None = None
-    transformers_alpha: bool = False
-    thinking: bool = False
-    chat_template_kwargs: dict[str, Any] | None = None
-    shuffle: bool = True
-    # Not compared: a run that is resumed may change them.
-    check: Any = dataclasses.field(default=None, compare=False)
-    skip_bad_rows: bool = dataclasses.field(default=False, compare=False)
 
 
 @dataclasses.dataclass
@@ -140,10 +120,13 @@ class GrpoRunConfig(TrainSettings):
         """Optimizer steps between one rollout step and the next."""
         return self.batch_size // self.mini * self.num_iterations
 
+    def steps_of_epochs(self, num_rows: int, epochs: int) -> int:
+        """Optimizer steps of whole rollout steps."""
+        return max(num_rows * epochs // self.batch_size, 1) * self.updates_per_batch
+
     def validate(self) -> None:
         """Raises ValueError for settings that cannot be meant."""
         super().validate()
-        rows_to_check(self.data.check, 1)
         one_of("loss_type", self.loss_type, LOSS_TYPES)
         one_of("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
         self._validate_numbers()

@@ -3,6 +3,7 @@
 
 from tunix_gemma4._renamed import warn
 from tunix_gemma4.lora import LoraConfig as LoraSettings  # noqa: F401
+from tunix_gemma4.settings.common import MeshConfig  # noqa: F401
 from tunix_gemma4.settings.load_config import to_yaml  # noqa: F401
 from tunix_gemma4.settings.sft import *  # noqa: F403
 
