@@ -129,6 +129,20 @@ def test_links_of_the_page_lead_somewhere(page):
     assert not [link for link in targets if not (page.parent / link).exists()]
 
 
+def anchors(page):
+    """As GitHub makes them of headings; `make docs` looks at those of the site."""
+    headings = re.findall(r"^#+ (.*)$", FENCE.sub("", page.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_links_into_a_page_lead_to_a_heading(page):
+    links = re.findall(r"\]\(([^)#\s]*)#([^)\s]+)\)", page.read_text())
+    links = [(link, anchor) for link, anchor in links if "://" not in link]
+    there = {link: anchors(page.parent / link if link else page) for link, _ in links}
+    assert not [(link, anchor) for link, anchor in links if anchor not in there[link]]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_make_targets_named_by_the_page_exist(page):
     makefile = (ROOT / "Makefile").read_text()
