@@ -18,7 +18,7 @@ PIP := $(BIN)/python -m pip
 PYTEST := $(BIN)/python -m pytest $(PYTEST_ARGS)
 PACKAGING := setup.cfg pyproject.toml
 
-.PHONY: demo demo-rl test parity parity-latest parity-slow slow aot bench bench-quick tunix wheel docs lint format clean
+.PHONY: demo demo-rl test parity parity-latest parity-slow slow aot bench bench-quick tunix wheel docs docs-tables lint format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/tunix-gemma4 demo $(DEMO_ARGS)
@@ -68,6 +68,10 @@ wheel: $(VENV)/.build
 # The site of docs/ into site/, with the reference of the public names; a warning is an error.
 docs: $(VENV)/.docs
 	$(BIN)/mkdocs build --strict --quiet
+
+# The tables of docs/reference/, from the classes of settings and the hooks.
+docs-tables: $(VENV)/.test
+	$(BIN)/python docs/tables.py
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

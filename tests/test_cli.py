@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line: its commands, and how it answers a user's mistakes."""
 
+import dataclasses
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 from small_models import ONE_DEVICE
 
 from tunix_gemma4.__main__ import main
+from tunix_gemma4.recipes import GrpoRunConfig, RunConfig
 from tunix_gemma4.testing import digits
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -92,6 +94,15 @@ def test_option_that_is_given_twice_is_refused(capsys):
     # What may be given again still may be.
     assert main(["generate", "no_such_directory", "hi", "--image", "a", "--image", "b"]) == 2
     assert "no_such_directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("command", "kind"), [("sft", RunConfig), ("grpo", GrpoRunConfig)])
+def test_help_explains_every_setting(command, kind, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    said = capsys.readouterr().out
+    names = [*(f.name for f in dataclasses.fields(kind)), "data.path", "lora.rank=16", "mesh.tp=1"]
+    assert not [name for name in names if not re.search(rf"^  {name}(=.*)?\n {{6}}\S", said, re.M)]
 
 
 def test_command_that_does_not_exist_is_refused(capsys):

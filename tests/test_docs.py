@@ -10,6 +10,7 @@ text is compared; `...` stands for anything.
 import contextlib
 import dataclasses
 import doctest
+import importlib.util
 import io
 import json
 import re
@@ -163,6 +164,17 @@ def test_readme_names_every_folder_of_the_package():
         if path.parent.name != "_renamed"
     }
     assert not [name for name in sorted(folders) if f"`{name}/`" not in readme]
+
+
+def test_tables_are_those_of_the_code():
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "docs" / "tables.py")
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    old = [
+        page.name for page in tables.pages() if page.read_text() != tables.page_with_tables(page)
+    ]
+    assert len(tables.pages()) == 2
+    assert not old, f"`make docs-tables` writes them anew: {old}"
 
 
 CONFIGS = [ModelConfig, LoraConfig, RunConfig, DataConfig, MeshConfig]

@@ -96,11 +96,28 @@ class _Once(argparse.Action):
 
 
 class _Parser(argparse.ArgumentParser):
-    """One, and those of its commands, whose options are given once if nothing else is said."""
+    """One, and those of its commands, whose options are given once if nothing else is said.
+
+    Attributes:
+        kinds: classes of settings of `recipes`, which the command takes and its help explains.
+    """
+
+    kinds: tuple[str, ...] = ()
 
     def __init__(self, *arguments: Any, **options: Any):
         super().__init__(*arguments, **options)
         self.register("action", None, _Once)
+
+    def format_help(self) -> str:
+        return super().format_help() + "".join(map(_settings, self.kinds))
+
+
+def _settings(kind: str) -> str:
+    from . import recipes
+    from .settings.reference import help_text
+
+    lines = help_text(getattr(recipes, kind))
+    return "\n".join(["", f"settings ({kind}), each as KEY=VALUE, with defaults:", *lines, ""])
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -119,6 +136,7 @@ def _add_training(commands: Any) -> None:
     demo.add_argument("--output-dir", default="outputs/demo", help="a number is added if it exists")
     demo.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings of both stages")
     demo.set_defaults(run=_demo)
+    demo.kinds = ("RunConfig",)
 
     demo_rl = commands.add_parser(
         "demo-rl", help="let rewards teach a tiny model to read digits, in minutes"
@@ -130,24 +148,25 @@ def _add_training(commands: Any) -> None:
         "overrides", nargs="*", metavar="KEY=VALUE", help="settings of the rewards' part"
     )
     demo_rl.set_defaults(run=_demo_rl)
+    demo_rl.kinds = ("GrpoRunConfig",)
 
     sft = commands.add_parser(
         "sft",
         help="fine-tune on conversations",
-        description="Settings and their defaults: tunix_gemma4.recipes.RunConfig.",
     )
     sft.add_argument("config", help="a recipe's name, such as e2b_lora_image, or a YAML file")
     sft.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as lora.rank=32")
     sft.set_defaults(run=_sft)
+    sft.kinds = ("RunConfig",)
 
     grpo = commands.add_parser(
         "grpo",
         help="train with rewards (GRPO, GSPO, Dr.GRPO, DAPO)",
-        description="Settings and defaults: tunix_gemma4.recipes.GrpoRunConfig.",
     )
     grpo.add_argument("config", help="a recipe's name, such as e2b_gsm8k_1gpu, or a YAML file")
     grpo.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as lora.rank=32")
     grpo.set_defaults(run=_grpo)
+    grpo.kinds = ("GrpoRunConfig",)
 
 
 def _add_tools(commands: Any) -> None:
@@ -201,6 +220,7 @@ def _add_plan(commands: Any) -> None:
         "--weights", action="store_true", help="weights and optimizer alone: compiles nothing"
     )
     plan.set_defaults(run=_plan)
+    plan.kinds = ("RunConfig", "GrpoRunConfig")
 
 
 def _demo(options: argparse.Namespace) -> int:

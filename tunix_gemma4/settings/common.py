@@ -45,13 +45,13 @@ class DataSettings:
         transformers_alpha: drop the transparency of images, as transformers does, instead of
             laying them on white.
         thinking: tell the model to think before it answers; the chat template's `enable_thinking`.
-        chat_template_kwargs: other arguments of the chat template.
+        chat_template_kwargs: other arguments of the chat template; a row's own go before them.
         shuffle: a new order each epoch.
-        check: which rows are read before the first step, so that what is wrong is said then: "all",
-            a number of rows spread over the file (and of every other row its form and the files of
-            its images), or false; null: all of fewer than 20,000, otherwise 2,000. The result is
-            kept with the checkpoints, and steps, so the learning rate too, are planned from it.
-            Held-out prompts are all checked.
+        check: which rows are read before the first step, so that what is wrong is said then, with a
+            summary: "all", a number of rows spread over the file (and of every other row its form
+            and the files of its images), or false; null: all of fewer than 20,000, otherwise 2,000.
+            The result is kept with the checkpoints. Steps, and so the learning rate, are planned
+            from it: exactly where all rows were checked. Held-out prompts are all checked.
         skip_bad_rows: leave out rows that cannot be read, and count them, in place of an error.
     """
 
@@ -91,31 +91,35 @@ class TrainSettings:
         merge: with LoRA, also save model/, the adapter merged into the base.
         max_steps: optimizer steps; null: until the epochs end.
         num_train_epochs: passes over the data; null: until `max_steps`. Given both, what comes
-            first ends the run.
+            first ends the run, and where that is the epochs it is said.
         learning_rate: the highest. 2e-4 suits supervised LoRA; full fine-tuning wants about 1e-5.
         lr_scheduler_type: "constant", "linear" or "cosine", the latter two down to zero.
         warmup_steps: steps until the highest rate.
         weight_decay: AdamW's, on matrices only; 0 as is usual in fine-tuning.
         adam_beta1, adam_beta2, adam_epsilon: AdamW's; the usual values.
         max_grad_norm: gradients are scaled down to this norm; 0 or null: never.
-        on_nonfinite: "stop" ends the run with the first loss, gradient or state that is NaN or
-            infinite, and saves nothing of it; "skip" lets such a step change nothing, counts it
-            and goes on.
+        on_nonfinite: what a loss, a gradient or a state that is NaN or infinite does: "stop" ends
+            the run with its step and the likely cause, and saves nothing of it; "skip" lets the
+            step change nothing, counts it and goes on. A resumed run may have another, so one that
+            was stopped can go on without that step.
         max_skipped_steps: with "skip", the run ends when more steps than these were skipped.
         logging_steps: steps between lines of text.
         eval_steps: steps between evaluations; there is one before the first.
         save_steps: steps between checkpoints; there is one after the last.
         save_total_limit: checkpoints that are kept, the newest.
         keep_steps: steps whose checkpoints are kept besides; each a multiple of `save_steps`.
-        resume_from_checkpoint: go on from the latest checkpoint in `output_dir`, if there is one.
+        resume_from_checkpoint: go on from the latest checkpoint in `output_dir`, if there is one;
+            see docs/how-to/resume.md.
         allow_changes: resume although settings or files that the checkpoints depend on are others
             now, as after the correction of a reward function; says which. Not where the place in
-            the data or the shape of what is trained depends on them.
-        report_to: "tensorboard", "wandb" or "none".
+            the data or the shape of what is trained depends on them:
+            docs/how-to/resume.md#what-must-be-the-same.
+        report_to: "tensorboard" (files; their viewer is `pip install tensorboard`), "wandb" (extra
+            `wandb`) or "none".
         seed: of the data's order, of what is sampled and of the adapter's initial values.
         compilation_cache_dir: keeps compiled programs for the next start; null: keeps none. "auto"
             is tunix_gemma4/compilation in `$XDG_CACHE_HOME` or ~/.cache. What
-            `JAX_COMPILATION_CACHE_DIR` names is used instead.
+            `JAX_COMPILATION_CACHE_DIR` names is used instead. See docs/how-to/compile_time.md.
     """
 
     model: str = MISSING

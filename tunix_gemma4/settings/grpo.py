@@ -22,13 +22,14 @@ KL_ESTIMATORS = ("k1", "k2", "k3")
 
 @dataclasses.dataclass
 class PromptConfig(DataSettings):
-    """What is asked: rows with `prompt`, a string or messages, or `messages`, whose last answer is
-    left out and becomes the column `answer`; images as in supervised data; further columns go to
-    the reward functions.
+    """What is asked.
 
     Besides those of `DataSettings`:
 
     Attributes:
+        path: a .jsonl, .json or .parquet file of rows with `prompt` (a string or messages) or
+            `messages`, whose last answer is left out and becomes the column `answer`; images as in
+            supervised data; further columns go to the reward functions.
         prompt_column: read the prompt from this column instead, such as "question".
         system_prompt: put before each conversation that has none of its own.
         max_prompt_length: tokens; longer prompts are dropped and counted, never cut. Every prompt
@@ -50,7 +51,7 @@ class GrpoRunConfig(TrainSettings):
         data: see `PromptConfig`.
         reward_functions: names of `tunix_gemma4.rewards`, some with arguments, as in
             "soft_overlong(max_length=1200, buffer=300)", "package.module:function" or
-            "path/to/file.py:function". Their rewards are added.
+            "path/to/file.py:function". Their rewards are added; see docs/how-to/write_reward.md.
         reward_weights: a factor for each; null: 1.
         reward_timeout: seconds that a reward function may take for the completions of a batch; the
             run ends when one takes longer. null: any time, with a warning after a minute.
@@ -60,9 +61,10 @@ class GrpoRunConfig(TrainSettings):
         num_generations: completions of a prompt, which are compared with each other.
         num_iterations: optimizer steps on the same completions.
         beta: weight of the KL penalty against the starting model; 0 keeps no reference.
-        kl_estimator: of the penalty and its metric: "k3", r - 1 - log r with r the reference's
-            probability over the policy's, as in the paper; "k2", half the squared logarithm; "k1",
-            the logarithm, whose gradient does not pull towards the reference.
+        kl_estimator: of the penalty and of `actor/kl`: "k3", r - 1 - log r with r the reference's
+            probability over the policy's, as in the paper and in TRL; "k2", half the squared
+            logarithm; "k1", the logarithm, the default of Tunix's own `GRPOConfig`
+            (`kl_loss_mode="kl"`), whose gradient does not pull towards the reference.
         epsilon: how far a probability ratio may fall below 1. GSPO wants about 3e-4.
         epsilon_high: how far it may rise above 1; null: like `epsilon`, and 0.28 with "dapo".
         temperature: of sampling; the log-probabilities of training are taken at it too.
@@ -74,8 +76,9 @@ class GrpoRunConfig(TrainSettings):
         rollout_micro_batch_size: prompts sampled at once; null: `train_micro_batch_size`.
         compute_logps_micro_batch_size: prompts of one forward pass of the reference; null:
             `train_micro_batch_size`.
-        rollout_mesh: sample on other devices than those of `mesh`, at the same time; null: on the
-            same, in turn.
+        rollout_mesh: see `MeshConfig`; sample on other devices than those of `mesh`, micro-batch by
+            micro-batch while those before are trained on (with "dapo", whose mean is over all
+            tokens of an optimizer step, in turn); null: on those of `mesh`, in turn.
         log_completions: print a few completions with their rewards along with each line.
     """
 

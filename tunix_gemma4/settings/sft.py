@@ -18,14 +18,16 @@ from .load_config import load_config
 
 @dataclasses.dataclass
 class DataConfig(DataSettings):
-    """What is learnt: rows with `messages`.
+    """What is learnt.
 
     Besides those of `DataSettings`:
 
     Attributes:
+        path: a .jsonl, .json or .parquet file of rows with `messages`, or of another tool's
+            (docs/how-to/data.md).
         max_length: tokens; longer rows are dropped and counted, never cut.
         thoughts: which of a row's thoughts are learnt: "last", those of its last turn; "none"; or
-            "each_turn", which makes a row of each turn.
+            "each_turn", which makes a row of each turn; see docs/how-to/data.md.
         image_buckets: allowed numbers of images per row of a batch; each compiles once.
         bucket_lengths: allowed numbers of tokens per row; each compiles once. null: powers of two
             from 64, and `max_length`.
@@ -45,7 +47,8 @@ class RunConfig(TrainSettings):
 
     Attributes:
         data: see `DataConfig`.
-        batch_size: rows of one forward pass, of all devices together.
+        batch_size: rows of one forward pass, of all devices together. What an epoch leaves free in
+            its last step is filled with empty rows; where it cannot fill one step, the run says so.
         gradient_accumulation_steps: forward passes per step.
     """
 
