@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-from memory import ROOT
 
 import tunix_gemma4
 from tunix_gemma4.planning.command import load_settings
@@ -39,11 +38,11 @@ class Case(NamedTuple):
 
 
 _RECIPES = {
-    "E2B": "e2b_lora_text",
-    "E4B": "e4b_lora_image",
-    "12B": "12b_lora_text",
-    "26B-A4B": "26b_a4b_lora_image",
-    "31B": "31b_lora_image",
+    "E2B": "lora-text e2b",
+    "E4B": "lora-image e4b",
+    "12B": "lora-text 12b",
+    "26B-A4B": "lora-image 26b-a4b",
+    "31B": "lora-image 31b",
 }
 _NF4 = "lora.quantize=nf4"
 CASES = (
@@ -67,9 +66,8 @@ def longest(case: Case) -> tuple[int | None, int]:
         "gradient_accumulation_steps=1",
         f"data.max_length={START}",
     ]
-    path = ROOT / "configs" / "sft" / f"{case.recipe}.yaml"
     say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
-    search = Search(load_settings(str(path), settings), case.topology, 0, say)
+    search = Search(load_settings(case.recipe.split(), settings), case.topology, 0, say)
     _, length = search.longest(chips.capacity)
     totals = [one.total for one in search.tried if one.settings == f"data.max_length={length}"]
     return length, max(totals, default=0)

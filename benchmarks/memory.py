@@ -28,7 +28,6 @@ from tunix_gemma4 import ModelConfig
 from tunix_gemma4.planning.command import load_settings
 from tunix_gemma4.planning.plan import GB, Plan, plan
 
-ROOT = Path(__file__).parents[1]
 RECORD = Path(__file__).with_suffix(".json")
 # How much worse than recorded is a failure.
 TOLERANCE = 1.05
@@ -39,7 +38,7 @@ class Case:
     """One program.
 
     Attributes:
-        recipe: its file below configs/.
+        recipe: names of recipes.
         settings: that differ from the file's.
         topology: chips.
         program: of the recipe.
@@ -65,7 +64,7 @@ def _logps(rows: int, length: int) -> str:
     )
 
 
-_SFT, _IMAGE, _GRPO = "sft/e2b_lora_text", "sft/e2b_lora_image", "grpo/e2b_gsm8k_v5e8"
+_SFT, _IMAGE, _GRPO = "lora-text e2b", "lora-image e2b", "gsm8k e2b v5e-8"
 _LORA = "gradient_accumulation_steps=1 mesh.fsdp={} batch_size={} data.max_length={}"
 _GRPO_STEP = (
     "data.max_prompt_length={} max_completion_length={} num_generations=8 batch_size=1 "
@@ -85,23 +84,23 @@ CASES = {
     "grpo-2048-v5p": Case(_GRPO, _GRPO_STEP.format(1024, 1024), "v5p:2x2x2", peer=(12.32, None)),
     "image-1024": Case(_IMAGE, _LORA.format(8, 8, 1024) + " lora.targets=all", "v5e:2x4", images=1),
     "full-1024": Case(
-        "sft/e2b_full_image",
+        "full-image e2b",
         _LORA.format(8, 8, 1024) + " text_only=true",
         "v5e:2x4",
     ),
     "31b-lora-3072": Case(
-        "sft/31b_lora_image",
+        "lora-image 31b",
         _LORA.format(1, 1, 3072) + " mesh.tp=4 text_only=true",
         "v5p:2x2x1",
         peer=(2.80, 1.62e14),
     ),
     "31b-qlora-2048": Case(
-        "sft/31b_lora_image",
+        "lora-image 31b",
         _LORA.format(1, 1, 2048) + " mesh.tp=1 lora.quantize=nf4 text_only=true",
         "h200:1",
     ),
     "26b-a4b-lora-2048": Case(
-        "sft/26b_a4b_lora_image", _LORA.format(8, 8, 2048) + " text_only=true", "v5e:2x4"
+        "lora-image 26b-a4b", _LORA.format(8, 8, 2048) + " text_only=true", "v5e:2x4"
     ),
 }
 QUICK = {
@@ -129,7 +128,7 @@ def measured(case: Case) -> Plan:
             source = cut(ModelConfig.gemma4_e2b_it(), case.layers)
             (Path(directory) / "config.json").write_text(json.dumps(source))
             settings.append(f"model={directory}")
-        config = load_settings(str(ROOT / "configs" / f"{case.recipe}.yaml"), settings)
+        config = load_settings(case.recipe.split(), settings)
         return plan(config, case.topology, images=case.images, only=(case.program,))
 
 

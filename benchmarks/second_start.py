@@ -89,7 +89,7 @@ def start(case: str, directory: Path, output: str) -> dict[str, float]:
     if case != "demo":
         settings += ["batch_size=2", "remat=decoder", "lora={rank: 16}"]
         settings += [f"scan_layers={str(case == 'stacked').lower()}"]
-    path = resources.files("tunix_gemma4.recipes").joinpath("demo_digit.yaml")
+    path = resources.files("tunix_gemma4.demos").joinpath("demo_digit.yaml")
     config = load_run_config(path, settings)
     begin, cpu = time.monotonic(), time.process_time()
     sft.run(config)

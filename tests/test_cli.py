@@ -53,7 +53,7 @@ def test_module_lists_its_commands():
 
 
 def test_mistake_is_one_message_without_a_traceback_and_exit_code_2():
-    run = run_module("sft", "configs/sft/e2b_lora_text.yaml", "lora.rnk=8")
+    run = run_module("sft", "configs/sft/lora-text.yaml", "e2b", "lora.rnk=8")
     assert run.returncode == 2
     assert run.stderr == (
         "tunix-gemma4 sft: the command line: unknown key 'lora.rnk'; did you mean 'lora.rank'?\n"
@@ -64,7 +64,10 @@ def test_mistake_is_one_message_without_a_traceback_and_exit_code_2():
     ("arguments", "message"),
     [
         (["sft", "none.yaml"], "none.yaml: there is no such file"),
-        (["sft", "configs/sft/e2b_lora_text.yaml", "model=m"], "data.path must be given"),
+        (["sft", "configs/sft/lora-text.yaml", "model=m"], "lora-text: data.path must be given"),
+        (["sft", "lora-text", "e2b", "lr"], "lr: there is no such file"),
+        (["recipes", "lora-text", "seed=1"], "seed=1: expected names of recipes"),
+        (["demo", "seed"], "'seed': expected key=value"),
         (["generate", "no_such_directory", "Hello"], "no_such_directory"),
     ],
 )
@@ -120,7 +123,8 @@ def test_sft_with_a_shipped_config_trains_an_adapter_that_generate_uses(
         *(f"model={model}", f"data.path={conversation}", f"output_dir={output}", "max_steps=1"),
         *("data.max_soft_tokens=70", "gradient_accumulation_steps=1"),
     ]
-    assert main(["sft", str(ROOT / "configs/sft/e2b_lora_image.yaml"), *overrides]) == 0
+    path = str(ROOT / "configs/sft/lora-image.yaml")
+    assert main(["sft", path, "e2b", *overrides]) == 0
     assert (output / "adapter" / "adapter_model.safetensors").is_file()
     curves = capsys.readouterr().out.splitlines()[-2]
     assert re.fullmatch(rf"Curves: .*tensorboard --logdir {output / 'tensorboard'}", curves)

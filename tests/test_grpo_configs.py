@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every shipped YAML of reinforcement learning fits the model, the mesh and the chips it names."""
+"""Every composition of shipped recipes says what can run; of reinforcement learning it fits."""
 
 import functools
+import itertools
 import math
 import re
 from pathlib import Path
@@ -14,57 +15,58 @@ from tunix_gemma4 import LoraConfig, ModelConfig, apply_lora
 from tunix_gemma4.model.gemma4 import abstract_model
 from tunix_gemma4.recipes.common import device_mesh
 from tunix_gemma4.settings.grpo import load_grpo_config
+from tunix_gemma4.settings.load_config import recipe_names
+from tunix_gemma4.settings.sft import load_run_config
 from tunix_gemma4.sharding import param_shardings
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs" / "grpo").glob("*.yaml"))
-NAME = re.compile(r"(e2b|e4b|12b|26b_a4b|31b)_(gsm8k|images)_(1gpu|8gpu|v5e8|v5p8|v6e8)")
-CHIPS = {"1gpu": 1, "8gpu": 8, "v5e8": 8, "v5p8": 4, "v6e8": 8}
-# 12B takes no images, and 31B would leave no room on chips of 16 GB.
-MISSING = {
-    *(("12b", "images", hardware) for hardware in CHIPS),
-    *(("31b", task, "v5e8") for task in ("gsm8k", "images")),
+ROOT = Path(__file__).parents[1] / "configs"
+OF = {
+    folder: [name.split("/")[1] for name in recipe_names() if name.startswith(f"{folder}/")]
+    for folder in ("sft", "grpo", "sizes", "hardware")
 }
+CHIPS = {"1gpu": 1, "8gpu": 8, "v5e-8": 8, "v5p-8": 4, "v6e-8": 8}
+DATA = ["data.path=train.jsonl"]
 
 
-def parts(path):
-    return NAME.fullmatch(path.stem).groups()
+def is_missing(task, size, hardware):
+    """12B takes no images, and 31B would leave no room on chips of 16 GB."""
+    return (size == "12b" and "image" in task) or (task, size, hardware) in (
+        *(("gsm8k", "31b", "v5e-8"), ("images", "31b", "v5e-8")),
+    )
+
+
+GRPO = list(itertools.product(OF["grpo"], OF["sizes"], OF["hardware"]))
 
 
 @functools.cache
 def adapted(size, text_only):
     """The abstract model of a released size with the adapters of the configs."""
-    factory = {
-        "e2b": ModelConfig.gemma4_e2b,
-        "e4b": ModelConfig.gemma4_e4b,
-        "12b": ModelConfig.gemma4_12b,
-        "26b_a4b": ModelConfig.gemma4_26b_a4b,
-        "31b": ModelConfig.gemma4_31b,
-    }[size]
+    factory = getattr(ModelConfig, f"gemma4_{size.replace('-', '_')}")
     model = abstract_model(factory(text_only=text_only))
     return model, apply_lora(model, LoraConfig(rank=16, alpha=32, targets="language"))
 
 
-def read(path):
-    """The settings, as the command in the file's second line gives them."""
-    command = path.read_text().splitlines()[1]
-    assert command.startswith(f"#   tunix-gemma4 grpo configs/grpo/{path.name} model=")
-    return load_grpo_config(path, [word for word in command.split() if "=" in word])
+def header(folder, name):
+    return (ROOT / folder / f"{name}.yaml").read_text().splitlines()[0]
 
 
-def test_there_is_one_for_every_size_task_and_hardware_that_fit():
-    sizes, tasks = ("e2b", "e4b", "12b", "26b_a4b", "31b"), ("gsm8k", "images")
-    wanted = {(size, task, chips) for size in sizes for task in tasks for chips in CHIPS}
-    found = [parts(path) for path in CONFIGS]
-    assert set(found) == wanted - MISSING
-    assert len(found) == 43
+def test_every_size_and_machine_is_there():
+    assert set(OF["sizes"]) == {"e2b", "e4b", "12b", "26b-a4b", "31b"}
+    assert set(OF["hardware"]) == CHIPS.keys()
+    assert len(recipe_names()) == 16
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_config_fits_its_model_and_its_chips(path):
-    size, task, hardware = parts(path)
-    config = read(path)
-    assert config.output_dir == f"outputs/{path.stem}"
+@pytest.mark.parametrize("words", GRPO, ids="_".join)
+def test_config_fits_its_model_and_its_chips(words):
+    task, size, hardware = words
+    if is_missing(*words):
+        with pytest.raises(ValueError, match=r"12B takes text only|leave no room on eight chips"):
+            load_grpo_config(words, DATA)
+        return
+    config = load_grpo_config(words, DATA)
+    assert config.output_dir == f"outputs/{'_'.join(words)}"
     assert config.text_only == (task == "gsm8k")
+    assert config.loss_type == ("gspo" if size == "26b-a4b" else "grpo")
     assert config.lora == LoraConfig(rank=16, alpha=32, targets="language")
     mesh = device_mesh(config.mesh)
     assert mesh.size == CHIPS[hardware]
@@ -80,10 +82,30 @@ def test_config_fits_its_model_and_its_chips(path):
         math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf, sharding in zip(jax.tree.leaves(state), shardings, strict=True)
     )
-    memory, weights = map(
-        float, re.search(r"of (\d+) GB: ([\d.]+) GB of weights", path.read_text()).groups()
-    )
+    memory = [float(found) for found in re.findall(r"(\d+) GB", header("hardware", hardware))]
+    large = size in ("26b-a4b", "31b")
+    weights = [float(found) for found in re.findall(r"\d+\.\d", header("sizes", size))]
+    expected = weights[0 if config.text_only else 1] / mesh.size
     # Adapters, in float32, come on top of what the header says.
-    assert weights * 0.97 < share / 1e9 < weights * 1.1 + 0.3
+    assert expected * 0.97 < share / 1e9 < expected * 1.1 + 0.3
     # The rest is for caches, activations and the adapters' optimizer.
-    assert share / 1e9 < 0.5 * memory
+    assert share / 1e9 < 0.5 * memory[-1 if large else 0]
+
+
+@pytest.mark.parametrize("task", OF["sft"])
+def test_supervised_tasks_go_with_every_size_and_machine(task):
+    for size, hardware in itertools.product(OF["sizes"], [None, *OF["hardware"]]):
+        words = [task, size, *([] if hardware is None else [hardware])]
+        if is_missing(task, size, None):
+            with pytest.raises(ValueError, match=r"12b\.yaml: with \*image\*: 12B takes text only"):
+                load_run_config(words, DATA)
+            continue
+        config = load_run_config(words, DATA)
+        assert config.output_dir == f"outputs/{'_'.join(words)}"
+        assert config.text_only == (task == "lora-text")
+        assert (config.lora is None) == (task == "full-image")
+        if hardware is not None:
+            assert config.mesh.fsdp * config.mesh.tp == CHIPS[hardware]
+        # Large models and all parameters want smaller steps than an adapter of a small one.
+        small = size in ("e2b", "e4b")
+        assert config.learning_rate == (1e-5 if config.lora is None else 2e-4 if small else 1e-4)

@@ -4,6 +4,7 @@
 import configparser
 import importlib
 import importlib.util
+import itertools
 import re
 import shutil
 import subprocess
@@ -17,8 +18,13 @@ import pytest
 from tunix_gemma4 import extras
 from tunix_gemma4.__main__ import main
 from tunix_gemma4.recipes import common
+from tunix_gemma4.settings.grpo import load_grpo_config
+from tunix_gemma4.settings.load_config import (
+    find_recipe,
+    recipe_list,
+    recipe_names,
+)
 from tunix_gemma4.settings.sft import RunConfig
-from tunix_gemma4.settings.shipped import find_recipe, recipe_names
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = "from setuptools import build_meta as b; b.{}('.')"
@@ -66,16 +72,16 @@ def test_recipes_of_the_package_are_those_at_the_top_level():
 @pytest.mark.parametrize(
     "name",
     [
-        "e2b_lora_image",
-        "e2b_lora_image.yaml",
-        "sft/e2b_lora_image",
-        "sft/e2b_lora_image.yaml",
-        "configs/sft/e2b_lora_image.yaml",
+        "lora-image",
+        "lora_image.yaml",
+        "sft/lora-image",
+        "sft/lora-image.yaml",
+        "configs/sft/lora-image.yaml",
     ],
 )
 def test_recipe_is_found_by_name_from_any_folder(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert find_recipe(name).read_text() == (ROOT / "configs/sft/e2b_lora_image.yaml").read_text()
+    assert find_recipe(name).read_text() == (ROOT / "configs/sft/lora-image.yaml").read_text()
     # One's own file comes first.
     own = tmp_path / Path(name).with_suffix(".yaml")
     own.parent.mkdir(parents=True, exist_ok=True)
@@ -86,25 +92,61 @@ def test_recipe_is_found_by_name_from_any_folder(name, tmp_path, monkeypatch):
 def test_unknown_recipe_is_answered_with_near_ones(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for command in ("sft", "grpo", "plan"):
-        assert main([command, "sft/e2b_lora_images", "topology=cpu"]) == 2
+        assert main([command, "e2b", "sft/lora-images", "topology=cpu"]) == 2
         said = capsys.readouterr().err
-        assert "sft/e2b_lora_images: there is no such file" in said
-        assert "near are sft/e2b_lora_image, " in said
+        assert "sft/lora-images: there is no such file" in said
+        assert "near are lora-image, qlora-image" in said
     assert main(["recipes", "zzz"]) == 2
-    assert "there are 51, such as" in capsys.readouterr().err
+    assert "there are 16, such as full-image, " in capsys.readouterr().err
+    # A folder of data may be called like a recipe.
+    (tmp_path / "gsm8k").mkdir()
+    assert find_recipe("gsm8k").name == "gsm8k.yaml"
     # Neither a folder nor an absolute path means a recipe.
     with pytest.raises(ValueError, match="expected a YAML file, found a folder"):
         find_recipe(tmp_path)
     with pytest.raises(ValueError, match="there is no such file"):
-        find_recipe(tmp_path / "e2b_lora_image.yaml")
+        find_recipe(tmp_path / "lora-image.yaml")
 
 
-def test_recipes_are_listed_and_printed(capsys):
+def test_recipes_are_listed_and_printed(tmp_path, capsys):
     assert main(["recipes"]) == 0
-    assert capsys.readouterr().out.split() == recipe_names()
-    assert main(["recipes", "grpo/e2b_gsm8k_v5e8"]) == 0
     printed = capsys.readouterr().out
-    assert printed == (ROOT / "configs/grpo/e2b_gsm8k_v5e8.yaml").read_text()
+    assert printed == recipe_list() + "\n"
+    lines = [line.split() for line in printed.splitlines() if line.startswith(" ")]
+    assert [words[0] for words in lines] == [name.split("/")[1] for name in recipe_names()]
+    assert "  e2b          Gemma 4 E2B: 9.3 GB of weights, 9.6 with the vision tower.\n" in printed
+    assert main(["recipes", "grpo/gsm8k"]) == 0
+    assert capsys.readouterr().out == (ROOT / "configs/grpo/gsm8k.yaml").read_text()
+    words = ["gsm8k", "26b-a4b", "v5e-8"]
+    assert main(["recipes", *words]) == 0
+    printed = capsys.readouterr().out
+    given, printed_to = ["data.path=train.jsonl"], tmp_path / "mine.yaml"
+    printed_to.write_text(printed)
+    assert printed.startswith("# LoRA with rewards on text: GSM8K's numbers")
+    assert load_grpo_config([printed_to], given) == load_grpo_config(words, given)
+
+
+def names_of_former_recipes():
+    """What recipes were called when each was a whole file."""
+    for size, task, chips in itertools.product(
+        ("e2b", "e4b", "12b", "26b_a4b", "31b"),
+        ("gsm8k", "images"),
+        ("1gpu", "8gpu", "v5e8", "v5p8", "v6e8"),
+    ):
+        words = [task, size.replace("_", "-"), chips.replace("e8", "e-8").replace("p8", "p-8")]
+        yield f"grpo/{size}_{task}_{chips}", words
+    for size in ("e2b", "e4b", "26b_a4b", "31b"):
+        yield f"{size}_lora_image.yaml", ["lora-image", size.replace("_", "-")]
+    for task in ("lora-text", "qlora-image", "full-image"):
+        yield f"configs/sft/e2b_{task.replace('-', '_')}.yaml", [task, "e2b"]
+
+
+def test_former_name_is_answered_with_the_words_that_replace_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, words in names_of_former_recipes():
+        place = f"output_dir=outputs/{Path(name).stem}"
+        with pytest.raises(ValueError, match=rf"write {' '.join(words)}; a run .* with {place}$"):
+            find_recipe(name)
 
 
 def test_extras_that_pages_and_messages_name_exist():
@@ -139,13 +181,13 @@ def without(monkeypatch, tmp_path):
     return without
 
 
-@pytest.mark.parametrize("recipe", ["sft/e2b_lora_image", "grpo/e2b_images_1gpu"])
+@pytest.mark.parametrize("recipe", ["sft lora-image e2b", "grpo images e2b 1gpu"])
 def test_missing_wandb_is_one_line_before_anything_is_loaded(recipe, without, tmp_path, capsys):
     without("wandb")
     (tmp_path / "model").mkdir()
     settings = ["model=model", "data.path=none.jsonl", "output_dir=out", "report_to=wandb"]
-    command = recipe.split("/")[0]
-    assert main([command, recipe, *settings]) == 2
+    command, *words = recipe.split()
+    assert main([command, *words, *settings]) == 2
     assert capsys.readouterr().err == (
         f"tunix-gemma4 {command}: report_to: wandb needs wandb, which is not installed; "
         "pip install 'tunix-gemma4[wandb]'\n"

@@ -416,9 +416,8 @@ def test_a_real_run_on_cpu_takes_what_was_planned():
 @functools.cache
 def stored(fsdp, tp):
     """Bytes per chip of E2B with its tower, adapters on all of it, and the optimizer's state."""
-    path = ROOT / "configs" / "sft" / "e2b_lora_image.yaml"
     given = [f"mesh.fsdp={fsdp}", f"mesh.tp={tp}", "batch_size=8", "lora.targets=all"]
-    config = load_settings(str(path), given)
+    config = load_settings(["lora-image", "e2b"], given)
     settled = common.model_config(config, planner.model_source(config.model))
     mesh = AbstractMesh((fsdp, tp), ("fsdp", "tp"), axis_types=(AxisType.Auto,) * 2)
     return sum(dataclasses.astuple(resident_of(config, Shapes(settled, mesh))))

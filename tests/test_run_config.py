@@ -14,7 +14,7 @@ from tunix_gemma4.settings.load_config import sections, to_yaml
 from tunix_gemma4.settings.sft import RunConfig, load_run_config
 from tunix_gemma4.testing.tiny import tiny_hf_config
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs" / "sft").glob("*.yaml"))
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*/*.yaml"))
 
 
 @pytest.fixture
@@ -141,8 +141,42 @@ def test_what_must_be_given_is_named(write):
 
 
 def test_recipe_of_another_command_is_named():
-    with pytest.raises(ValueError, match="e2b_gsm8k_1gpu is a recipe of `grpo`, and this is `sft`"):
-        load_run_config("e2b_gsm8k_1gpu")
+    with pytest.raises(ValueError, match="gsm8k is a recipe of `grpo`, and this is `sft`"):
+        load_run_config(["e2b", "gsm8k"])
+
+
+def test_recipes_are_read_from_left_to_right_and_overrides_last(write):
+    own = write("model: mine\nlora: {rank: 4}\nwith:\n  sft e4b: {seed: 7}\n  e2b: {seed: 8}\n")
+    given = ["data.path=t.jsonl", "lora.alpha=8"]
+    config = load_run_config(["lora-image", "e4b", own, "1gpu"], given)
+    assert (config.model, config.data.max_length, config.seed) == ("mine", 2048, 7)
+    assert vars(config.lora) | {"rank": 4, "alpha": 8.0} == vars(config.lora)
+    assert (config.batch_size, config.gradient_accumulation_steps) == (1, 8)
+    assert config.output_dir == "outputs/lora-image_e4b_run_1gpu"
+    assert load_run_config([own, "e4b", "lora-image"], given).model == "google/gemma-4-E4B-it"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("bach_size: 2", r"run\.yaml: unknown key 'bach_size'; did you mean 'batch_size'"),
+        ("with: {e2b: {bach_size: 2}}", r"run\.yaml: with e2b: unknown key 'bach_size'"),
+        ("with: {e2c: {seed: 2}}", r"run\.yaml: with e2c: there is no recipe 'e2c'; near are e2b"),
+        ("with: [e2b]", r"run\.yaml: with: expected keys and values, found \['e2b'\]"),
+        ("with: {sft e2b: not today}", r"run\.yaml: with sft e2b: not today"),
+        ("batch_size: 3", r"run\.yaml: batch_size: expected a multiple of mesh\.fsdp=8, found 3"),
+    ],
+)
+def test_a_mistake_is_named_with_the_one_of_several_files(write, text, message):
+    with pytest.raises(ValueError, match=message):
+        load_run_config(["lora-image", "e2b", "v5e-8", write(text)], ["data.path=t.jsonl"])
+
+
+def test_of_recipes_in_place_of_each_other_one_is_given():
+    with pytest.raises(ValueError, match=r"e2b, e4b: expected one of sizes, found 2"):
+        load_run_config(["lora-image", "e2b", "e4b"])
+    with pytest.raises(ValueError, match=r"expected a recipe or a YAML file"):
+        load_run_config([])
 
 
 def test_missing_file_and_broken_yaml_are_named(write, tmp_path):
@@ -152,12 +186,16 @@ def test_missing_file_and_broken_yaml_are_named(write, tmp_path):
         load_run_config(write("a: [1"))
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
-def test_every_shipped_config_opens_with_the_command_that_runs_it(path):
-    command = path.read_text().splitlines()[1]
-    assert command.startswith(f"#   tunix-gemma4 sft configs/sft/{path.name}")
-    overrides = [word for word in command.split() if "=" in word]
-    load_run_config(path, overrides)
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_recipe_opens_with_what_it_is_and_is_one_by_path_too(path):
+    opening = path.read_text().splitlines()[0]
+    assert re.fullmatch(r"# [A-Z].{,84}\.", opening)
+    given = [name for name in ("lora-text", "e2b") if path.parent.name not in ("sft", "sizes")]
+    given += ["lora-text"] * (path.parent.name == "sizes") + ["e2b"] * (path.parent.name == "sft")
+    if path.parent.name != "grpo":
+        by_path, by_name = ([*given, one] for one in (path, path.stem))
+        settings = ["data.path=t.jsonl"]
+        assert load_run_config(by_path, settings) == load_run_config(by_name, settings)
 
 
 def test_every_setting_is_documented():

@@ -16,10 +16,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code; 2 for what the user can mend."""
     parser = _parser()
     options, options.rest = parser.parse_known_args(arguments)
-    if "overrides" in options:
-        # Those behind a flag, which argparse takes for something else.
-        options.overrides += [word for word in options.rest if re.match(r"[\w.]+=", word)]
-        options.rest = [word for word in options.rest if word not in options.overrides]
+    if "words" in options:
+        # Those behind a flag too, which argparse takes for something else.
+        words = options.words + [word for word in options.rest if word[:1] != "-"]
+        options.rest = [word for word in options.rest if word[:1] == "-"]
+        options.overrides = [word for word in words if re.match(r"[\w.]+=", word)]
+        options.recipes = [word for word in words if word not in options.overrides]
     # `parity` reads its own arguments; argparse's REMAINDER would refuse an option put first.
     if options.rest and options.command != "parity":
         parser.error(f"unrecognized arguments: {' '.join(options.rest)}")
@@ -134,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_training(commands: Any) -> None:
     demo = commands.add_parser("demo", help="teach a tiny model to read digits, in minutes")
     demo.add_argument("--output-dir", default="outputs/demo", help="a number is added if it exists")
-    demo.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings of both stages")
+    demo.add_argument("words", nargs="*", metavar="KEY=VALUE", help="settings of both stages")
     demo.set_defaults(run=_demo)
     demo.kinds = ("RunConfig",)
 
@@ -145,7 +147,7 @@ def _add_training(commands: Any) -> None:
         "--output-dir", default="outputs/demo-rl", help="a number is added if it exists"
     )
     demo_rl.add_argument(
-        "overrides", nargs="*", metavar="KEY=VALUE", help="settings of the rewards' part"
+        "words", nargs="*", metavar="KEY=VALUE", help="settings of the rewards' part"
     )
     demo_rl.set_defaults(run=_demo_rl)
     demo_rl.kinds = ("GrpoRunConfig",)
@@ -154,8 +156,7 @@ def _add_training(commands: Any) -> None:
         "sft",
         help="fine-tune on conversations",
     )
-    sft.add_argument("config", help="a recipe's name, such as e2b_lora_image, or a YAML file")
-    sft.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as lora.rank=32")
+    _add_recipes(sft, "such as lora-image e2b v5e-8 lora.rank=32")
     sft.set_defaults(run=_sft)
     sft.kinds = ("RunConfig",)
 
@@ -163,16 +164,27 @@ def _add_training(commands: Any) -> None:
         "grpo",
         help="train with rewards (GRPO, GSPO, Dr.GRPO, DAPO)",
     )
-    grpo.add_argument("config", help="a recipe's name, such as e2b_gsm8k_1gpu, or a YAML file")
-    grpo.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as lora.rank=32")
+    _add_recipes(grpo, "such as gsm8k e2b v5e-8 lora.rank=32")
     grpo.set_defaults(run=_grpo)
     grpo.kinds = ("GrpoRunConfig",)
 
 
+def _add_recipes(parser: argparse.ArgumentParser, such_as: str) -> None:
+    """What a run is told: recipes from left to right, settings last."""
+    parser.add_argument(
+        *("words",),
+        nargs="+",
+        metavar="RECIPE|KEY=VALUE",
+        help=f"names of recipes, YAML files, and settings, which go before them; {such_as}",
+    )
+
+
 def _add_tools(commands: Any) -> None:
     _add_plan(commands)
-    recipes = commands.add_parser("recipes", help="list the recipes of sft and grpo, or print one")
-    recipes.add_argument("name", nargs="?", help="such as e2b_lora_image; prints its YAML")
+    recipes = commands.add_parser("recipes", help="list the recipes of sft and grpo, or print some")
+    recipes.add_argument(
+        "words", nargs="*", metavar="RECIPE", help="such as lora-image e2b; prints what they say"
+    )
     recipes.set_defaults(run=_recipes)
 
     program = commands.add_parser(
@@ -205,13 +217,7 @@ def _add_tools(commands: Any) -> None:
 
 def _add_plan(commands: Any) -> None:
     plan = commands.add_parser("plan", help="what a recipe takes on chips that are not here")
-    plan.add_argument("config", help="a recipe's name, such as e2b_lora_text, or a YAML file")
-    plan.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="KEY=VALUE",
-        help="topology=v5e:2x4 (or h200:8, cpu:8), images=1 in a row, and settings of the recipe",
-    )
+    _add_recipes(plan, "and topology=v5e:2x4 (or h200:8, cpu:8), images=1 in a row")
     plan.add_argument("--json", action="store_true", help="print one JSON object")
     plan.add_argument(
         "--search", action="store_true", help="also seek the greatest length and rows that fit"
@@ -226,20 +232,20 @@ def _add_plan(commands: Any) -> None:
 def _demo(options: argparse.Namespace) -> int:
     from .demos import demo
 
-    return demo.run(options.output_dir, tuple(options.overrides))
+    return demo.run(options.output_dir, (*options.recipes, *options.overrides))
 
 
 def _demo_rl(options: argparse.Namespace) -> int:
     from .demos import demo_rl
 
-    return demo_rl.run(options.output_dir, options.overrides)
+    return demo_rl.run(options.output_dir, options.recipes + options.overrides)
 
 
 def _sft(options: argparse.Namespace) -> int:
     from .recipes import sft
     from .settings.sft import load_run_config
 
-    sft.run(load_run_config(options.config, options.overrides))
+    sft.run(load_run_config(options.recipes, options.overrides))
     return 0
 
 
@@ -247,7 +253,7 @@ def _grpo(options: argparse.Namespace) -> int:
     from .recipes import grpo
     from .settings.grpo import load_grpo_config
 
-    grpo.run(load_grpo_config(options.config, options.overrides))
+    grpo.run(load_grpo_config(options.recipes, options.overrides))
     return 0
 
 
@@ -258,12 +264,11 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _recipes(options: argparse.Namespace) -> int:
-    from .settings.shipped import find_recipe, recipe_names
+    from .settings.load_config import recipe_list, recipe_text
 
-    if options.name is None:
-        print("\n".join(recipe_names()))
-    else:
-        print(find_recipe(options.name).read_text("utf-8"), end="")
+    if options.overrides:
+        raise ValueError(f"{options.overrides[0]}: expected names of recipes or YAML files")
+    print(recipe_text(options.recipes).rstrip() if options.recipes else recipe_list())
     return 0
 
 

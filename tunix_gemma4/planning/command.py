@@ -9,23 +9,21 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, AxisType
-from omegaconf import OmegaConf
 
 from ..recipes import common
 from ..settings.grpo import GrpoRunConfig, load_grpo_config
+from ..settings.load_config import Recipes, compose
 from ..settings.sft import RunConfig, load_run_config
-from ..settings.shipped import find_recipe
 from .hardware import hardware
 from .plan import GB, Plan, model_source, plan
 from .programs import Shapes, resident_of
 from .search import Search
 
-# Of no account for a plan, and missing from the files of configs/.
+# Of no account for a plan, and missing from the recipes.
 _UNREAD = ("data.path=unread", "output_dir=unread")
 
 
@@ -35,7 +33,7 @@ def run(options: argparse.Namespace) -> int:
         # Nothing runs, so the chips that are here stay free; CUDA's plug-in wants a driver else.
         jax.config.update("jax_platforms", "cpu")
     topology, images, overrides = _split(options.overrides)
-    config = load_settings(options.config, overrides)
+    config = load_settings(options.recipes, overrides)
     if options.weights:
         _print_weights(config, topology, options.json)
         return 0
@@ -51,16 +49,11 @@ def run(options: argparse.Namespace) -> int:
     return 1 if found.fits is False else 0
 
 
-def load_settings(path: str | Path, overrides: Sequence[str]) -> RunConfig | GrpoRunConfig:
-    """The settings of a recipe, which is one of `grpo` if it names reward functions."""
-    given = [*_UNREAD, *overrides]
-    path = find_recipe(path)
-    try:
-        keys = {str(key) for key in OmegaConf.load(path)}
-    except Exception:  # `load_run_config` says what is wrong with the file.
-        keys = set()
-    keys |= {override.split("=")[0] for override in overrides}
-    return (load_grpo_config if "reward_functions" in keys else load_run_config)(path, given)
+def load_settings(recipes: Recipes, overrides: Sequence[str]) -> RunConfig | GrpoRunConfig:
+    """The settings of recipes, which are those of `grpo` if they name reward functions."""
+    keys = {*compose(recipes), *(override.split("=")[0] for override in overrides)}
+    load = load_grpo_config if "reward_functions" in keys else load_run_config
+    return load(recipes, [*_UNREAD, *overrides])
 
 
 def _split(overrides: Sequence[str]) -> tuple[str | None, int | None, list[str]]:

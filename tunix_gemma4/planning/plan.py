@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a recipe will take, before there is a machine to run it on.
 
-tunix-gemma4 plan configs/grpo/e2b_images_v5e8.yaml topology=v5e:2x4
+tunix-gemma4 plan images e2b v5e-8 topology=v5e:2x4
 
 The recipe's own programs are compiled by the compiler of those chips, on shapes alone. Nothing is
 loaded, and nothing runs.

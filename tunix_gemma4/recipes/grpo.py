@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """GRPO, GSPO, Dr.GRPO and DAPO: a checkpoint, prompts and rewards in, an adapter out.
 
-tunix-gemma4 grpo configs/grpo/e2b_gsm8k_1gpu.yaml model=gemma-4-E2B-it data.path=train.jsonl
+tunix-gemma4 grpo gsm8k e2b 1gpu model=gemma-4-E2B-it data.path=train.jsonl
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Supervised fine-tuning: a checkpoint and conversations in, an adapter or a checkpoint out.
 
-tunix-gemma4 sft configs/sft/e2b_lora_image.yaml model=gemma-4-E2B-it data.path=train.jsonl
+tunix-gemma4 sft lora-image e2b model=gemma-4-E2B-it data.path=train.jsonl
 """
 
 from __future__ import annotations

@@ -1,20 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """The settings of reinforcement learning with GRPO, GSPO, Dr.GRPO or DAPO, in TRL's words.
 
-config = load_grpo_config("e2b_gsm8k_1gpu.yaml", ["model=gemma-4-E2B-it", "num_generations=16"])
+config = load_grpo_config(["gsm8k", "e2b", "1gpu"], ["data.path=train.jsonl", "num_generations=16"])
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 
 from omegaconf import MISSING
 
 from ..rewards import load_reward
 from .common import DataSettings, MeshConfig, TrainSettings, one_of
-from .load_config import load_config
+from .load_config import Recipes, load_config
 
 LOSS_TYPES = ("grpo", "gspo", "dr_grpo", "dapo")
 KL_ESTIMATORS = ("k1", "k2", "k3")
@@ -194,6 +193,6 @@ class GrpoRunConfig(TrainSettings):
 _MICRO = ("train_micro_batch_size", "rollout_micro_batch_size", "compute_logps_micro_batch_size")
 
 
-def load_grpo_config(path: str | Path, overrides: Sequence[str] = ()) -> GrpoRunConfig:
-    """Reads a YAML file; see `load_config`."""
-    return load_config(GrpoRunConfig, path, overrides, command="grpo")
+def load_grpo_config(recipes: Recipes, overrides: Sequence[str] = ()) -> GrpoRunConfig:
+    """Reads recipes, by name or path; see `load_config`."""
+    return load_config(GrpoRunConfig, recipes, overrides, command="grpo")

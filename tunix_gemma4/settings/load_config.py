@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads a dataclass of settings from YAML with dotted overrides, and answers mistakes.
+"""Composes a dataclass of settings from recipes and overrides, and answers mistakes.
 
-config = load_config(RunConfig, "e2b_lora_image", ["model=gemma-4-E2B-it", "lora.rank=32"])
+config = load_config(RunConfig, ["lora-image", "e2b"], ["model=gemma-4-E2B-it", "lora.rank=32"])
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import fnmatch
+import functools
+import itertools
 import json
 import re
 import types
@@ -17,13 +20,22 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from yaml.constructor import ConstructorError
 
 from .common import TrainSettings
-from .shipped import command_of, find_recipe
 
+# configs/ of a clone, by a link; a folder of its own once installed from a wheel.
+_ROOT = Path(__file__).parents[1] / "configs"
+# Of it, in the order in which recipes are given; the first two are called as the commands.
+FOLDERS = ("sft", "grpo", "sizes", "hardware")
+_COMMANDS = FOLDERS[:2]
+_SHOWN = 5
+# Of a file: settings for some companions alone.
+_WITH = "with"
+
+Recipes = str | Path | Sequence[str | Path]
 Settings = TypeVar("Settings", bound=TrainSettings)
 
 # What other trainers call our fields; difflib alone would not find these. One that a recipe does
@@ -64,36 +76,43 @@ _SYNONYMS = {
 
 def load_config(
     kind: type[Settings],
-    path: str | Path,
+    recipes: Recipes,
     overrides: Sequence[str] = (),
     *,
     command: str | None = None,
 ) -> Settings:
-    """Reads a YAML file and applies overrides such as `data.max_length=1024`.
+    """Reads recipes from left to right, what is behind before what is in front, then overrides.
+
+    A file's section `with` holds settings for some companions alone: `grpo 31b: {...}` is applied,
+    behind the rest of the file, where both are among the command and the names of the recipes;
+    `*` stands for any letters. A text in place of settings refuses them together, and says why.
+    Where `output_dir` is not given it is made of the names, if one is that of a shipped recipe.
 
     Args:
         kind: the dataclass, with a method `validate`.
-        path: of the file, or the name of a shipped recipe; see `shipped.find_recipe`.
-        overrides: each key=value.
-        command: that is to run it, for shipped recipes of another.
+        recipes: a path or the name of a shipped recipe, or several; see `find_recipe`.
+        overrides: each key=value, such as `data.max_length=1024`.
+        command: that is to run it, "sft" or "grpo"; None: that of the recipes.
 
     Raises:
         ValueError: an unknown key, with the nearest known one; a value of the wrong type; a key
-            without a value that needs one; no such file.
+            without a value that needs one; no such file; recipes that do not go together.
     """
-    path = find_recipe(path)
-    own = command_of(path)
+    paths = find_recipes(recipes)
+    said = " ".join(name_of(path) for path in paths)
+    own = command_of(paths)
     if command is not None and own not in (None, command):
-        raise ValueError(f"{path.stem} is a recipe of `{own}`, and this is `{command}`")
+        name = next(name_of(path) for path in paths if path.parent.name == own)
+        raise ValueError(f"{name} is a recipe of `{own}`, and this is `{command}`")
     config = OmegaConf.structured(kind)
-    for given, texts, source in (_file(path), _assigned(overrides)):
-        if not isinstance(given, dict):
-            raise ValueError(f"{source}: expected keys and values, found {given!r:.80}")
+    sources: dict[str, str] = {}
+    for given, texts, source in (*_layers(paths, command or own), _assigned(overrides)):
         config = _merge(kind, config, _literal(kind, given, texts, source), source)
+        sources |= dict.fromkeys(_flat(given), source)
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise ValueError(
-            f"{path}: {', '.join(missing)} must be given, in the file or as {missing[0]}=..."
+            f"{said}: {', '.join(missing)} must be given, in the file or as {missing[0]}=..."
         )
     try:
         for name in sections(kind):  # One that checks itself does not know what it is called here.
@@ -101,11 +120,12 @@ def load_config(
         result = _made(config)
         result.validate()
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        (key,) = re.findall(r"^[\w.]*", str(error))
+        raise ValueError(f"{sources.get(key, said)}: {error}") from error
     return result
 
 
-def _made(config: DictConfig | None, prefix: str = "") -> Any:
+def _made(config: Any, prefix: str = "") -> Any:
     """The dataclass that `config` is of."""
     try:
         return OmegaConf.to_object(config) if config is not None else None
@@ -113,9 +133,197 @@ def _made(config: DictConfig | None, prefix: str = "") -> Any:
         raise ValueError(f"{prefix}{error}") from error
 
 
+def compose(recipes: Recipes) -> dict[str, Any]:
+    """What recipes say together, of whichever dataclass; see `load_config`."""
+    paths = find_recipes(recipes)
+    result: dict[str, Any] = {}
+    for given, _, _ in _layers(paths, command_of(paths)):
+        result = _over(result, given)
+    return result
+
+
+# ---- Which files are meant.
+
+
+def recipe_names() -> list[str]:
+    """Every shipped recipe, such as "sft/lora-image", in the order in which they are given."""
+    return [f"{path.parent.name}/{path.stem}" for path in _shipped()]
+
+
+def recipe_list() -> str:
+    """The shipped recipes, with the first line of each."""
+    lines = []
+    for folder, paths in itertools.groupby(_shipped(), lambda path: path.parent.name):
+        lines.append(f"{folder}:")
+        lines += [f"  {path.stem:<13}{_header(path)[0].lstrip('# ')}" for path in paths]
+    return "\n".join(lines)
+
+
+def recipe_text(recipes: Recipes) -> str:
+    """What recipes say together as YAML, under the comments that open them; one as it stands."""
+    paths = find_recipes(recipes)
+    if len(paths) == 1:
+        return paths[0].read_text("utf-8")
+    lines = [line for path in paths for line in _header(path)]
+    return "\n".join([*dict.fromkeys(lines), _dump(compose(paths))])
+
+
+def _header(path: Path) -> list[str]:
+    lines = path.read_text("utf-8").splitlines()
+    return list(itertools.takewhile(lambda line: line.startswith("#"), lines))
+
+
+def find_recipes(recipes: Recipes) -> list[Path]:
+    """The YAML files that are meant; see `find_recipe`.
+
+    Raises:
+        ValueError: there is no such file, or two that are meant in place of each other.
+    """
+    words = [recipes] if isinstance(recipes, str | Path) else list(recipes)
+    paths = [find_recipe(word) for word in words]
+    if not paths:
+        raise ValueError("expected a recipe or a YAML file; `tunix-gemma4 recipes` lists them")
+    for folder in FOLDERS:
+        same = [path.stem for path in paths if path in _shipped() and path.parent.name == folder]
+        if len(same) > 1:
+            raise ValueError(f"{', '.join(same)}: expected one of {folder}, found {len(same)}")
+    return paths
+
+
+def find_recipe(where: str | Path) -> Path:
+    """The YAML file that is meant.
+
+    Args:
+        where: a path; or the name of a shipped recipe, with or without its folder and ".yaml",
+            such as "configs/sft/lora-image.yaml", "sft/lora-image" or "lora-image". A file in the
+            current folder comes first.
+
+    Raises:
+        ValueError: there is neither, with the nearest names.
+    """
+    given = Path(where)
+    with_suffix = given if given.suffix in (".yaml", ".yml") else Path(f"{given}.yaml")
+    if with_suffix.is_file():
+        return next((path for path in _shipped() if path.samefile(with_suffix)), with_suffix)
+    asked = with_suffix.with_suffix("").as_posix().removeprefix("configs/").replace("_", "-")
+    for path in _shipped():
+        if asked in (path.stem, f"{path.parent.name}/{path.stem}"):
+            return path
+    if given.is_file():
+        return given
+    if given.is_dir():
+        raise ValueError(f"{where}: expected a YAML file, found a folder")
+    words = _words_in(asked)
+    if words is not None:
+        raise ValueError(
+            f"{where}: recipes are composed, write {' '.join(words)}; a run of the former recipe "
+            f"goes on with output_dir=outputs/{with_suffix.stem}"
+        )
+    raise ValueError(
+        f"{where}: there is no such file (current folder: {Path.cwd()}) and no recipe of that "
+        f"name; {_near(asked)}. `tunix-gemma4 recipes` lists all; settings are key=value"
+    )
+
+
+def command_of(paths: Sequence[Path]) -> str | None:
+    """The command of the first shipped recipe that has one; None: files of one's own, sizes."""
+    folders = [path.parent.name for path in paths if path in _shipped()]
+    return next((folder for folder in folders if folder in _COMMANDS), None)
+
+
+def name_of(path: Path) -> str:
+    """A shipped recipe's name; the path of another file."""
+    return path.stem if path in _shipped() else str(path)
+
+
+@functools.cache
+def _shipped() -> list[Path]:
+    return [path for folder in FOLDERS for path in sorted((_ROOT / folder).glob("*.yaml"))]
+
+
+def _words_in(asked: str) -> list[str] | None:
+    """The recipes of which a name is made, as former ones were; None: it is of none, or of one."""
+    rest = re.sub(r"[^0-9a-z]", "", asked.split("/")[-1].lower())
+    words = []
+    for path in sorted(_shipped(), key=lambda path: -len(path.stem)):
+        if path.stem.replace("-", "") in rest:
+            rest = rest.replace(path.stem.replace("-", ""), " ", 1)
+            words.append(path)
+    whole = len(words) > 1 and not rest.strip()
+    return [path.stem for path in _shipped() if path in words] if whole else None
+
+
+def _near(asked: str) -> str:
+    """The names that come nearest to what was asked for."""
+    names = [path.stem for path in _shipped()]
+    close = difflib.get_close_matches(asked.split("/")[-1], names, n=_SHOWN, cutoff=0.4)
+    if not close:
+        return f"there are {len(names)}, such as {', '.join(names[:_SHOWN])}"
+    return f"near are {', '.join(close)}"
+
+
+# ---- What they say, as layers: a tree, the same with texts for numbers, where it stands.
+
+_Layer = tuple[dict, dict, str]
+
+
+def _layers(paths: Sequence[Path], command: str | None) -> Iterator[_Layer]:
+    """Those of files, lowest first."""
+    shipped = {path.stem for path in paths if path in _shipped()}
+    if shipped:
+        place = f"outputs/{'_'.join(path.stem for path in paths)}"
+        yield {"output_dir": place}, {"output_dir": place}, "the recipes' names"
+    for path in paths:
+        given, texts, source = _file(path)
+        blocks, beside = given.pop(_WITH, None) or {}, texts.pop(_WITH, None) or {}
+        yield given, texts, source
+        if not isinstance(blocks, dict):
+            raise ValueError(f"{source}: with: expected keys and values, found {blocks!r:.80}")
+        for words, block in blocks.items():
+            where = f"{source}: with {words}"
+            if not _applies(str(words), shipped | {command or ""}, where):
+                continue
+            if not isinstance(block, dict):
+                raise ValueError(f"{where}: {block}")
+            yield block, beside[words], where
+
+
+def _applies(words: str, names: set[str], where: str) -> bool:
+    """Whether each of `words` is among `names`; one that could not be is an error."""
+    for word in words.split():
+        if not fnmatch.filter([*_COMMANDS, *(path.stem for path in _shipped())], word):
+            raise ValueError(f"{where}: there is no recipe {word!r}; {_near(word)}")
+    return all(fnmatch.filter(names, word) for word in words.split())
+
+
+def _flat(tree: dict, prefix: str = "") -> Iterator[str]:
+    """The dotted keys of a tree, those of sections too."""
+    for key, value in tree.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+
+
+def _over(below: dict, above: dict) -> dict:
+    """Both trees; where they differ, the one above."""
+    both = {
+        key: _over(below[key], value)
+        for key, value in above.items()
+        if isinstance(value, dict) and isinstance(below.get(key), dict)
+    }
+    return below | above | both
+
+
+# ---- From a tree to the dataclass.
+
+
 def to_yaml(config: TrainSettings) -> str:
     """All settings, as `load_config` reads them."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+    return _dump(dataclasses.asdict(config))
+
+
+def _dump(tree: dict) -> str:
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
 
 def read_yaml(text: str) -> Any:
@@ -130,15 +338,15 @@ def sections(kind: type) -> dict[str, type]:
         field.name: choice
         for field in dataclasses.fields(kind)
         for choice in (hints[field.name], *typing.get_args(hints[field.name]))
-        if dataclasses.is_dataclass(choice)
+        if isinstance(choice, type) and dataclasses.is_dataclass(choice)
     }
 
 
-def _merge(kind: type, config: DictConfig, given: dict, source: str) -> DictConfig:
+def _merge(kind: type, config: Any, given: dict, source: str) -> Any:
     try:
         return OmegaConf.merge(config, given)
     except ConfigKeyError as error:
-        raise ValueError(f"{source}: {_unknown(kind, error.full_key)}") from error
+        raise ValueError(f"{source}: {_unknown(kind, str(error.full_key))}") from error
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]
         key = f"{error.full_key}: " if error.full_key else ""
@@ -151,8 +359,6 @@ def _merge(kind: type, config: DictConfig, given: dict, source: str) -> DictConf
 class _Texts(yaml.SafeLoader):
     """Numbers are the texts that stand there."""
 
-    yaml_implicit_resolvers: typing.ClassVar[dict] = {}
-
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         found = set()
         for key, _ in node.value:
@@ -164,8 +370,6 @@ class _Texts(yaml.SafeLoader):
 
 class _Loader(_Texts):
     """All of version 1.2's core schema."""
-
-    yaml_implicit_resolvers: typing.ClassVar[dict] = {}
 
 
 _WORDS = {
@@ -182,24 +386,27 @@ _NUMBERS = {
     ),
 }
 for _loader, _scalars in ((_Texts, _WORDS), (_Loader, _WORDS | _NUMBERS)):
+    _loader.yaml_implicit_resolvers = {}
     for _name, (_form, _first) in _scalars.items():
         _loader.add_implicit_resolver(
             f"tag:yaml.org,2002:{_name}", re.compile(f"^(?:{_form})$"), _first
         )
 
 
-def _file(path: Path) -> tuple[Any, Any, str]:
-    """A file's tree, the same with texts for numbers, and its name."""
+def _file(path: Path) -> _Layer:
+    """A file's layer."""
     try:
         text = path.read_text("utf-8-sig")
         given, texts = read_yaml(text), yaml.load(text, _Texts)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"{path}: not readable as YAML: {error}") from error
-    return ({}, {}, str(path)) if given is None else (given, texts, str(path))
+    if not isinstance(given, dict | None):
+        raise ValueError(f"{path}: expected keys and values, found {given!r:.80}")
+    return given or {}, texts or {}, str(path)
 
 
-def _assigned(overrides: Sequence[str]) -> tuple[dict, dict, str]:
-    """The like of overrides. The text of one is whole, whatever YAML would make of it."""
+def _assigned(overrides: Sequence[str]) -> _Layer:
+    """That of overrides. The text of one is whole, whatever YAML would make of it."""
     given: dict[str, Any] = {}
     texts: dict[str, Any] = {}
     for override in overrides:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The settings of supervised fine-tuning.
 
-config = load_run_config("e2b_lora_image", ["model=gemma-4-E2B-it", "lora.rank=32"])
+config = load_run_config(["lora-image", "e2b"], ["model=gemma-4-E2B-it", "lora.rank=32"])
 """
 
 from __future__ import annotations
@@ -9,11 +9,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 from ..data.processor import THOUGHTS
 from .common import DataSettings, TrainSettings, one_of
-from .load_config import load_config
+from .load_config import Recipes, load_config
 
 
 @dataclasses.dataclass
@@ -71,6 +70,6 @@ class RunConfig(TrainSettings):
             )
 
 
-def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Reads a YAML file; see `load_config`."""
-    return load_config(RunConfig, path, overrides, command="sft")
+def load_run_config(recipes: Recipes, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads recipes, by name or path; see `load_config`."""
+    return load_config(RunConfig, recipes, overrides, command="sft")
