@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
-from tunix_gemma4.checkpoint.finite import NonFiniteError
+from tunix_gemma4.checkpoint.check import NonFiniteError
 from tunix_gemma4.plugin import stop
 from tunix_gemma4.plugin.checkpoints import CheckpointManager, Kept, kept_steps
 

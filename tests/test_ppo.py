@@ -14,7 +14,7 @@ from tunix.rl.rollout.base_rollout import RolloutConfig
 
 import tunix_gemma4
 from tunix_gemma4.checkpoint import load_checkpoint
-from tunix_gemma4.checkpoint.finite import NonFiniteError
+from tunix_gemma4.checkpoint.check import NonFiniteError
 from tunix_gemma4.data.processor import Processor
 from tunix_gemma4.lora import LoraConfig, apply_lora
 from tunix_gemma4.model.scores import Gemma4ForTokenScores

@@ -9,7 +9,7 @@ from flax import nnx
 from rl_setup import history, low_ids, make_cluster, mesh_of, text_batch
 
 import tunix_gemma4
-from tunix_gemma4.checkpoint.finite import NonFiniteError
+from tunix_gemma4.checkpoint.check import NonFiniteError
 from tunix_gemma4.plugin.rl.cluster import make_algorithm
 from tunix_gemma4.settings.grpo import GrpoRunConfig
 

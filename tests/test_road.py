@@ -21,10 +21,10 @@ from test_data import (
 from tunix_gemma4.data import conversation as processor_conversation
 from tunix_gemma4.data import make_dataset
 from tunix_gemma4.data import sources as data_sources
-from tunix_gemma4.data.check import checked_rows
 from tunix_gemma4.data.preferences import PreferenceBatches
 from tunix_gemma4.data.processor import Example, Processor
 from tunix_gemma4.data.prompts import PromptBatches, PromptRows
+from tunix_gemma4.data.road import checked_rows
 from tunix_gemma4.plugin.rl.prompts import PromptReader
 from tunix_gemma4.recipes import grpo
 from tunix_gemma4.settings.grpo import GrpoRunConfig, PromptConfig
@@ -220,7 +220,7 @@ def test_a_check_names_every_bad_row_or_counts_them(tmp_path):
     assert "left out: 2 that cannot be read, the first: row 5 of the given sequence" in text
     kept = [n for n in SHORT_ENOUGH if n not in (5, 20)]
     assert sorted(numbers(list(data))) == kept
-    assert data.left_out().startswith("2 of 23 rows cannot be read and are left out, the first")
+    assert data.left_out.startswith("2 of 23 rows cannot be read and are left out, the first")
 
 
 def test_a_check_of_some_rows_reads_them_alone_and_looks_at_every_image(tmp_path):

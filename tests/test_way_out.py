@@ -20,8 +20,8 @@ from safetensors.numpy import load_file
 from small_models import ONE_DEVICE
 
 from tunix_gemma4.__main__ import main
-from tunix_gemma4.checkpoint.disk import clear_leftovers, locked, sha256, write_text
-from tunix_gemma4.checkpoint.finite import NonFiniteError
+from tunix_gemma4.checkpoint.check import NonFiniteError
+from tunix_gemma4.checkpoint.files import clear_leftovers, locked, sha256, write_text
 from tunix_gemma4.plugin import stop
 from tunix_gemma4.recipes import sft
 from tunix_gemma4.recipes.run_directory import (
@@ -391,7 +391,7 @@ def test_signals_outside_the_main_thread_are_left_alone(settings, tmp_path):
 def test_killed_process_leaves_no_lock(tmp_path):
     program = (
         "import sys, time; from pathlib import Path; "
-        "from tunix_gemma4.checkpoint.disk import locked\n"
+        "from tunix_gemma4.checkpoint.files import locked\n"
         "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     )
     command = [sys.executable, "-c", program, str(tmp_path)]

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from .checkpoint.finite import NonFiniteError, nonfinite_variables, shown
+from .checkpoint.check import NonFiniteError, nonfinite_variables, shown
 from .config import ModelConfig, refuse_ids_beyond
 from .config.domains import require
 from .data.processor import Batch

@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether the tensors of a directory are those of a model: one error for all that is wrong."""
+"""Whether the tensors of a directory are those of a model, and whether arrays are finite."""
 
 from __future__ import annotations
 
 import collections
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from ..config import ModelConfig, refuse_ids_beyond
-from ..config.json_files import read_json
+from ..config.source import read_json
+from ..model.gemma4 import Gemma4Model
 from . import files
 from . import names as weights
 
@@ -30,7 +34,7 @@ _OF_QUANTIZERS = (
 
 def check_tensors(
     directory: Path,
-    model: nnx.Module,
+    model: Gemma4Model,
     stored: dict[str, files.StoredTensor],
     *,
     optional: Collection[str] = (),
@@ -47,7 +51,11 @@ def check_tensors(
         How many tensors are left in the files on purpose, by reason.
     """
     config = model.config
-    expected = _expected_shapes(model)
+    expected = {
+        name: weights.hf_shape(path, variable.get_raw_value().shape)
+        for name, (path, variable) in weights.named_parameters(model).items()
+    }
+    expected |= {name: buffer.shape for name, buffer in weights.named_buffers(model).items()}
     skipped, unexpected = _sort_out(config, [name for name in stored if name not in expected])
     missing = [name for name in expected if name not in stored and name not in optional]
     wrong = []
@@ -139,7 +147,7 @@ def _ids_of_tokenizer(content: dict) -> dict[str, int]:
     vocab = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(vocab, list):  # [token, score] in the order of ids
         vocab = {str(token): index for index, token in enumerate(vocab)}
-    ids = dict(vocab) if isinstance(vocab, dict) else {}
+    ids: dict[str, Any] = dict(vocab) if isinstance(vocab, dict) else {}
     for token in added if isinstance(added, list) else ():
         if isinstance(token, dict):
             ids[str(token.get("content"))] = token.get("id")
@@ -174,15 +182,6 @@ def _hint(missing: list[str], unexpected: list[str]) -> str:
     return "Is config.json that of these weights? Save both with save_pretrained of transformers"
 
 
-def _expected_shapes(model: nnx.Module) -> dict[str, tuple[int, ...]]:
-    """Name and shape in the checkpoint of every parameter and buffer of `model`."""
-    shapes = {
-        name: weights.hf_shape(path, variable.get_raw_value().shape)
-        for name, (path, variable) in weights.named_parameters(model).items()
-    }
-    return shapes | {name: buf.shape for name, buf in weights.named_buffers(model).items()}
-
-
 def _sort_out(config: ModelConfig, names: list[str]) -> tuple[collections.Counter[str], list[str]]:
     """Of `names` that the model does not hold: how many are skipped by reason, and the rest."""
     unused = {
@@ -208,3 +207,60 @@ def _sort_out(config: ModelConfig, names: list[str]) -> tuple[collections.Counte
         else:
             unexpected.append(name)
     return skipped, unexpected
+
+
+# ---- Numbers.
+
+
+class NonFiniteError(RuntimeError):
+    """A run or a model has come to numbers that are not finite."""
+
+
+def finite_sum(leaves: list[jax.Array]) -> jax.Array:
+    """A number that is finite if all of the leaves are, float32. For traced code.
+
+    Their sum: NaN and infinity stay in it, and nothing takes less to compile or to run. It is
+    infinite, too, for numbers about 1e38, with which no step can be taken.
+    """
+    sums = [jnp.sum(leaf, dtype=jnp.float32) for leaf in leaves if _floats(leaf)]
+    return sum(sums, jnp.zeros((), jnp.float32))
+
+
+def nonfinite(arrays: Mapping[str, Any]) -> list[str]:
+    """The names among `arrays` (or trees of them) that hold NaN or infinity."""
+    # One after the other: programs of several devices that are started all at once can wait for
+    # each other for ever on a CPU. Equal shapes share a program.
+    return [
+        name
+        for name, tree in arrays.items()
+        if not all(bool(_all_finite(leaf)) for leaf in jax.tree.leaves(tree) if _floats(leaf))
+    ]
+
+
+def nonfinite_variables(model: nnx.Module, *kinds: Any) -> list[str]:
+    """The paths of the model's variables of `kinds` (all if none) that hold NaN or infinity."""
+    state = nnx.to_flat_state(nnx.state(model, kinds or ...))
+    return nonfinite({".".join(map(str, path)): variable for path, variable in state})
+
+
+def require_finite(arrays: Mapping[str, Any], what: str) -> None:
+    """Raises NonFiniteError naming those of `arrays` that must not be written."""
+    names = nonfinite(arrays)
+    if names:
+        raise NonFiniteError(
+            f"{what}: {len(names)} of {len(arrays)} tensors hold NaN or infinity "
+            f"({shown(names)}); nothing is written. Train on from the last checkpoint, or load "
+            "the model anew"
+        )
+
+
+def shown(names: list[str], most: int = 3) -> str:
+    """The first few of `names`."""
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
+_all_finite = jax.jit(lambda leaf: jnp.isfinite(leaf).all())
+
+
+def _floats(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jnp.floating)

@@ -1,18 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Safetensors directories as files: read tensor by tensor through mapped pages, written likewise.
+"""Files: safetensors read tensor by tensor through mapped pages, and directories that are whole.
 
 The safetensors package reads and writes whole tensors in host memory and a whole file at once; a
 model larger than the host needs slices in and blocks out. The package judges every file that is
 read: what the format forbids is refused. The format is an 8-byte length, a JSON header and the
 bytes.
+
+What is being written beside its place is called `.NAME.new-PID`, and what it is about to replace
+`.NAME.old-PID`, PID being the process's.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
+import hashlib
 import json
 import os
+import re
 import shutil
 import struct
 from collections.abc import Callable, Iterable, Iterator
@@ -21,10 +27,10 @@ from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
+from absl import logging
 from safetensors import SafetensorError, safe_open
 
-from ..config.json_files import read_json
-from .disk import beside, clear_leftovers
+from ..config.source import read_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -38,15 +44,9 @@ FLOATS = {
 }
 # What comes along from the source of a saved model or adapter; each is copied if it is there.
 _COMPANIONS = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template*",
-    "additional_chat_templates",
-    "*processor_config.json",
-    "generation_config.json",
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
+    *("chat_template*", "additional_chat_templates"),
+    *("*processor_config.json", "generation_config.json"),
 )
 # What a directory that is replaced is not asked to keep: it is written anew, or not of it any more.
 _WRITTEN = (*_COMPANIONS, "*.safetensors", INDEX, "config.json", "adapter_config.json")
@@ -73,8 +73,11 @@ class StoredTensor:
         mapped = np.memmap(self.file, FLOATS[self.dtype], "r", self.offset, self.shape)
         return mapped.view(np.ndarray)
 
-    def blocks(self) -> Iterator[np.ndarray]:
-        """The bytes, in order."""
+    def copied(self) -> NewTensor:
+        """To be written as it is, whatever its dtype."""
+        return NewTensor(self.name, self.dtype, self.shape, self.nbytes, self._blocks)
+
+    def _blocks(self) -> Iterator[np.ndarray]:
         for start in range(0, self.nbytes, _BLOCK_BYTES):
             size = min(_BLOCK_BYTES, self.nbytes - start)
             yield np.memmap(self.file, np.uint8, "r", self.offset + start, (size,))
@@ -246,11 +249,6 @@ def new_tensor(
     return NewTensor(name, _CODES[dtype], shape, nbytes, blocks)
 
 
-def copied_tensor(tensor: StoredTensor) -> NewTensor:
-    """`tensor` as it is, whatever its dtype."""
-    return NewTensor(tensor.name, tensor.dtype, tensor.shape, tensor.nbytes, tensor.blocks)
-
-
 def write_tensors(
     directory: Path | None, tensors: Iterable[NewTensor], *, max_shard_bytes: int
 ) -> None:
@@ -289,11 +287,8 @@ def _write_file(file: Path | None, shard: list[NewTensor]) -> None:
     offset = 0
     for tensor in shard:
         place = [offset, offset + tensor.nbytes]
-        header[tensor.name] = {
-            "dtype": tensor.dtype,
-            "shape": list(tensor.shape),
-            "data_offsets": place,
-        }
+        described = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": place}
+        header[tensor.name] = described
         offset += tensor.nbytes
     text = json.dumps(header, separators=(",", ":")).encode("utf-8")
     text += b" " * (-len(text) % 8)
@@ -400,3 +395,97 @@ def copy_companions(origin: Path, new: Path) -> None:
             shutil.copytree(found, new / found.name)
         else:
             shutil.copy(found, new / found.name)
+
+
+_LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<kind>new|old)-(?P<pid>[0-9]+)")
+
+
+def beside(path: Path, kind: str) -> Path:
+    """Where this process puts the new, or keeps the old, `path`."""
+    return path.with_name(f".{path.name}.{kind}-{os.getpid()}")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a small file, which is at any moment the old one or the new one, whole."""
+    new = beside(path, "new")
+    try:
+        with new.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(path)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
+
+
+def sha256(path: Path) -> str:
+    """Of a file's content, in hexadecimal. In the hub's cache that is the name of the blob."""
+    blob = path.resolve()
+    if blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", blob.name):
+        return blob.name
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def clear_leftovers(folder: Path, name: str | None = None) -> None:
+    """Removes what dead processes were writing in `folder`, or puts back what they had moved.
+
+    Args:
+        folder: where to look.
+        name: of what they were writing; None: anything.
+    """
+    if not folder.is_dir():
+        return
+    for path in sorted(folder.iterdir()):
+        found = _LEFTOVER.fullmatch(path.name)
+        if found is None or name not in (None, found["name"]) or _lives(int(found["pid"])):
+            continue
+        place = path.with_name(found["name"])
+        if found["kind"] == "old" and not place.exists():
+            path.rename(place)
+        elif path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _lives(pid: int) -> bool:
+    """Whether another process has this number. In a container ours is often that of a dead one."""
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Keeps other runs out of `directory` until the block, or the process, ends.
+
+    The lock is the system's, on the directory itself: it leaves no file.
+
+    Raises:
+        ValueError: if another run has it.
+    """
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"{directory}: another run is writing to it. Wait for it, stop it, or choose "
+                "another output_dir"
+            ) from error
+        except OSError as error:  # Some network file systems have none for directories.
+            logging.warning(
+                "%s cannot be locked (%s): take care that no other run writes to it.",
+                *(directory, error),
+            )
+        yield
+    finally:
+        os.close(descriptor)

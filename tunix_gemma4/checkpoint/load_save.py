@@ -30,8 +30,16 @@ from ..model.scan import require_single_layers
 from ..sharding import param_shardings
 from . import files
 from . import names as weights
-from .check import AUDIO, SCORE_HEAD, TIED_HEAD, VISION, check_head, check_tensors, check_tokenizer
-from .finite import require_finite
+from .check import (
+    AUDIO,
+    SCORE_HEAD,
+    TIED_HEAD,
+    VISION,
+    check_head,
+    check_tensors,
+    check_tokenizer,
+    require_finite,
+)
 
 # ---- Loading.
 
@@ -71,8 +79,8 @@ def load_checkpoint(
     directory = Path(directory)
     stored = files.read_directory(directory)
     param_dtype = dtype if param_dtype is None else param_dtype
-    changes = {"dtype": dtype, "param_dtype": param_dtype}
-    changes = {name: value for name, value in changes.items() if value is not None}
+    given = {"dtype": dtype, "param_dtype": param_dtype}
+    changes = {name: value for name, value in given.items() if value is not None}
     config = _settle_config(directory, text_only, config, **changes)
     model = abstract_model(config, model_class)
     skipped = check_tensors(directory, model, stored)
@@ -133,11 +141,10 @@ def _place(view: np.ndarray, sharding: NamedSharding | None, dtype: np.dtype) ->
         return jax.device_put(_detached(view, dtype))
     devices_of = collections.defaultdict(list)
     for device, index in sharding.addressable_devices_indices_map(view.shape).items():
-        devices_of[tuple((part.start, part.stop) for part in index)].append(device)
+        devices_of[tuple((part.start, part.stop) for part in index or ())].append(device)
     arrays = []
     for bounds, devices in devices_of.items():
-        block = view[tuple(slice(*bound) for bound in bounds)]
-        block = _detached(block, dtype)
+        block = _detached(view[tuple(slice(*bound) for bound in bounds)], dtype)
         arrays += [jax.block_until_ready(jax.device_put(block, device)) for device in devices]
     return jax.make_array_from_single_device_arrays(view.shape, sharding, arrays)
 
@@ -220,7 +227,7 @@ def _refuse_unmerged(model: nnx.Module) -> None:
         )
 
 
-def _read_origin(model: nnx.Module, origin: Path) -> dict[str, files.StoredTensor]:
+def _read_origin(model: Gemma4Model, origin: Path) -> dict[str, files.StoredTensor]:
     """The tensors of the directory that completes `model`, which must be of its shapes."""
     if not origin.is_dir():
         raise ValueError(
@@ -236,31 +243,23 @@ def _read_origin(model: nnx.Module, origin: Path) -> dict[str, files.StoredTenso
     return stored
 
 
-def _new_tensors(model: nnx.Module, stored: dict[str, files.StoredTensor]) -> list[files.NewTensor]:
+def _new_tensors(
+    model: Gemma4Model, stored: dict[str, files.StoredTensor]
+) -> list[files.NewTensor]:
     """What to write: parameters, buffers, then what `stored` holds beyond them."""
     tensors = []
     for name, (path, variable) in weights.named_parameters(model).items():
         array = variable.get_raw_value()
-        read = functools.partial(_read_parameter, path, array)
         shape = weights.hf_shape(path, array.shape)
+        read = lambda path=path, array=array: weights.to_hf(path, _on_host(array))  # noqa: E731
         tensors.append(files.new_tensor(name, shape, np.dtype(array.dtype), read))
     for name, buffer in weights.named_buffers(model).items():
-        code = stored[name].dtype if name in stored else None
+        code = stored[name].dtype if name in stored else ""
         dtype = files.FLOATS.get(code, np.dtype(model.config.param_dtype))
-        read = functools.partial(_read_buffer, buffer, dtype)
+        read = functools.partial(weights.buffer_array, buffer, dtype)
         tensors.append(files.new_tensor(name, buffer.shape, dtype, read))
     written = {tensor.name for tensor in tensors} | {TIED_HEAD}
-    return tensors + [
-        files.copied_tensor(tensor) for name, tensor in stored.items() if name not in written
-    ]
-
-
-def _read_parameter(path: weights.Path, array: jax.Array) -> np.ndarray:
-    return weights.to_hf(path, _on_host(array))
-
-
-def _read_buffer(buffer: weights.Buffer, dtype: np.dtype) -> np.ndarray:
-    return weights.buffer_array(buffer).astype(dtype)
+    return tensors + [tensor.copied() for name, tensor in stored.items() if name not in written]
 
 
 def _on_host(array: jax.Array) -> np.ndarray:
@@ -282,7 +281,7 @@ def _uncached(shard: jax.Array) -> jax.Array:
     return shard if on_cpu else jnp.copy(shard)
 
 
-def _hf_config(model: nnx.Module, origin: Path | None, names: list[str]) -> dict[str, Any]:
+def _hf_config(model: Gemma4Model, origin: Path | None, names: list[str]) -> dict[str, Any]:
     """The `config.json`: the origin's where the model says nothing, without absent towers."""
     config = model.config
     if origin is not None:

@@ -12,12 +12,13 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from ..model.layers import HasBuffers
 
-Path = tuple[str | int, ...]
+Path = tuple[Any, ...]  # names and indices, as nnx has them
 
 # The head of a `Gemma4ForTokenScores`. It stands beside HF's `model`, not in it.
 SCORE = "score"
@@ -91,10 +92,10 @@ def named_buffers(model: nnx.Module) -> dict[str, Buffer]:
     }
 
 
-def buffer_array(buffer: Buffer) -> np.ndarray:
-    """The value of `buffer` in its tensor's shape, float64."""
+def buffer_array(buffer: Buffer, dtype: Any = np.float64) -> np.ndarray:
+    """The value of `buffer` in its tensor's shape."""
     value = getattr(buffer.module, buffer.attribute)
-    return np.asarray(value, np.float64).reshape(buffer.shape)
+    return np.asarray(value, np.float64).reshape(buffer.shape).astype(dtype)
 
 
 def set_buffer(buffer: Buffer, array: np.ndarray) -> None:
@@ -109,12 +110,11 @@ def set_buffer(buffer: Buffer, array: np.ndarray) -> None:
 
 def unmerged(model: nnx.Module) -> list[str]:
     """Paths of variables that no checkpoint holds: adapters and quantised kernels."""
-    return [
-        ".".join(map(str, path))
-        for path, variable in nnx.to_flat_state(nnx.state(model))
-        if type(variable) is not nnx.Param or not _is_float_array(variable.get_raw_value())
-    ]
 
+    def is_plain(variable: nnx.Variable) -> bool:
+        value = variable.get_raw_value()
+        floats = isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jnp.floating)
+        return type(variable) is nnx.Param and floats
 
-def _is_float_array(value: Any) -> bool:
-    return isinstance(value, jax.Array) and jax.numpy.issubdtype(value.dtype, jax.numpy.floating)
+    state = nnx.to_flat_state(nnx.state(model))
+    return [".".join(map(str, path)) for path, variable in state if not is_plain(variable)]

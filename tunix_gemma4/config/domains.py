@@ -44,7 +44,7 @@ class Domain:
                 return False
         return self.bounds(value)
 
-    def bounds(self, value: float) -> bool:
+    def bounds(self, value: Any) -> bool:
         """Whether a number is finite and within, whatever its type can hold."""
         above = value > self.low if self.low_open else value >= self.low
         below = value < self.high if self.high_open else value <= self.high
@@ -75,69 +75,40 @@ _PART = Domain(low=0, high=1, low_open=True)
 # By name of a field or an argument, which means the same wherever it stands; where it does not,
 # by the owner's name as well. Null is no number, and for the type of a field to allow.
 DOMAINS: dict[str, Domain] = {
-    # Length of a run, and what happens how often.
-    "max_steps": _COUNT,
-    "num_train_epochs": _COUNT,
-    "num_epochs": _COUNT,
-    "total_steps": _COUNT,
-    "logging_steps": _COUNT,
-    "eval_steps": _COUNT,
-    "eval_every_n_steps": _COUNT,
-    "save_steps": _COUNT,
-    "save_total_limit": _COUNT,
-    "keep_steps": _COUNT,
-    "reward_timeout": _ABOVE,
-    "warmup_steps": _COUNT_OR_NONE,
-    "max_skipped_steps": _COUNT_OR_NONE,
-    "max_inflight_computations": Domain(whole=True),  # At most 0 is no limit.
-    # The optimizer. A rate of 0 trains nothing, which may be wanted; a norm of 0 never clips.
-    "learning_rate": _SIZE,
-    "weight_decay": _SIZE,
-    "max_grad_norm": _SIZE,
-    "adam_beta1": _DECAY,
-    "adam_beta2": _DECAY,
-    "b1": _DECAY,
-    "b2": _DECAY,
-    "adam_epsilon": _ABOVE,
-    "eps": _ABOVE,
-    # The model and its place.
-    "rank": _COUNT,
-    "alpha": _ABOVE,
-    "tile_size": _COUNT,
-    "fsdp": _COUNT,
-    "tp": _COUNT,
-    # Data.
-    "max_length": _COUNT,
-    "max_soft_tokens": _COUNT,
-    "image_buckets": _COUNT_OR_NONE,
-    "bucket_lengths": _COUNT,
-    "batch_size": _COUNT,
-    "gradient_accumulation_steps": _COUNT,
-    "prefetch": _COUNT_OR_NONE,
-    "max_prompt_length": _COUNT,
-    "max_response_length": _COUNT,
-    "max_seq_token_per_tpu": _COUNT,
-    "seed": Domain(low=0, high=2**32 - 1, whole=True),
-    # Sampling and rewards.
-    "num_generations": Domain(low=2, whole=True),
-    "num_iterations": _COUNT,
-    "max_completion_length": _COUNT,
-    "max_new_tokens": _COUNT,
-    "image_repeats": _COUNT,
-    "temperature": _ABOVE,
-    "generate.temperature": _SIZE,  # 0 is greedy.
-    "top_p": _PART,
-    "top_k": _COUNT,
-    "beta": _SIZE,
-    "epsilon": _ABOVE,
-    "epsilon_high": _ABOVE,
-    "reward_weights": Domain(),
-    "mini_batch_size": _COUNT,
-    "train_micro_batch_size": _COUNT,
-    "rollout_micro_batch_size": _COUNT,
-    "compute_logps_micro_batch_size": _COUNT,
-    # Files.
-    "max_shard_bytes": _COUNT,
+    name: allowed
+    for allowed, names in (
+        # Length of a run, and what happens how often.
+        (_COUNT, "max_steps num_train_epochs num_epochs total_steps logging_steps eval_steps"),
+        (_COUNT, "eval_every_n_steps save_steps save_total_limit keep_steps"),
+        (_COUNT_OR_NONE, "warmup_steps max_skipped_steps"),
+        (_ABOVE, "reward_timeout"),
+        (Domain(whole=True), "max_inflight_computations"),  # At most 0 is no limit.
+        # The optimizer. A rate of 0 trains nothing, which may be wanted; a norm of 0 never clips.
+        (_SIZE, "learning_rate weight_decay max_grad_norm"),
+        (_DECAY, "adam_beta1 adam_beta2 b1 b2"),
+        (_ABOVE, "adam_epsilon eps"),
+        # The model and its place.
+        (_COUNT, "rank tile_size fsdp tp"),
+        (_ABOVE, "alpha"),
+        # Data.
+        (_COUNT, "max_length max_soft_tokens bucket_lengths batch_size max_prompt_length"),
+        (_COUNT, "gradient_accumulation_steps max_response_length max_seq_token_per_tpu"),
+        (_COUNT_OR_NONE, "image_buckets prefetch"),
+        (Domain(low=0, high=2**32 - 1, whole=True), "seed"),
+        # Sampling and rewards.
+        (Domain(low=2, whole=True), "num_generations"),
+        (_COUNT, "num_iterations max_completion_length max_new_tokens image_repeats top_k"),
+        (_ABOVE, "temperature epsilon epsilon_high"),
+        (_SIZE, "generate.temperature beta"),  # Greedy is 0.
+        (_PART, "top_p"),
+        (Domain(), "reward_weights"),
+        # Rows at once.
+        (_COUNT, "mini_batch_size train_micro_batch_size rollout_micro_batch_size"),
+        (_COUNT, "compute_logps_micro_batch_size"),
+        # Files.
+        (_COUNT, "max_shard_bytes"),
+    )
+    for name in names.split()
 }
 
 

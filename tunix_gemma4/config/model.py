@@ -21,18 +21,20 @@ from typing import Any
 import jax.numpy as jnp
 from absl import logging
 
-from .checks import (
+from .parts import (
     ATTENTION_IMPLEMENTATIONS,
     DEFAULT_ROPE,
     KINDS,
+    LayerSpec,
+    RematConfig,
+    VisionConfig,
     check_fields,
     complaint,
     refuse_unsupported,
+    require_one_of,
 )
-from .parts import LayerSpec, RematConfig, VisionConfig
 from .source import (
     DEFAULTS,
-    SUPPORTED_MODEL_TYPES,
     dtype_of,
     read_source,
     refuse_quantized,
@@ -44,6 +46,7 @@ from .tunix_names import TunixNames, check_sharding, is_sharding, takes_tunix_na
 # In float16 weights may be stored, but nothing is computed; see `refuse_float16`.
 _DTYPES = tuple(map(jnp.dtype, (jnp.float32, jnp.bfloat16, jnp.float16)))
 _VISION_FIELDS = tuple(field.name for field in dataclasses.fields(VisionConfig))
+_MEDIA_IDS = tuple(f"{name}_token_id" for name in ("image", "video", "audio", "boi", "eoi"))
 
 
 @takes_tunix_names
@@ -135,7 +138,20 @@ class ModelConfig(TunixNames):
     def validate(self) -> None:
         """Raises ValueError for what is contradictory or unsupported, naming field and value."""
         check_fields(type(self), vars(self))
-        _validate(self)
+        count, types = self.num_hidden_layers, self.layer_types or []
+        if len(types) != count:
+            raise ValueError(
+                f"layer_types: expected {count} entries (num_hidden_layers), found {len(types)}"
+            )
+        for index, layer_type in enumerate(types):
+            require_one_of(f"layer_types[{index}]", layer_type, KINDS)
+        both_ways = self.use_bidirectional_attention
+        require_one_of("use_bidirectional_attention", both_ways, (None, "vision"))
+        _validate_sharing(self)
+        _validate_rope(self)
+        _validate_sizes(self)
+        self.remat  # noqa: B018  raises for an unknown spelling
+        _validate_attention(self)
 
     def __hash__(self) -> int:
         # Configs are static attributes of modules, so JAX hashes them. They stay mutable because
@@ -170,22 +186,20 @@ class ModelConfig(TunixNames):
                 "Its tensors are kept when a loaded checkpoint is saved."
             )
         source, path = read_source(directory_or_config_json)
+        directory = None if path is None else path.parent
         try:
-            refuse_quantized(source, None if path is None else path.parent)
+            refuse_quantized(source, directory)
             known = _read_fields(cls, source)
+            known["source_directory"] = None if directory is None else str(directory)
+            return cls(**known | {"text_only": text_only, **fields})
         except ValueError as error:
-            raise _named(path, error) from error
-        known["source_directory"] = None if path is None else str(path.parent)
-        try:
-            return cls(**(known | {"text_only": text_only} | fields))
-        except ValueError as error:
-            raise _named(path, error) from error
+            raise ValueError(str(error) if path is None else f"{path}: {error}") from error
 
     def to_hf(self) -> dict[str, Any]:
         """The `config.json` of this model; what `source` holds beyond it is kept."""
         result = copy.deepcopy(self.source)
         text = {name: getattr(self, name) for name in _TEXT_FIELDS}
-        text["layer_types"] = list(self.layer_types)
+        text["layer_types"] = list(self.layer_types or ())
         text["rope_parameters"] = copy.deepcopy(self.rope_parameters)
         text["model_type"] = f"{self.model_type}_text"
         text["hidden_activation"] = "gelu_pytorch_tanh"
@@ -201,10 +215,8 @@ class ModelConfig(TunixNames):
             }
             vision["model_type"] = "gemma4_vision"
             result["vision_config"] = (result.get("vision_config") or {}) | vision
-        for key in ("image", "video", "audio", "boi", "eoi"):
-            result[f"{key}_token_id"] = getattr(self, f"{key}_token_id")
-        result["model_type"] = self.model_type
-        result["tie_word_embeddings"] = True
+        result |= {name: getattr(self, name) for name in _MEDIA_IDS}
+        result |= {"model_type": self.model_type, "tie_word_embeddings": True}
         result["dtype"] = self.param_dtype.name
         result.pop("torch_dtype", None)
         result.setdefault("architectures", [_ARCHITECTURES[self.model_type]])
@@ -218,13 +230,13 @@ class ModelConfig(TunixNames):
         first_shared = self.num_hidden_layers - self.num_kv_shared_layers
         specs: list[LayerSpec] = []
         last_of_kind: dict[str, int] = {}
-        for index, layer_type in enumerate(self.layer_types):
+        for index, layer_type in enumerate(self.layer_types or ()):
             full = layer_type == "full_attention"
             shared = index >= first_shared
             if not shared:
                 last_of_kind[layer_type] = index
             k_eq_v = self.attention_k_eq_v and full
-            rope = self.rope_parameters[layer_type]
+            rope = (self.rope_parameters or DEFAULT_ROPE)[layer_type]
             kv_heads = self.num_global_key_value_heads if k_eq_v else None
             double = shared and self.use_double_wide_mlp
             specs.append(
@@ -289,12 +301,8 @@ class ModelConfig(TunixNames):
         return self.use_bidirectional_attention == "vision"
 
 
-_TEXT_FIELDS = tuple(
-    field.name
-    for field in dataclasses.fields(ModelConfig)[
-        : [field.name for field in dataclasses.fields(ModelConfig)].index("model_type")
-    ]
-)
+_FIELDS = tuple(field.name for field in dataclasses.fields(ModelConfig))
+_TEXT_FIELDS = _FIELDS[: _FIELDS.index("model_type")]
 _ARCHITECTURES = {
     "gemma4": "Gemma4ForConditionalGeneration",
     "gemma4_unified": "Gemma4UnifiedForConditionalGeneration",
@@ -348,21 +356,14 @@ def _five_to_one(count: int) -> list[str]:
 
 def _read_fields(cls: type[ModelConfig], source: dict[str, Any]) -> dict[str, Any]:
     """The fields that a parsed `config.json` gives, absent ones with their class's default."""
-    model_type = source.get("model_type")
-    if model_type not in SUPPORTED_MODEL_TYPES:
-        raise ValueError(
-            f"model_type: found {model_type!r}; supported: "
-            + ", ".join(map(repr, SUPPORTED_MODEL_TYPES))
-        )
+    model_type: Any = source.get("model_type")
+    require_one_of("model_type", model_type, tuple(DEFAULTS))
     if "text_config" in source and source["text_config"] is None:
         raise ValueError("text_config: expected an object, found null")
     text, vision = section(source, "text_config") or {}, section(source, "vision_config")
     refuse_unsupported(model_type, text, vision)
     given = {key: text[key] for key in _TEXT_FIELDS if key in text}
-    for key in ("image", "video", "audio", "boi", "eoi"):
-        name = f"{key}_token_id"
-        if source.get(name) is not None:
-            given[name] = source[name]
+    given |= {name: source[name] for name in _MEDIA_IDS if source.get(name) is not None}
     check_fields(cls, given)
     types = given.get("layer_types")
     if types and types[-1] == "sliding_attention":
@@ -387,16 +388,12 @@ def _read_fields(cls: type[ModelConfig], source: dict[str, Any]) -> dict[str, An
     return known
 
 
-def _named(path: Path | None, error: ValueError) -> ValueError:
-    return ValueError(str(error) if path is None else f"{path}: {error}")
-
-
 def _float_dtype(name: str, value: Any) -> jnp.dtype:
     try:
         dtype = jnp.dtype(value)
     except TypeError:
         dtype = None
-    if dtype not in _DTYPES:
+    if dtype is None or dtype not in _DTYPES:
         raise ValueError(f"{name}: expected bfloat16 or float32, found {value!r}")
     return dtype
 
@@ -404,38 +401,9 @@ def _float_dtype(name: str, value: Any) -> jnp.dtype:
 # ---- What contradicts itself or is not supported.
 
 
-def _validate(config: ModelConfig) -> None:
-    """Raises ValueError for what is contradictory or unsupported, naming field and value."""
-    count = config.num_hidden_layers
-    if len(config.layer_types) != count:
-        raise ValueError(
-            f"layer_types: expected {count} entries (num_hidden_layers), "
-            f"found {len(config.layer_types)}"
-        )
-    for index, layer_type in enumerate(config.layer_types):
-        if layer_type not in KINDS:
-            raise ValueError(
-                f"layer_types[{index}]: found {layer_type!r}; supported: "
-                + ", ".join(map(repr, KINDS))
-            )
-    if config.use_bidirectional_attention not in (None, "vision"):
-        raise ValueError(
-            "use_bidirectional_attention: found "
-            f"{config.use_bidirectional_attention!r}; supported: None, 'vision'"
-        )
-    _validate_sharing(config)
-    _validate_rope(config)
-    _validate_sizes(config)
-    config.remat  # noqa: B018  raises for an unknown spelling
-    _validate_attention(config)
-
-
 def _validate_attention(config: ModelConfig) -> None:
-    if config.attention_implementation not in ATTENTION_IMPLEMENTATIONS:
-        raise ValueError(
-            f"attention_implementation: found {config.attention_implementation!r}; supported: "
-            + ", ".join(map(repr, ATTENTION_IMPLEMENTATIONS))
-        )
+    name = "attention_implementation"
+    require_one_of(name, config.attention_implementation, ATTENTION_IMPLEMENTATIONS)
     if config.use_flash_attention and config.attention_implementation == "xla":
         raise ValueError(
             "use_flash_attention: found True with attention_implementation='xla', which "
@@ -469,11 +437,8 @@ def _validate_rope(config: ModelConfig) -> None:
         rope = config.rope_parameters.get(layer_type)
         name = f"rope_parameters[{layer_type!r}]"
         expected = DEFAULT_ROPE[layer_type]["rope_type"]
-        if (
-            not isinstance(rope, Mapping)
-            or rope.get("rope_type") != expected
-            or "rope_theta" not in rope
-        ):
+        typed = isinstance(rope, Mapping) and rope.get("rope_type") == expected
+        if not typed or "rope_theta" not in rope:
             raise ValueError(
                 f"{name}: expected rope_type {expected!r} with a rope_theta, found {rope!r}"
             )
@@ -499,10 +464,8 @@ def _validate_sizes(config: ModelConfig) -> None:
             )
     if config.enable_moe_block:
         for name in ("num_experts", "top_k_experts", "moe_intermediate_size"):
-            if not getattr(config, name):
-                raise ValueError(
-                    f"{name}: enable_moe_block needs it, found {getattr(config, name)!r}"
-                )
+            if not (found := getattr(config, name)):
+                raise ValueError(f"{name}: enable_moe_block needs it, found {found!r}")
         if config.top_k_experts > config.num_experts:
             raise ValueError(
                 f"top_k_experts: expected at most num_experts ({config.num_experts}), "

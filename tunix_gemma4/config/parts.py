@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pieces of a model's configuration: remat, one decoder layer, the vision tower."""
+"""The pieces of a model's configuration, and refusing values that are none or not supported."""
 
 from __future__ import annotations
 
 import dataclasses
 import enum
 import math
-from typing import Literal
+import numbers
+from collections.abc import Collection, Mapping
+from typing import Any, Literal, TypeGuard
+
+Kind = Literal["sliding", "full"]
 
 
 class RematConfig(enum.Enum):
@@ -58,7 +62,7 @@ class LayerSpec:
     """
 
     index: int
-    kind: Literal["sliding", "full"]
+    kind: Kind
     head_dim: int
     num_kv_heads: int
     window: int | None
@@ -112,19 +116,117 @@ class VisionConfig:
                 f"({self.num_attention_heads}), found {self.num_key_value_heads}; "
                 "grouped vision attention is not supported"
             )
-        rope_type = (self.rope_parameters or {}).get("rope_type", "default")
-        if rope_type != "default":
-            raise ValueError(
-                f"vision_config.rope_parameters.rope_type: found {rope_type!r}; supported: "
-                "'default', 'axial'"
-            )
-        theta = (self.rope_parameters or {}).get("rope_theta", 100.0)
+        rope, where = self.rope_parameters or {}, "vision_config.rope_parameters"
+        if rope.get("rope_type", "default") != "default":
+            found = rope["rope_type"]
+            raise ValueError(f"{where}.rope_type: found {found!r}; supported: 'default', 'axial'")
+        theta = rope.get("rope_theta", 100.0)
         if not isinstance(theta, (int, float)) or not 0 < theta < math.inf:
-            raise ValueError(
-                "vision_config.rope_parameters.rope_theta: expected a positive number, found "
-                f"{theta!r}"
-            )
+            raise ValueError(f"{where}.rope_theta: expected a positive number, found {theta!r}")
         if self.head_dim % 4:
             raise ValueError(
                 f"vision_config.head_dim: expected a multiple of 4, found {self.head_dim}"
             )
+
+
+ATTENTION_IMPLEMENTATIONS = ("auto", "xla", "splash", "triton")
+KINDS: dict[str, Kind] = {
+    "sliding_attention": "sliding",
+    "full_attention": "full",
+}
+DEFAULT_ROPE = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+    "full_attention": {
+        "rope_type": "proportional",
+        "partial_rotary_factor": 0.25,
+        "rope_theta": 1_000_000.0,
+    },
+}
+
+# Smallest value of whole numbers that may be less than 1, and largest of those that loops run to.
+_AT_LEAST_0 = {
+    "num_kv_shared_layers", "hidden_size_per_layer_input", "global_head_dim",
+    "num_global_key_value_heads", "num_experts", "top_k_experts", "moe_intermediate_size",
+    "position_embedding_size",
+}  # fmt: skip
+_MOST_LAYERS = 10_000
+_LARGEST = 2**31 - 1
+
+
+def check_fields(cls: type, values: Mapping[str, Any], prefix: str = "") -> None:
+    """Raises ValueError for a value that is not of its field's type, or out of range.
+
+    Args:
+        cls: the dataclass; what its annotations say is what is checked.
+        values: of some of its fields.
+        prefix: of the names in messages.
+    """
+    annotations = {field.name: field.type for field in dataclasses.fields(cls)}
+    for name, value in values.items():
+        annotation = annotations.get(name, "Any")
+        if value is None and annotation.endswith("| None"):
+            continue
+        wanted = complaint(name, annotation.removesuffix(" | None"), value)
+        if wanted is not None:
+            null = " or null" if annotation.endswith("| None") else ""
+            raise ValueError(f"{prefix}{name}: expected {wanted}{null}, found {value!r}")
+
+
+def complaint(name: str, annotation: str, value: Any) -> str | None:
+    """What was expected in place of `value`, or None."""
+    if annotation in ("int", "int | list[int]"):
+        low = 0 if name in _AT_LEAST_0 or name.endswith("_token_id") else 1
+        high = _MOST_LAYERS if name == "num_hidden_layers" else _LARGEST
+        several = annotation != "int" and isinstance(value, (list, tuple)) and len(value) > 0
+        if all(_is_whole(x) and low <= x <= high for x in (value if several else [value])):
+            return None
+        return f"a whole number from {low} to {high}" + (", or several" * (annotation != "int"))
+    if annotation == "float":
+        return None if _is_number(value) and 0 < value < math.inf else "a positive number"
+    if annotation == "bool":
+        return None if isinstance(value, bool) else "true or false"
+    if annotation == "str":
+        return None if isinstance(value, str) else "a string"
+    if annotation == "list[str]":
+        of_strings = isinstance(value, (list, tuple)) and all(isinstance(x, str) for x in value)
+        return None if of_strings else "a list of strings"
+    if annotation == "dict":
+        return None if isinstance(value, Mapping) else "an object"
+    return None
+
+
+def _is_whole(value: Any) -> TypeGuard[int]:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def require_one_of(name: str, value: Any, supported: Collection[Any]) -> None:
+    """Raises ValueError for a value that is none of those supported."""
+    if value not in supported:
+        words = ", ".join(map(repr, supported))
+        raise ValueError(f"{name}: found {value!r}; supported: {words}")
+
+
+def refuse_unsupported(
+    model_type: str, text: Mapping[str, Any], vision: Mapping[str, Any] | None
+) -> None:
+    """Raises for settings whose maths this package does not have."""
+    plain = {
+        "attention_bias": (False, None),
+        "attention_dropout": (0.0, None),
+        "hidden_activation": ("gelu_pytorch_tanh",),
+    }
+    sections = {"text_config": (text, plain)}
+    if model_type == "gemma4":
+        sections["vision_config"] = (vision or {}, plain)
+    else:
+        # transformers' class has neither: what it writes of them is what it was given.
+        absent = {"hidden_size_per_layer_input": (0, None), "enable_moe_block": (False, None)}
+        sections["text_config"] = (text, plain | absent)
+    for where, (settings, supported) in sections.items():
+        for name, values in supported.items():
+            if settings.get(name, values[0]) not in values:
+                require_one_of(f"{where}.{name}", settings[name], values[:1])

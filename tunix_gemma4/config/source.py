@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the sections of a `config.json`, of whatever version of transformers, to our fields.
+"""Reading JSON, and from a `config.json`, of whatever version of transformers, to our fields.
 
 Source: the config classes of `gemma4` and `gemma4_unified` in transformers 5.12 and 5.24.
 """
@@ -7,17 +7,68 @@ Source: the config classes of `gemma4` and `gemma4_unified` in transformers 5.12
 from __future__ import annotations
 
 import copy
+import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .json_files import read_json
 
-SUPPORTED_MODEL_TYPES = ("gemma4", "gemma4_unified")
+def parse_json(text: str | bytes, *, finite: bool = False) -> Any:
+    """What JSON holds.
 
-# What a config class of transformers takes for an absent field, where it is not the field's
-# default of `ModelConfig`, which is that of `gemma4`.
-DEFAULTS = {
+    Args:
+        text: the JSON.
+        finite: refuse NaN, Infinity and numbers beyond float64, which the format does not have.
+
+    Raises:
+        ValueError: `json.JSONDecodeError` where it is no JSON; otherwise naming a key that stands
+            in one object twice, or the number.
+    """
+    number = _finite if finite else None
+    return json.loads(text, object_pairs_hook=_once, parse_float=number, parse_constant=number)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys stand there once; readers differ in which of two they take."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} stands in one object twice")
+    return found
+
+
+def _finite(written: str) -> float:
+    number = float(written)
+    if not math.isfinite(number):
+        raise ValueError(f"{written:.80} is no finite number")
+    return number
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ValueError: it cannot be read, is no JSON, holds something else than an object, or a key
+            twice.
+    """
+    try:
+        content = parse_json(path.read_text("utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+# By model type that is supported: what a config class of transformers takes for an absent field,
+# where it is not the field's default of `ModelConfig`, which is that of `gemma4`.
+DEFAULTS: dict[str, dict[str, Any]] = {
     "gemma4": {},
     "gemma4_unified": {
         "max_position_embeddings": 262_144,

@@ -16,8 +16,7 @@ from typing import Any
 
 from absl import logging
 
-from .checks import DEFAULT_ROPE
-from .parts import AttentionType
+from .parts import DEFAULT_ROPE, AttentionType
 
 # Where a name of Tunix's is another name of a field of ours, and no more.
 SAME = {
@@ -91,6 +90,11 @@ def _of_rope(kind: str, key: str, default: float, only: float | None = None) -> 
 class TunixNames:
     """Tunix's names as properties, and an end to assigning what does not exist."""
 
+    # Of the fields that the properties read, those that none sets.
+    num_key_value_heads: int
+    attention_k_eq_v: bool
+    intermediate_size: int
+
     def __setattr__(self, name: str, value: Any) -> None:
         known = _settable(type(self))
         if name not in known:
@@ -141,7 +145,7 @@ class TunixNames:
         if value is None:
             value = [AttentionType.LOCAL_SLIDING] * 5 + [AttentionType.GLOBAL]
         # Members of Tunix's own enumeration have the same names.
-        names = [getattr(kind, "name", kind) for kind in value]
+        names: list[Any] = [getattr(kind, "name", kind) for kind in value]
         kinds = {kind.name: word for kind, word in _KINDS.items()}
         unknown = [name for name in names if name not in kinds]
         if unknown or not names:
@@ -255,8 +259,8 @@ def check_sharding(value: Any) -> None:
     Raises:
         ValueError: for another, whose axes would not be followed.
     """
-    default = getattr(type(value), "get_default_sharding", None)
     if is_sharding(value):
+        default = type(value).get_default_sharding
         if value == default():
             return
         if value == default(True):

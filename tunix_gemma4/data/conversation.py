@@ -9,12 +9,21 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from . import keys
 from .keys import first_of, is_empty, is_list, one_of
-from .messages import ROLES, Message, answer_of_text, join, read_messages
+from .messages import (
+    ROLES,
+    Message,
+    answer_of_text,
+    join,
+    parts_of,
+    read_messages,
+    text_of,
+    texts_of,
+)
 from .rows import (
     PROMPTS,
     TURN,
@@ -23,7 +32,6 @@ from .rows import (
     form_of,
     read_row,
     templated_parts,
-    text_of,
     with_default_system,
     with_system,
     without_bos,
@@ -63,7 +71,7 @@ def read_conversation(row: Any, *, prompt_only: bool = False) -> Conversation:
     conversation = read.view([*history, *completion], trained + [not prompt_only] * len(completion))
     if prompt_only:
         conversation = conversation.before(len(join(history)))
-    elif completion:
+    elif completion and read.answer is not None:
         conversation.columns.pop(read.answer, None)
     _check(conversation)
     return conversation
@@ -107,7 +115,7 @@ def _answer_of(message: Mapping[str, Any], given: Sequence[Message]) -> str | di
         return dict(message)
     said = itertools.takewhile(lambda one: one.role == "assistant", reversed(given))
     (answer,) = join([dataclasses.replace(one, trained=None) for one in said][::-1])
-    return answer.text()
+    return text_of(answer.content)
 
 
 def read_preference_pair(row: Any) -> dict[str, Conversation]:
@@ -115,37 +123,29 @@ def read_preference_pair(row: Any) -> dict[str, Conversation]:
 
     Only the answers are learnt.
     """
-    names = [
-        one_of(row, found) if isinstance(row, Mapping) else None
-        for found in (keys.CHOSEN, keys.REJECTED)
-    ]
-    pictures = None
-    if isinstance(row, Mapping):
-        pictures = row.get("rejected_images")
-        pictures = list(pictures) if is_list(pictures) else [pictures]
-        pictures = [picture for picture in pictures if not keys.is_blank(picture)] or None
-        row = {key: value for key, value in row.items() if key != "rejected_images"}
-    if names[0] is None and (names[1] is not None or pictures):
-        return _answers_of_one(row, names[1], pictures)  # The chosen answer ends the messages.
-    if None in names:
-        found = sorted(row) if isinstance(row, Mapping) else type(row).__name__
-        raise ValueError(f"expected 'prompt', 'chosen' and 'rejected', found {found}")
+    expected = "expected 'prompt', 'chosen' and 'rejected', found"
+    if not isinstance(row, Mapping):
+        raise ValueError(f"{expected} {type(row).__name__}")
+    chosen, rejected = one_of(row, keys.CHOSEN), one_of(row, keys.REJECTED)
+    pictures = row.get("rejected_images")
+    pictures = list(pictures) if is_list(pictures) else [pictures]
+    pictures = [picture for picture in pictures if not keys.is_blank(picture)] or None
+    row = {key: value for key, value in row.items() if key != "rejected_images"}
+    if chosen is None and (rejected is not None or pictures):
+        return _answers_of_one(row, rejected, pictures)  # The chosen answer ends the messages.
+    if chosen is None or rejected is None:
+        raise ValueError(f"{expected} {sorted(row)}")
     sides = {}
-    for side, name in zip(("chosen", "rejected"), names, strict=True):
+    for side, name, images in (("chosen", chosen, None), ("rejected", rejected, pictures)):
         try:
-            prompt, answer, read = _side(row, name)
-            learnt = _learnt(prompt, answer)
-            images = pictures if side == "rejected" else None
-            sides[side] = read.view([*prompt, *answer], learnt, images)
-            _check(sides[side])
-            _check_answer(sides[side])
+            sides[side] = _answered(*_side(row, name), images)
         except ValueError as error:
             raise ValueError(f"{name!r}: {error}") from error
     return sides
 
 
-def _side(row: Mapping[str, Any], name: str) -> tuple[list[Message], list[Message], Row]:
-    """Prompt and answer of one side."""
+def _side(row: Mapping[str, Any], name: str) -> tuple[Row, list[Message], list[Message]]:
+    """What is read for one side, its prompt and its answer."""
     answer = row[name]
     if not isinstance(answer, str):
         answer = read_messages([answer] if isinstance(answer, Mapping) else answer, name)
@@ -171,23 +171,23 @@ def _side(row: Mapping[str, Any], name: str) -> tuple[list[Message], list[Messag
             )
         read = read_row(rest | {"messages": row[name]})
         read.columns.update(ended)
-        return read.messages[:-1], read.messages[-1:], read
+        return read, read.messages[:-1], read.messages[-1:]
     read = read_row(rest, answered=True)
     read.columns.update(ended)
     if isinstance(answer, str):
-        return read.messages, [answer_of_text(answer)], read
+        return read, read.messages, [answer_of_text(answer)]
     if len(answer) > 1 and _repeats(answer[:-1], read):
         longer = answer[:-1] if len(answer) - 1 > len(read.messages) else read.messages
-        return longer, answer[-1:], read
+        return read, longer, answer[-1:]
     if len(answer) != 1:
         raise ValueError(f"expected one assistant message, found {len(answer)}")
-    return read.messages, answer, read
+    return read, read.messages, answer
 
 
 def _ended(messages: Any) -> bool:
     last = messages[-1] if is_list(messages) and len(messages) else None
     key = first_of(last, ("role", "from")) if isinstance(last, Mapping) else None
-    role = None if key is None else last[key]
+    role = last[key] if key is not None and isinstance(last, Mapping) else None
     return isinstance(role, str) and ROLES.get(role) == "assistant"
 
 
@@ -195,7 +195,10 @@ def _repeats(given: list[Message], read: Row) -> bool:
     """Whether these messages are the prompt again; a system message may be theirs alone."""
 
     def told(messages: Sequence[Message]) -> list[tuple]:
-        return [(message.role, message.text().strip()) for message in messages]
+        return [
+            (m.role, m.content if isinstance(m.content, Mapping) else text_of(m.content).strip())
+            for m in messages
+        ]
 
     without = given[1:] if given[0].role == "system" else given
     prompt = told(read.messages)
@@ -221,40 +224,35 @@ def _answers_of_one(
     worse = prompt, chosen
     if name is not None:
         given = row[name]
-        if isinstance(given, str):
-            given = [{"role": "assistant", "content": given}]
-        given = read_messages(given, name)
+        is_text = isinstance(given, str)
+        given = read_messages([{"role": "assistant", "content": given}] if is_text else given, name)
         worse = prompt, given
         if name == "rejected_messages":
             worse = with_system(given[:-1], row, None), given[-1:]
-    sides = {}
-    for side, (before, answer), images in (
-        ("chosen", (prompt, chosen), None),
-        ("rejected", worse, pictures),
-    ):
-        sides[side] = read.view([*before, *answer], _learnt(before, answer), images)
-        _check(sides[side])
-        _check_answer(sides[side])
-    return sides
+    return {
+        "chosen": _answered(read, prompt, chosen, None),
+        "rejected": _answered(read, *worse, pictures),
+    }
 
 
-def _learnt(prompt: Sequence[Message], answer: Sequence[Message]) -> list[bool]:
-    """Which messages of a side are learnt: the answer's."""
+def _answered(
+    read: Row, prompt: list[Message], answer: list[Message], images: list[Any] | None
+) -> Conversation:
+    """One side, of which the answer is learnt; `images` stand in place of the row's."""
     for index, message in enumerate(prompt):
         if message.trained:
             raise ValueError(
                 f"message {index}: its loss switch is on, and in preferences only the two answers "
                 "are learnt; remove it"
             )
-    return [False] * len(prompt) + [True] * len(answer)
-
-
-def _check_answer(conversation: Conversation) -> None:
-    if not any(conversation.trained):
+    side = read.view([*prompt, *answer], [False] * len(prompt) + [True] * len(answer), images)
+    _check(side)
+    if not any(side.trained):
         raise ValueError(
             "there is no assistant message to learn as its answer; its role is another, or its "
             "loss switch is off"
         )
+    return side
 
 
 def _refuse_preference(read: Row) -> None:
@@ -275,7 +273,8 @@ def _check(conversation: Conversation) -> None:
                 f"message {index}: it holds {found[0].strip()!r}, with which the chat template "
                 "begins a turn, and would be read letter by letter; give the turns as messages"
             )
-        if message["role"] == "user" and _says_nothing(message["content"]):
+        shows = any(part["type"] == "image" for part in parts_of(message["content"]))
+        if message["role"] == "user" and not shows and not text_of(message["content"]).strip():
             raise ValueError(f"message {index}: the user turn is empty; give it a text")
         if message["role"] != "assistant":
             continue
@@ -286,7 +285,170 @@ def _check(conversation: Conversation) -> None:
             )
 
 
-def _says_nothing(content: str | list[dict[str, Any]]) -> bool:
-    """Whether there is neither text nor image."""
-    shown = not isinstance(content, str) and any(part["type"] == "image" for part in content)
-    return not shown and not text_of(content).strip()
+# ---- Turns of the model.
+
+
+_CALL, _RESULT, _RESULT_END = "<|tool_call>", "<|tool_response>", "<tool_response|>"
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """A turn of the model: an assistant message, or several with results of tools between them.
+
+    Attributes:
+        places: of its messages in the conversation.
+        messages: of the assistant.
+        trained: whether it is learnt.
+        thoughts: text by the index of its message.
+    """
+
+    places: list[int]
+    messages: list[dict[str, Any]]
+    trained: bool
+    thoughts: dict[int, str]
+
+    def singles(self) -> list[Turn]:
+        """Each message as a turn, as some templates have them."""
+        return [
+            Turn(
+                [place],
+                [message],
+                self.trained,
+                {0: text} if (text := self.thoughts.get(i)) else {},
+            )
+            for i, (place, message) in enumerate(zip(self.places, self.messages, strict=True))
+        ]
+
+    def missing_from(self, written: str, own: str) -> str | None:
+        """A text of the messages that is not in what the template has written; None: all are.
+
+        Args:
+            written: the turn.
+            own: the turn without what tools answered.
+        """
+        said = [text for message in self.messages for text in texts_of(message["content"])]
+        called = [text for message in self.messages for text in _called(message)]
+        return _not_in(written, said) or _not_in(own, called)
+
+    def misplaced_in(self, written: str) -> str | None:
+        """A text that stands behind the answer of the tool that its message calls; None: none."""
+        chunks = [chunk.split(_RESULT)[0] for chunk in written.split(_RESULT_END)]
+        called = 0
+        for message in self.messages:
+            first, called = called, called + len(message.get("tool_calls", ()))
+            texts = [text.strip() for text in texts_of(message["content"])]
+            if first == called or not any(texts) or _RESULT_END not in written:
+                continue
+            counts = itertools.accumulate(chunk.count(_CALL) for chunk in chunks)
+            place = next((i for i, count in enumerate(counts) if count > first), 0)
+            missing = [text for text in texts if text not in chunks[place]]
+            if missing:
+                return missing[0]
+        return None
+
+    def place_of(self, index: int, body: Sequence[Any]) -> int:
+        """Where what message `index` says begins in the pieces of the turn."""
+        if index == 0:
+            return 0
+        if self.messages[index].get("tool_calls"):
+            before = sum(len(m.get("tool_calls", ())) for m in self.messages[:index])
+            calls = [i for i, p in enumerate(body) if p.special and p.text == _CALL]
+            if before < len(calls):
+                return calls[before]
+        ends = [i for i, p in enumerate(body) if p.special and p.text == _RESULT_END]
+        return ends[-1] + 1 if ends else 0
+
+
+def model_turns(conversation: Conversation) -> list[Turn]:
+    """The turns of the model in order, with the thoughts that are to stand in them."""
+    turns: list[Turn] = []
+    trained = iter(conversation.trained)
+    previous = None
+    for index, message in enumerate(conversation.messages):
+        if message["role"] == "assistant":
+            learnt = next(trained)
+            if previous != "tool":
+                turns.append(Turn([], [], learnt, {}))
+            elif turns[-1].trained != learnt:
+                raise ValueError(
+                    f"message {index}: it goes on with the turn of a tool's call, and one of the "
+                    "two is to be learnt and one is not; give both the same loss switch"
+                )
+            turn = turns[-1]
+            if message.get("reasoning_content"):
+                turn.thoughts[len(turn.messages)] = message["reasoning_content"]
+            turn.places.append(index)
+            turn.messages.append(message)
+        previous = message["role"]
+    return turns
+
+
+def keep_thoughts(
+    conversation: Conversation, policy: str, *, prompt: bool
+) -> tuple[Conversation, int]:
+    """The conversation as it is rendered, and how many thoughts were left out.
+
+    Thoughts of earlier turns are left out, as they are when a model is asked. Those that stay are
+    of the last learnt turn, or, in a prompt, of the turn that a tool has interrupted.
+    """
+    messages = conversation.messages
+    first, end = 0, len(messages)
+    if prompt:
+        first = max(
+            (i for i, message in enumerate(messages) if message["role"] == "user"), default=0
+        )
+    else:
+        learnt = [turn.places for turn in model_turns(conversation) if turn.trained]
+        first, end = (learnt[-1][0], learnt[-1][-1] + 1) if learnt else (0, 0)
+    if policy == "none":
+        first = end
+    kept, left_out = [], 0
+    for index, message in enumerate(messages):
+        if "reasoning_content" in message and not first <= index < end:
+            message = without_thought(message)
+            left_out += 1
+        kept.append(message)
+    return dataclasses.replace(conversation, messages=kept), left_out
+
+
+def without_thought(message: Mapping[str, Any]) -> dict[str, Any]:
+    """The message, which its thought is not part of."""
+    return {key: value for key, value in message.items() if key != "reasoning_content"}
+
+
+def each_turn(conversation: Conversation) -> list[Conversation]:
+    """A conversation that ends in each of the learnt turns, which alone is learnt in it."""
+    result = []
+    for turn in model_turns(conversation):
+        if turn.trained:
+            part = conversation.before(turn.places[-1] + 1)
+            answers = [i for i, m in enumerate(part.messages) if m["role"] == "assistant"]
+            trained = [index >= turn.places[0] for index in answers]
+            result.append(dataclasses.replace(part, trained=trained))
+    return result
+
+
+def _not_in(written: str, texts: Sequence[str]) -> str | None:
+    for text in sorted((text.strip() for text in texts), key=len, reverse=True):
+        if text not in written:
+            return text
+        written = written.replace(text, "\0", 1)
+    return None
+
+
+def _called(message: Mapping[str, Any]) -> Iterator[str]:
+    for call in message.get("tool_calls", ()):
+        yield call["function"]["name"]
+        yield from _leaves(call["function"]["arguments"])
+
+
+def _leaves(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, part in value.items():
+            yield key
+            yield from _leaves(part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _leaves(part)

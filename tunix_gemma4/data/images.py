@@ -15,8 +15,8 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image, ImageOps
 
-from ..config.json_files import read_json
 from ..config.parts import VisionConfig
+from ..config.source import read_json
 from .keys import image_in
 
 SOFT_TOKEN_BUDGETS = (70, 140, 280, 560, 1120)

@@ -6,8 +6,8 @@ docs/how-to/data.md lists them with the tools they come from; every other key is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -34,7 +34,7 @@ BESIDE = (*SYSTEMS, *TOOLS, *TEMPLATE, "history")
 CONSUMED = (*CONVERSATIONS, *PROMPTS, *BESIDE, *IMAGES, "rejected_images")
 
 
-def is_list(value: Any) -> bool:
+def is_list(value: Any) -> TypeGuard[Sequence[Any]]:
     """Whether it is a list; parquet readers give lists as arrays of objects."""
     return isinstance(value, list | tuple) or (
         isinstance(value, np.ndarray) and value.dtype == object
@@ -70,7 +70,7 @@ def one_of(row: Mapping[str, Any], names: Collection[str]) -> str | None:
     """
     found = first_of(row, names)
     for name in names:
-        if not is_empty(row.get(name)) and repr(row[name]) != repr(row[found]):
+        if found and not is_empty(row.get(name)) and repr(row[name]) != repr(row[found]):
             raise ValueError(f"{found!r} and {name!r} mean the same and differ; keep one of them")
     return found
 

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One message in the words of any tool, made one: role, parts, loss switch, thought, calls."""
+"""One message in the words of any tool, made one: role, parts, loss switch, thought, calls.
+
+Calls, results and definitions of tools are objects, or JSON of them.
+"""
 
 from __future__ import annotations
 
@@ -8,36 +11,17 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from .keys import (
-    IMAGE_KEYS,
-    IMAGE_PARTS,
-    SYSTEMS,
-    TOOLS,
-    first_of,
-    image_in,
-    is_blank,
-    is_empty,
-    is_list,
-    is_null,
-    one_of,
-)
-from .tools import read_calls, without_none
+import numpy as np
+
+from ..config.source import parse_json
+from . import keys
+from .keys import first_of, is_blank, is_empty, is_list, is_null, one_of
 
 ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "model": "assistant",
-    "gpt": "assistant",
-    "function_call": "assistant",
-    "tool_call": "assistant",
-    "tool": "tool",
-    "function": "tool",
-    "observation": "tool",
-    "tool_response": "tool",
-    "ipython": "tool",
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "model", "gpt", "function_call", "tool_call"), "assistant"),
+    **dict.fromkeys(("tool", "function", "observation", "tool_response", "ipython"), "tool"),
 }
 # Roles whose content is a call in JSON.
 _CALLING = ("function_call", "tool_call")
@@ -45,10 +29,13 @@ _TEXTS = ("text", "input_text", "output_text")
 _TEXT_KEYS = ("text", "content", "value")
 # Types of parts that are thoughts, and where their texts stand.
 THINKING_PARTS = ("thinking", "reasoning")
-_OF_IMAGES = (*IMAGE_KEYS, "type", "media_type")
+_OF_IMAGES = (*keys.IMAGE_KEYS, "type", "media_type")
 _THINKING_KEYS = (*THINKING_PARTS, *_TEXT_KEYS)
 # What else parts of Anthropic's tools have.
 _OF_TOOL_PARTS = {"tool_use": ("id", "name", "input"), "tool_result": ("tool_use_id", "content")}
+# Words for the arguments of a call, and what else a call has.
+_ARGUMENTS = ("arguments", "parameters", "input")
+_OF_CALLS = ("name", "id", "type", "index")
 # Words that others may have for what a tool answered.
 _OUTPUTS = ("output", "result", "response", "text")
 _SWITCHES = ("weight", "train", "loss", "loss_scale")
@@ -65,8 +52,10 @@ _REFUSED = {
     "refusal": "a refusal is not supported; give it as the message's content",
     "audio": "only text and images are supported",
     "images": "give them in image parts, or in a list 'images' beside the messages",
-    **dict.fromkeys(SYSTEMS, "give it in a message of the role system, or beside the messages"),
-    **dict.fromkeys(TOOLS, "give them beside the messages"),
+    **dict.fromkeys(
+        keys.SYSTEMS, "give it in a message of the role system, or beside the messages"
+    ),
+    **dict.fromkeys(keys.TOOLS, "give them beside the messages"),
 }
 
 
@@ -94,11 +83,22 @@ class Message:
     call_id: str | None = None
     unread: tuple[str, ...] = ()
 
-    def text(self) -> str:
-        """What it says, without its images."""
-        if isinstance(self.content, str):
-            return self.content
-        return "".join(part["text"] for part in self.content if part["type"] == "text")
+
+def parts_of(content: Any) -> list[dict[str, Any]]:
+    """The parts of a content, of which a string is one; none of what a tool answered as object."""
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    return list(content) if is_list(content) else []
+
+
+def texts_of(content: Any) -> list[str]:
+    """What a content says, part by part, without its images."""
+    return [part["text"] for part in parts_of(content) if part["type"] == "text"]
+
+
+def text_of(content: Any) -> str:
+    """The same as one string."""
+    return "".join(texts_of(content))
 
 
 def read_messages(given: Any, name: str) -> list[Message]:
@@ -207,9 +207,9 @@ def split_thought(text: str) -> tuple[str, str]:
 # ---- Loss switches and thoughts.
 
 
-def _flag(given: Mapping[str, Any], keys: Sequence[str]) -> bool | None:
+def _flag(given: Mapping[str, Any], names: Sequence[str]) -> bool | None:
     """What switches say: 0, false: not to be learnt; 1, true: to be learnt."""
-    found = {key: given[key] for key in keys if not is_blank(given.get(key))}
+    found = {key: given[key] for key in names if not is_blank(given.get(key))}
     for key, value in found.items():
         if isinstance(value, str) or value not in (0, 1):
             raise ValueError(
@@ -237,17 +237,15 @@ def _think(message: Message, given: Mapping[str, Any]) -> None:
     for key in _THOUGHTS:
         if _is_given(given, key):
             thoughts.append(text_in(given[key], repr(key)))
-    content = message.content
-    first = content if isinstance(content, str) else content[0].get("text", "") if content else ""
+    content = parts_of(message.content)
+    first = content[0].get("text", "") if content else ""
     said, rest = split_thought(first)
     if rest.lstrip().startswith("<|channel>") and "<channel|>" not in rest:
         raise ValueError("its thought is left open: write <channel|> between it and the answer")
     if rest != first:
         thoughts.append(said)
-        if isinstance(content, str):
-            message.content = rest
-        else:
-            message.content = [{"type": "text", "text": rest}] * bool(rest) + content[1:]
+        is_text = isinstance(message.content, str)
+        message.content = rest if is_text else parts_of(rest) * bool(rest) + content[1:]
     thoughts = list(dict.fromkeys(thought.strip("\n") for thought in thoughts if thought.strip()))
     if len(thoughts) > 1:
         raise ValueError(
@@ -286,7 +284,10 @@ def _split_parts(message: Message) -> list[Message]:
             call = {"id": part.get("id"), "name": part.get("name"), "arguments": part.get("input")}
             calls += read_calls([call], "tool_use")
         elif kind in THINKING_PARTS and message.role == "assistant":
-            thought = _thought_of(part)
+            key = one_of(part, _THINKING_KEYS)
+            if key is None:
+                raise ValueError(f"a {kind} part needs a string 'thinking', found {part!r:.80}")
+            thought = text_in(part[key], repr(key))
             if thought.strip() and (parts or calls):
                 raise ValueError(
                     "a thought stands behind what it says or calls; a turn has one thought, "
@@ -329,25 +330,18 @@ def _unread(part: Any) -> tuple[str, ...]:
     if part.get("type") in _OF_TOOL_PARTS:
         read = {"type", *_SWITCHES, *_OF_TOOL_PARTS[part["type"]]}
         return tuple(key for key in part if key not in read and not is_empty(part[key]))
-    names = IMAGE_KEYS if part.get("type") in IMAGE_PARTS else _THINKING_KEYS
+    names = keys.IMAGE_KEYS if part.get("type") in keys.IMAGE_PARTS else _THINKING_KEYS
     used = first_of(part, names)
     # Data sets of Hugging Face keep the path of an image beside its bytes.
     read = {"type", *_SWITCHES, used, *(("path",) if used == "bytes" else ())}
-    if names is IMAGE_KEYS and is_blank(part.get(used)):
+    if names is keys.IMAGE_KEYS and is_blank(part.get(used)):
         read.add("index")
-    inner = part.get(used) if names is IMAGE_KEYS else None
+    inner = part.get(used) if names is keys.IMAGE_KEYS else None
     inner = inner if isinstance(inner, Mapping) else {}
     return tuple(
         [key for key in part if key not in read and not is_empty(part[key])]
         + [key for key in inner if key not in _OF_IMAGES and not is_empty(inner[key])]
     )
-
-
-def _thought_of(part: Mapping[str, Any]) -> str:
-    key = one_of(part, _THINKING_KEYS)
-    if key is None:
-        raise ValueError(f"a {part['type']} part needs a string 'thinking', found {part!r:.80}")
-    return text_in(part[key], repr(key))
 
 
 def _refuse_second(part: Mapping[str, Any], names: Sequence[str]) -> None:
@@ -370,14 +364,14 @@ def _part(part: Any) -> dict[str, Any]:
         if key is None or not isinstance(part[key], str):
             raise ValueError(f"a text part needs a string 'text', found {part!r:.80}")
         return {"type": "text", "text": part[key]}
-    if kind in IMAGE_PARTS:
+    if kind in keys.IMAGE_PARTS:
         _refuse_second(part, _TEXT_KEYS)
-        key = first_of(part, IMAGE_KEYS)
+        key = first_of(part, keys.IMAGE_KEYS)
         if key is None or is_blank(part[key]):
             index = part.get("index")
             return {"type": "image"} | ({} if is_blank(index) else {"index": index})
         try:
-            return {"type": "image", "image": image_in(part[key])}
+            return {"type": "image", "image": keys.image_in(part[key])}
         except ValueError as error:
             raise ValueError(f"{key!r}: {error}") from error
     if kind in ("audio", "audio_url", "input_audio", "video", "video_url"):
@@ -388,7 +382,7 @@ def _part(part: Any) -> dict[str, Any]:
     )
 
 
-# ---- Tools.
+# ---- What tools answered.
 
 
 def _result(message: Message, given: Mapping[str, Any]) -> Message:
@@ -406,7 +400,7 @@ def _result(message: Message, given: Mapping[str, Any]) -> Message:
         message.content = [_part(part) for part in message.content]
     elif isinstance(message.content, Mapping):
         message.content = without_none(message.content)
-    elif not isinstance(message.content, str | Mapping):
+    elif not isinstance(message.content, str):
         raise ValueError(
             "expected what a tool answered to be a string, parts or an object, found "
             f"{type(message.content).__name__}"
@@ -416,7 +410,7 @@ def _result(message: Message, given: Mapping[str, Any]) -> Message:
 
 def _native_results(given: Mapping[str, Any]) -> Iterator[Message]:
     """Results that stand in the message of their calls, as Gemma 4's first template has them."""
-    responses = given.get("tool_responses")
+    responses: Any = given.get("tool_responses")
     responses = [] if is_empty(responses) else responses
     for response in responses if is_list(responses) else [responses]:
         if not isinstance(response, Mapping) or "response" not in response:
@@ -502,11 +496,99 @@ def _joined(one: Any, other: Any) -> Any:
         return one or other
     if isinstance(one, str) and isinstance(other, str):
         return f"{one.rstrip()}\n{other.lstrip()}"
-    one, other = (
-        [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
-        for content in (one, other)
-    )
+    one, other = parts_of(one), parts_of(other)
     if one[-1]["type"] == other[0]["type"] == "text":
         text = _joined(one.pop()["text"], other[0]["text"])
         other[0] = {"type": "text", "text": text}
     return one + other
+
+
+# ---- Calls and definitions of tools.
+
+
+def _parsed(value: Any, what: str) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return parse_json(value, finite=True)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{what}: expected JSON, found {value!r:.80} ({error})") from error
+
+
+def read_calls(given: Any, what: str) -> list[dict[str, Any]]:
+    """Calls of tools, whose arguments are an object or JSON of one."""
+    if is_empty(given) or is_empty(read := _parsed(given, what)):
+        return []
+    result = []
+    for written in read if is_list(read) else [read]:
+        call = _parsed(written, what)
+        function = call.get("function") if isinstance(call, Mapping) else None
+        function = call if function is None else function
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise ValueError(f"{what}: expected calls with a 'name', found {call!r:.80}")
+        key = one_of(function, _ARGUMENTS)
+        others = [name for name in function if name not in (*_ARGUMENTS, *_OF_CALLS)]
+        if key is None and any(not is_empty(function[name]) for name in others):
+            raise ValueError(f"{what}: a call has no 'arguments', and has {others}; rename them")
+        given_arguments = None if key is None or is_empty(function[key]) else function[key]
+        arguments = _parsed(given_arguments, f"{what}: {key!r}")
+        arguments = {} if arguments is None else arguments
+        if not isinstance(arguments, Mapping):
+            raise ValueError(
+                f"{what}: expected 'arguments' to be an object or JSON of one, found "
+                f"{arguments!r:.80}"
+            )
+        _refuse_infinite(arguments, f"{what}: {key!r}")
+        # JSON in a string has nulls of its own.
+        if not any(isinstance(v, str) for v in (given, written, given_arguments)):
+            arguments = without_none(arguments)
+        identity = {} if is_empty(call.get("id")) else {"id": call["id"]}
+        function = {"name": function["name"], "arguments": dict(arguments)}
+        result.append(identity | {"type": "function", "function": function})
+    return result
+
+
+def _refuse_infinite(value: Any, what: str) -> None:
+    """Raises ValueError for an infinite number in an object, which JSON cannot hold."""
+    if isinstance(value, float | np.floating) and np.isinf(value):
+        raise ValueError(f"{what}: expected finite numbers, found {value!r}")
+    inner: Any = value.values() if isinstance(value, Mapping) else value
+    if isinstance(value, Mapping | np.ndarray) or is_list(value):
+        for part in inner:
+            _refuse_infinite(part, what)
+
+
+def read_tools(given: Any, what: str) -> list[dict[str, Any]] | None:
+    """Definitions of tools, as OpenAI and transformers write them; None for none.
+
+    Args:
+        given: a list of definitions, objects or JSON, or JSON of the list; bare functions and
+            Anthropic's `input_schema` are taken too.
+        what: the key's name, for errors.
+    """
+    given = _parsed(given, repr(what))
+    if is_empty(given):
+        return None
+    result = []
+    for tool in given if is_list(given) else [given]:
+        tool = without_none(_parsed(tool, repr(what)))
+        function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise ValueError(f"{what!r}: expected definitions with a 'name', found {tool!r:.80}")
+        function = {key: value for key, value in function.items() if key != "type"} | {
+            "description": function.get("description", "")
+        }
+        parameters = function.pop("input_schema", function.get("parameters"))
+        if parameters is not None:
+            function["parameters"] = _parsed(parameters, f"{what!r}: 'parameters'")
+        result.append({"type": "function", "function": function})
+    return result
+
+
+def without_none(value: Any) -> Any:
+    """An object without its nulls, at every depth: tables give every object the keys of all."""
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {key: without_none(part) for key, part in value.items() if not is_null(part)}
+    return [without_none(part) for part in value] if is_list(value) else value

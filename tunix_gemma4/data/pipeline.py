@@ -13,14 +13,14 @@ that shapes agree between processes; it then pads only its own share of the rows
 
 from __future__ import annotations
 
-import base64
+import bisect
 import collections
 import dataclasses
 import functools
 import json
 import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -29,14 +29,73 @@ import numpy as np
 from absl import logging
 
 from ..config.domains import require
-from .buckets import Buckets, MicroBatch, count_batches
-from .check import Checked, Checker, How, fingerprints_text
 from .processor import Batch
-from .road import Encoder, Parts, Road, Row
-from .sources import Rows, find_rows
+from .road import Checked, Encoder, How, Measure, OfRows, Parts, Road, Row, check_rows
+from .sources import Rows, follow_rows
+
+Shape = tuple[int, int]  # tokens per row, images per row
+
+
+@dataclasses.dataclass(frozen=True)
+class MicroBatch:
+    """Up to batch_size rows of all processes together; missing rows become empty ones."""
+
+    shape: Shape
+    rows: Sequence[Row]
+
 
 _ENCODING_THREADS = 4
+
+
+class Buckets:
+    """Sorts rows into buckets; whole micro-batches come out when a bucket fills or on flush."""
+
+    def __init__(self, lengths: Sequence[int], images: Sequence[int], batch_size: int):
+        self._lengths, self._images, self._batch_size = lengths, images, batch_size
+        self.waiting: dict[Shape, list[Any]] = {}  # Rows; to count them, anything.
+
+    def shape(self, measure: Measure) -> Shape:
+        """Of the smallest bucket that holds an example; its images are at most the last bucket's"""
+        return (
+            self._lengths[bisect.bisect_left(self._lengths, measure.lengths[0])],
+            self._images[bisect.bisect_left(self._images, measure.images)],
+        )
+
+    def add(self, shape: Shape, row: Row) -> MicroBatch | None:
+        rows = self.waiting.setdefault(shape, [])
+        rows.append(row)
+        return MicroBatch(shape, self.waiting.pop(shape)) if len(rows) == self._batch_size else None
+
+    def flush(self) -> list[MicroBatch]:
+        """Empties all buckets, the largest shape first.
+
+        What is free in a micro-batch is filled with rows of smaller buckets before it is left
+        to empty rows: this costs nothing and saves micro-batches.
+        """
+        left = sorted(self.waiting.items(), reverse=True)
+        self.waiting = {}
+        result = []
+        for number, (shape, rows) in enumerate(left):
+            for smaller, others in left[number + 1 :]:
+                if rows and smaller[1] <= shape[1]:
+                    free = self._batch_size - len(rows)
+                    rows.extend(others[:free])
+                    del others[:free]
+            if rows:
+                result.append(MicroBatch(shape, rows))
+        return result
+
+
+def count_batches(shapes: Mapping[Shape, int], batch_size: int) -> int:
+    """Micro-batches of an epoch that has so many examples of each shape, in whatever order."""
+    buckets = Buckets((), (), batch_size)
+    whole = sum(count // batch_size for count in shapes.values())
+    buckets.waiting = {shape: [None] * (count % batch_size) for shape, count in shapes.items()}
+    return whole + len(buckets.flush())
+
+
 _STATE_VERSION = 1
+_COUNTS = ("seen", "dropped", "bad", "kept", "left", "supervised")  # of a saved position
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -72,7 +131,7 @@ class Plan:
 
     def __post_init__(self):
         named = ("batch_size", "gradient_accumulation_steps", "prefetch", "num_epochs", "seed")
-        require(**{name: vars(self)[name] for name in named}, **self.road.limits)
+        require("", "", **{name: vars(self)[name] for name in named}, **self.road.limits)
         for name in ("shuffle", "skip_bad_rows"):
             if not isinstance(vars(self)[name], bool):
                 raise ValueError(f"{name}: expected True or False, found {vars(self)[name]!r}")
@@ -90,12 +149,8 @@ class Plan:
 
     @functools.cached_property
     def encoder(self) -> Encoder:
-        return Encoder(
-            self.rows,
-            self.road,
-            keep_examples=self.process_count == 1,
-            skip_bad_rows=self.skip_bad_rows,
-        )
+        keep, skip = self.process_count == 1, self.skip_bad_rows
+        return Encoder(self.rows, self.road, keep_examples=keep, skip_bad_rows=skip)
 
     def sharing(self, **changes: Any) -> Plan:
         """A plan with other settings, which knows what this one has read."""
@@ -140,12 +195,12 @@ class Plan:
         """Says that the rows, of which so many are short enough, do not make a batch."""
         if self.encoder.bad and not self.encoder.long:
             return f"{self.rows.name}: {self.encoder.bad_text()}. Correct them."
-        return self.road.too_few_text(
-            *(self.rows.name, kept, len(self.rows), self.batch_size, self.encoder.shortest())
-        )
+        counts = {"kept": kept, "rows": len(self.rows), "shortest": self.encoder.shortest()}
+        found = {"name": self.rows.name, "limits": self.road.limit_text()} | counts
+        return self.road.too_few_text.format(batch_size=self.batch_size, **found)
 
     @functools.cached_property
-    def order(self) -> grain.MapDataset:
+    def order(self) -> Any:  # A `grain.MapDataset`, whose items may be None elsewhere.
         """Indices of source rows, of every epoch."""
         if not self.road.bucketed:
             return grain.MapDataset.source(_Permutations(self))
@@ -165,18 +220,15 @@ class Plan:
 
         The number of processes and of epochs may change.
         """
-        chosen = {"rows": len(self.rows), "batch_size": self.batch_size, **self.road.limits}
-        for name in ("gradient_accumulation_steps", "seed", "shuffle"):
-            chosen[name] = vars(self)[name]
-        if self.road.bucketed:
-            chosen["bucket_lengths"] = self.bucket_lengths
-            chosen["image_buckets"] = self.image_buckets
-        return json.loads(json.dumps(chosen))
+        names = ["batch_size", "gradient_accumulation_steps", "seed", "shuffle"]
+        names += ["bucket_lengths", "image_buckets"] if self.road.bucketed else []
+        chosen = {"rows": len(self.rows), **self.road.limits}
+        return json.loads(json.dumps(chosen | {name: vars(self)[name] for name in names}))
 
     @functools.cached_property
     def fingerprints(self) -> str | None:
         """Those of the rows, for a saved position."""
-        return fingerprints_text(self.rows.fingerprints)
+        return self.rows.fingerprints_text
 
 
 class _Permutations:
@@ -184,16 +236,15 @@ class _Permutations:
 
     def __init__(self, plan: Plan):
         self._count, self._epochs = len(plan.rows), plan.num_epochs
-        self._seed = plan.seed if plan.shuffle else None
+        self._seed, self._shuffle = plan.seed, plan.shuffle
         self._epoch = functools.lru_cache(maxsize=2)(self._drawn)
 
     def __len__(self) -> int:
         return sys.maxsize if self._epochs is None else self._count * self._epochs
 
-    def __getitem__(self, position: int) -> int:
-        if self._seed is None:
-            return position % self._count
-        return int(self._epoch(position // self._count)[position % self._count])
+    def __getitem__(self, index: int) -> int:
+        epoch, place = divmod(index, self._count)
+        return int(self._epoch(epoch)[place]) if self._shuffle else place
 
     def _drawn(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self._seed, epoch]).permutation(self._count)
@@ -273,7 +324,9 @@ class _StepIterator(grain.DatasetIterator):
         if self._kept * epochs < enough:
             raise ValueError(plan.too_few_text(self._kept))
         if self._dropped:
-            logging.warning("%s", plan.road.dropped_text(plan.rows.name, self._dropped, self._seen))
+            counts = {"name": plan.rows.name, "dropped": self._dropped, "rows": self._seen}
+            text = plan.road.dropped_text.format(**counts, limits=plan.road.limit_text())
+            logging.warning("%s", text)
         if self._bad:
             logging.warning("%s: %s", plan.rows.name, plan.encoder.bad_text())
 
@@ -291,19 +344,14 @@ class _StepIterator(grain.DatasetIterator):
         if not isinstance(batch, Batch):
             return batch
         indices = [row.index for row in own] + [-1] * (size - len(own))
-        return batch.replace(rows=np.array(indices, np.int32))
+        return dataclasses.replace(batch, rows=np.array(indices, np.int32))
 
     def get_state(self) -> dict:
         return {
             "version": _STATE_VERSION,
             "settings": self._plan.settings,
             "fingerprints": self._plan.fingerprints,
-            "seen": self._seen,
-            "dropped": self._dropped,
-            "bad": self._bad,
-            "kept": self._kept,
-            "left": self._left,
-            "supervised": self._supervised,
+            **{name: vars(self)[f"_{name}"] for name in _COUNTS},
             "ready": [[*m.shape, _places(m.rows)] for m in self._ready],
             "waiting": [[*shape, _places(rows)] for shape, rows in self._buckets.waiting.items()],
         }
@@ -313,10 +361,9 @@ class _StepIterator(grain.DatasetIterator):
         _check_state(state, plan)
         if plan is not self._plan:
             self._plan, self._parents = plan, (_reader(plan),)
-        self._seen, self._dropped = state["seen"], state["dropped"]
-        self._bad = state.get("bad", 0)
-        self._kept = state.get("kept", self._seen - self._dropped)
-        self._left, self._supervised = state["left"], state["supervised"]
+        # Positions of earlier versions lack some.
+        counts = {"bad": 0, "kept": state["seen"] - state["dropped"]} | state
+        vars(self).update({f"_{name}": counts[name] for name in _COUNTS})
         self._ready = collections.deque(
             MicroBatch((length, images), self._rows(places))
             for length, images, places in state["ready"]
@@ -407,19 +454,19 @@ class BatchIterator(grain.DatasetIterator):
         return self.get_state()["bad"]
 
 
-class BatchDataset(grain.IterDataset):
+class BatchDataset(OfRows, grain.IterDataset):
     """What `make_dataset` returns: each `iter` of it starts from the beginning."""
 
     def __init__(self, plan: Plan):
         super().__init__()
-        self._plan = plan
+        self.plan = plan
         self.checked: Checked | None = None
 
     def __iter__(self) -> BatchIterator:
         return BatchIterator(
             iter(
                 grain.experimental.ThreadPrefetchIterDataset(
-                    _StepDataset(self._plan), prefetch_buffer_size=self._plan.prefetch
+                    _StepDataset(self.plan), prefetch_buffer_size=self.plan.prefetch
                 )
             )
         )
@@ -427,27 +474,20 @@ class BatchDataset(grain.IterDataset):
     @property
     def name(self) -> str:
         """Of the source, for messages."""
-        return self._plan.rows.name
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of the source, too long ones included."""
-        return len(self._plan.rows)
+        return self.plan.rows.name
 
     def first(self) -> Any:
         """The first example of the source that is not left out. Raises RowError."""
-        encoder = self._plan.encoder
+        encoder, road = self.plan.encoder, self.plan.road
         for index in range(self.num_rows):
             if encoder.kept(index):
                 examples = encoder.hold(index)
-                return next(
-                    e for e in examples if not self._plan.road.too_long(self._plan.road.measure(e))
-                )
+                return next(e for e in examples if not road.too_long(road.measure(e)))
         self.refuse_all()
 
     def refuse_all(self) -> NoReturn:
         """Raises ValueError: none of the rows can be used."""
-        raise ValueError(self._plan.too_few_text(0))
+        raise ValueError(self.plan.too_few_text(0))
 
     def check(
         self,
@@ -472,9 +512,10 @@ class BatchDataset(grain.IterDataset):
         Raises:
             RowError: naming the rows that cannot be used, unless such rows are skipped.
         """
-        threads = _ENCODING_THREADS if self._plan.prefetch else 0
-        self.checked = Checker(self._plan.encoder, threads, log).run(how, cache, key, before)
-        plan, epochs = self._plan, self._plan.num_epochs
+        plan, epochs = self.plan, self.plan.num_epochs
+        threads, log = _ENCODING_THREADS if plan.prefetch else 0, log or (lambda text: None)
+        given = {"cache": cache, "key": key, "before": before}
+        self.checked = check_rows(plan.encoder, how, threads, log, **given)
         if epochs is not None and not plan.road.bucketed and self.checked.is_whole:
             rest = self.checked.examples * epochs % plan.batch_size
             if rest:
@@ -490,7 +531,7 @@ class BatchDataset(grain.IterDataset):
         """Optimizer steps of an epoch, as `check` found: exact if all rows were checked."""
         if self.checked is None or not self.checked.examples:
             return None
-        plan, buckets = self._plan, Buckets(self._plan.bucket_lengths, self._plan.image_buckets, 1)
+        plan, buckets = self.plan, Buckets(self.plan.bucket_lengths, self.plan.image_buckets, 1)
         shapes: collections.Counter = collections.Counter()
         for measure, count in self.checked.kept.items():
             shapes[buckets.shape(measure)] += count
@@ -509,11 +550,7 @@ class BatchDataset(grain.IterDataset):
     @property
     def rows_are_known(self) -> bool:
         """Whether a saved position tells a row that has changed."""
-        return self._plan.fingerprints is not None
-
-    def left_out(self) -> str:
-        """What of the rows read so far could not be read; empty if all could."""
-        return self._plan.encoder.bad_text()
+        return self.plan.fingerprints is not None
 
 
 def _release(held: list[grain.DatasetIterator]):
@@ -530,37 +567,6 @@ def _continued(state: dict, plan: Plan) -> Plan:
     continued = dataclasses.replace(plan, rows=rows)
     continued.refuse_changed(changed, state["seen"], "saved position")
     return continued
-
-
-def follow_rows(rows: Rows, before: str | None) -> tuple[Rows, list[int]] | None:
-    """The rows of an earlier run, numbered as it did, and those that are gone or others now.
-
-    Args:
-        rows: of the source as it is.
-        before: `Plan.fingerprints` of the earlier run.
-
-    Returns:
-        None where nothing changed, or where what changed cannot be told.
-
-    Raises:
-        ValueError: there are rows that the earlier run did not know.
-    """
-    now = rows.fingerprints
-    if before is None or now is None:
-        return None
-    sums = np.frombuffer(base64.b64decode(before), np.uint32)
-    if np.array_equal(sums, now):
-        return None
-    found = find_rows(sums, now)
-    if isinstance(found, int):
-        raise ValueError(
-            f"{rows.name}: it has {len(now)} rows and the run of the checkpoints knew {len(sums)}; "
-            f"row {found} is new, or was changed besides others that were taken out. Put back the "
-            "file as it was (rows that it had not trained on may be taken out or corrected), or "
-            "choose another output_dir"
-        )
-    places, changed = found
-    return rows.as_before(places), changed.tolist()
 
 
 def _check_state(state: dict, plan: Plan):

@@ -14,11 +14,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from .check import How, rows_to_check
 from .conversation import Conversation, read_preference_pair
 from .pipeline import BatchDataset, BatchIterator, Plan
 from .processor import Example, ImageSlots, Processor
-from .road import Measure, Road
+from .road import How, Measure, OfRows, Road, rows_to_check
 from .sources import Rows
 
 SIDES = ("chosen", "rejected")
@@ -73,7 +72,7 @@ def _encoded(pair: Mapping[str, Conversation], processor: Processor) -> Preferen
                 for prompt, answer in ((tokens, chosen), (other_tokens, rejected))
             )
             tokens, other_tokens = tokens[:most], other_tokens[:most]
-    if not _same(images, other_images):
+    if not np.array_equal(images, other_images):  # Both may be None.
         raise ValueError(
             "'chosen' and 'rejected' differ in their images; both have those of the prompt alone"
         )
@@ -85,12 +84,6 @@ def _encoded(pair: Mapping[str, Conversation], processor: Processor) -> Preferen
     if np.array_equal(chosen, rejected):
         raise ValueError("'chosen' and 'rejected' are the same answer; there is nothing to prefer")
     return Preference(tokens, chosen, rejected, images)
-
-
-def _same(images: np.ndarray | None, others: np.ndarray | None) -> bool:
-    if images is None or others is None:
-        return images is others
-    return np.array_equal(images, others)
 
 
 def _split(example: Example) -> tuple[np.ndarray, np.ndarray]:
@@ -166,7 +159,7 @@ class PreferenceRoad(Road):
         return collate(examples, self._processor, images=slots, **self.limits)
 
 
-class PreferenceBatches:
+class PreferenceBatches(OfRows):
     """Whole batches from a file or a sequence of rows, each row once per epoch in a seeded order.
 
     An iterator of it has a position that can be saved and restored, as one of `make_dataset` has.
@@ -178,11 +171,9 @@ class PreferenceBatches:
         max_prompt_length, max_response_length: tokens; longer rows are left out and counted.
         epochs: None: without end.
         seed: of the order.
-        check: which rows are read when batches are first asked for, so that what is wrong is said
-            before the first step: "all", a number of rows, or False; None: all of fewer than
-            20,000, and otherwise 2,000.
+        check, log: how the rows are read when batches are first asked for; see
+            `BatchDataset.check`.
         skip_bad_rows: leave out rows that cannot be read, and count them, in place of an error.
-        log: takes a summary of the check.
     """
 
     def __init__(
@@ -199,7 +190,7 @@ class PreferenceBatches:
         skip_bad_rows: bool = False,
         log: Callable[[str], None] | None = None,
     ):
-        self._plan = Plan(
+        self.plan = Plan(
             rows=Rows(source),
             road=PreferenceRoad(processor, max_prompt_length, max_response_length),
             batch_size=batch_size,
@@ -207,22 +198,10 @@ class PreferenceBatches:
             num_epochs=epochs,
             skip_bad_rows=skip_bad_rows,
         )
-        rows_to_check(check, len(self._plan.rows), "check")
-        self._check, self._log, self._is_checked = check, log, False
-
-    @property
-    def dropped(self) -> int:
-        """Rows that are too long, as far as they were read."""
-        return len(self._plan.encoder.long)
-
-    @property
-    def left_out(self) -> str:
-        """What of the rows read so far could not be read; empty if all could."""
-        return self._plan.encoder.bad_text()
+        rows_to_check(check, self.num_rows, "check")
+        self._check, self._log, self._data = check, log, BatchDataset(self.plan)
 
     def __iter__(self) -> BatchIterator:
-        data = BatchDataset(self._plan)
-        if not self._is_checked:
-            data.check(self._check, log=self._log)
-            self._is_checked = True
-        return iter(data)
+        if self._data.checked is None:
+            self._data.check(self._check, log=self._log)
+        return iter(self._data)

@@ -17,12 +17,17 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from ..config import ModelConfig, refuse_ids_beyond
-from .chat_template import ChatFormat, Segment, special_tokens, text_tokenizer
-from .conversation import Conversation, read_conversation
+from .chat_template import (
+    ChatFormat,
+    Segment,
+    load_tokenizer,
+    special_tokens,
+    stop_ids_of,
+    text_tokenizer,
+)
+from .conversation import Conversation, each_turn, keep_thoughts, read_conversation
 from .images import ImagePacker, soft_tokens_of
 from .rows import without_bos
-from .tokenizer_files import load_tokenizer, stop_ids_of
-from .turns import each_turn, keep_thoughts
 
 THOUGHTS = ("last", "none", "each_turn")
 

@@ -10,13 +10,11 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import conversation
-from .check import How, keep_rows
-from .conversation import Conversation
-from .pipeline import BatchDataset, Plan, follow_rows
+from .conversation import Conversation, read_prompt
+from .pipeline import BatchDataset, Plan
 from .processor import Example, Processor
-from .road import Measure, Road
-from .sources import Rows
+from .road import How, Measure, OfRows, Road, keep_rows
+from .sources import Rows, follow_rows
 
 # What a reward function may ask for besides columns.
 CONTEXT = ("completion_ids", "trainer_state", "log_extra", "log_metric")
@@ -41,10 +39,9 @@ class Prompt:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Asked:
-    """A row that was read: what is asked, in tokens too, and the columns beside it."""
+    """A row that was read: what is asked, with the columns beside it, and in tokens."""
 
     conversation: Conversation
-    columns: dict[str, Any]
     example: Example
 
 
@@ -58,6 +55,11 @@ class PromptRoad(Road):
     """
 
     columns_are = "columns for rewards"
+    dropped_text = "{name}: {dropped} of {rows} prompts are left out, longer than {limits}"
+    too_few_text = (
+        "{name}: each of its {rows} prompts is longer than {limits}; the shortest has {shortest} "
+        "tokens"
+    )
 
     def __init__(
         self,
@@ -69,21 +71,23 @@ class PromptRoad(Road):
     ):
         super().__init__()
         self._processor = processor
-        self._read_as = {"column": column, "system": system, "names": tuple(names)}
+        self._read_as: dict[str, Any] = {"column": column, "system": system, "names": tuple(names)}
         self.limits = {"data.max_prompt_length": max_prompt_length}
 
     def read(self, row: Any) -> list[Asked]:
-        conversation, columns = self._read(row)
-        example = self._processor.encode(conversation, add_generation_prompt=True)
-        return [Asked(conversation, columns, example)]
+        asked = self._read(row)
+        return [Asked(asked, self._processor.encode(asked, add_generation_prompt=True))]
 
     def images(self, row: Any) -> Sequence[Any]:
-        return self._read(row)[0].images
+        return self._read(row).images
 
-    def _read(self, row: Any) -> tuple[Conversation, dict[str, Any]]:
-        conversation, columns = read_prompt(row, **self._read_as)
-        self.note(conversation, *(["images"] if conversation.images else []))
-        return conversation, columns
+    def _read(self, row: Any) -> Conversation:
+        asked = read_prompt(row, **self._read_as)
+        taken = [name for name in asked.columns if name in _RESERVED]
+        if taken:
+            raise ValueError(f"the column {taken[0]!r} has a name that rewards need; rename it")
+        self.note(asked, *(["images"] if asked.images else []))
+        return asked
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -102,7 +106,7 @@ class PromptRoad(Road):
 
     def row(self, asked: Asked) -> dict[str, Any]:
         """`prompts` and every column, None where the row has no such value."""
-        columns = asked.columns | {"images": asked.conversation.images}
+        columns = asked.conversation.columns | {"images": asked.conversation.images}
         messages = {"prompts": asked.conversation.given}
         return messages | {name: columns.get(name) for name in self.columns}
 
@@ -110,17 +114,8 @@ class PromptRoad(Road):
         text = self._processor.decode(asked.example.tokens, skip_special_tokens=False)
         return Prompt(asked.conversation.given, text, asked.example)
 
-    def dropped_text(self, name: str, dropped: int, rows: int) -> str:
-        return f"{name}: {dropped} of {rows} prompts are left out, longer than {self.limit_text()}"
 
-    def too_few_text(self, name: str, kept: int, rows: int, batch_size: int, shortest: int) -> str:
-        return (
-            f"{name}: each of its {rows} prompts is longer than {self.limit_text()}; the shortest "
-            f"has {shortest} tokens"
-        )
-
-
-class PromptRows:
+class PromptRows(OfRows):
     """The prompts of a file that are short enough, by random access.
 
     Args:
@@ -128,11 +123,8 @@ class PromptRows:
         processor: of the checkpoint.
         max_prompt_length: tokens; longer prompts are left out and counted.
         prompt_column, system_prompt, names: see `read_prompt`.
-        check: which rows are read at once: "all", a number of rows, or False; None: all of fewer
-            than 20,000, and otherwise 2,000.
+        check, log, cache, key: how the rows are read at once; see `BatchDataset.check`.
         skip_bad_rows: leave out rows that cannot be read, and count them, in place of an error.
-        log: takes a summary of the check.
-        cache, key: see `BatchDataset.check`.
         before: the fingerprints of the rows as a run that goes on has known them.
 
     Attributes:
@@ -158,31 +150,22 @@ class PromptRows:
     ):
         self._cache, self._before = cache, before
         self._road = PromptRoad(processor, max_prompt_length, prompt_column, system_prompt, names)
-        rows, self._changed = _followed(Rows(path), before)
+        rows = Rows(path)
+        rows, self._changed = follow_rows(rows, before) or (rows, [])
         _require_column(rows, prompt_column)
         self.plan = Plan(rows, self._road, 1, skip_bad_rows=skip_bad_rows)
-        data = BatchDataset(self.plan)
-        self.checked = data.check(check, log=log, cache=cache, key=key, before=before)
+        self._data = BatchDataset(self.plan)
+        self.checked = self._data.check(check, log=log, cache=cache, key=key, before=before)
         if not self.checked.examined:
             # A batch has the columns of all rows. What is wrong with one is said in its turn.
             for index in range(len(self.plan.rows)):
                 self.plan.encoder.look(index)
         elif self.checked.is_whole and not self.checked.kept:
-            data.refuse_all()
+            self._data.refuse_all()
 
     def __len__(self) -> int:
         """How many there are; where not all were checked, about how many."""
         return self.checked.examples if self.checked.examined else len(self.plan.rows)
-
-    @property
-    def dropped(self) -> int:
-        """Prompts that are too long, as far as they were read."""
-        return len(self.plan.encoder.long)
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of the file, whatever they hold."""
-        return len(self.plan.rows)
 
     @property
     def looked_at(self) -> int:
@@ -193,11 +176,6 @@ class PromptRows:
     def are_known(self) -> bool:
         """Whether a run that goes on tells a row that has changed."""
         return self._before is not None and self.plan.fingerprints is not None
-
-    @property
-    def left_out(self) -> str:
-        """What of the rows read so far could not be read; empty if all could."""
-        return self.plan.encoder.bad_text()
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -224,7 +202,7 @@ class PromptRows:
 
     def first(self) -> Asked:
         """The first prompt that is not left out."""
-        return BatchDataset(self.plan).first()
+        return self._data.first()
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """One row: `prompts` and every column, None where the row has no such value."""
@@ -246,38 +224,6 @@ def _require_column(rows: Rows, name: str | None) -> None:
             f"data.prompt_column: no row of {rows.name} has the column {name!r}; there are: "
             f"{', '.join(map(str, found))}"
         )
-
-
-def _followed(rows: Rows, before: str | None) -> tuple[Rows, list[int]]:
-    """Rows numbered as the run has known them, and those that are gone or others since."""
-    found = follow_rows(rows, before)
-    if found is not None:
-        return found
-    return rows, []
-
-
-def read_prompt(
-    row: Any,
-    column: str | None = None,
-    system: str | None = None,
-    names: Collection[str] = (),
-) -> tuple[Conversation, dict[str, Any]]:
-    """The conversation that a row asks to go on with, and the columns beside it.
-
-    Args:
-        row: of any form of docs/how-to/data.md.
-        column: reads the prompt from this column.
-        system: put before a conversation that has none of its own.
-        names: parameters of reward functions, which get a key of that name whatever it means.
-
-    Raises:
-        ValueError: saying what is wrong with the row.
-    """
-    prompt = conversation.read_prompt(row, column=column, system=system, names=names)
-    taken = [name for name in prompt.columns if name in _RESERVED]
-    if taken:
-        raise ValueError(f"the column {taken[0]!r} has a name that rewards need; rename it")
-    return prompt, dict(prompt.columns)
 
 
 class PromptBatches:

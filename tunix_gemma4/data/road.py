@@ -7,14 +7,22 @@ What differs between conversations, prompts and preferences is a `Road`; the res
 from __future__ import annotations
 
 import abc
+import collections
 import dataclasses
+import json
+import sys
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import grain
+import jax
 import numpy as np
+from tqdm import tqdm
 
+from ..checkpoint.files import write_text
 from .conversation import Conversation
 from .images import is_path
 from .keys import image_in
@@ -75,11 +83,20 @@ class Road(abc.ABC):
             messages that mean nothing here.
         columns_are: what becomes of columns that no form knows.
         bucketed: whether batches are formed of examples of similar length and images.
+        dropped_text: says after an epoch how many examples were too long.
+        too_few_text: says that there is not even one batch.
     """
 
     limits: Mapping[str, int]
     columns_are = "columns that are not trained on"
     bucketed = False
+    dropped_text = (
+        "{name}: {dropped} of {rows} rows are left out, because they are longer than {limits}"
+    )
+    too_few_text = (
+        "{name}: {kept} of its {rows} rows are short enough ({limits}), which is less than one "
+        "batch of {batch_size}"
+    )
 
     def __init__(self) -> None:
         self.notes: dict[str, dict[str, None]] = {"columns": {}, "keys": {}}
@@ -130,20 +147,6 @@ class Road(abc.ABC):
     def limit_text(self) -> str:
         """The limits, for messages."""
         return ", ".join(f"{name}={most}" for name, most in self.limits.items())
-
-    def dropped_text(self, name: str, dropped: int, rows: int) -> str:
-        """Says after an epoch how many examples were too long."""
-        return (
-            f"{name}: {dropped} of {rows} rows are left out, because they are longer than "
-            f"{self.limit_text()}"
-        )
-
-    def too_few_text(self, name: str, kept: int, rows: int, batch_size: int, shortest: int) -> str:
-        """Says that there is not even one batch."""
-        return (
-            f"{name}: {kept} of its {rows} rows are short enough ({self.limit_text()}), which is "
-            f"less than one batch of {batch_size}"
-        )
 
 
 class Encoder:
@@ -281,6 +284,27 @@ class Encoder:
         return None
 
 
+class OfRows:
+    """What has a plan, and what is known of its rows as far as they were read."""
+
+    plan: Any  # a `pipeline.Plan`
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the source, whatever they hold."""
+        return len(self.plan.rows)
+
+    @property
+    def dropped(self) -> int:
+        """Examples that are too long."""
+        return len(self.plan.encoder.long)
+
+    @property
+    def left_out(self) -> str:
+        """What could not be read; empty if all could."""
+        return self.plan.encoder.bad_text()
+
+
 def _path_of(image: Any) -> Path | None:
     image = image_in(image)
     if not isinstance(image, str | Path):
@@ -327,3 +351,235 @@ def _size(examples: list[Any]) -> int:
             elif dataclasses.is_dataclass(value):
                 total += _size([value])
     return total
+
+
+How = str | int | bool | None
+_ALL_BELOW, _SOME = 20_000, 2_000  # rows
+_VERSION = 2
+_SECONDS = 30  # between lines where there is no terminal
+_NAMED = 10  # rows that an error lists by number
+
+
+def rows_to_check(how: How, rows: int, name: str = "data.check") -> int:
+    """How many of `rows` rows are read whole; see `pipeline.BatchDataset.check`.
+
+    Raises:
+        ValueError: naming the setting, for another value.
+    """
+    if how is None:
+        return rows if rows < _ALL_BELOW else _SOME
+    if how is False:
+        return 0
+    if how == "all":
+        return rows
+    if isinstance(how, bool) or not isinstance(how, int) or how < 1:
+        raise ValueError(f"{name}: expected all, a number of rows or false, found {how!r}")
+    return min(how, rows)
+
+
+@dataclasses.dataclass
+class Checked:
+    """What was found.
+
+    Attributes:
+        rows: of the source.
+        examined: how many of them were read whole.
+        measures: how many examples of each measure there are.
+        kept: the same, without those that are too long.
+        parts: of source rows that do not give one example, how many they give.
+        long: (index, part) of the examples that are too long.
+        bad: what is wrong with rows that are left out.
+        notes: see `road.Road`.
+    """
+
+    rows: int
+    examined: int
+    measures: dict[Measure, int] = dataclasses.field(default_factory=dict)
+    kept: dict[Measure, int] = dataclasses.field(default_factory=dict)
+    parts: dict[int, int] = dataclasses.field(default_factory=dict)
+    long: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+    bad: dict[int, str] = dataclasses.field(default_factory=dict)
+    notes: dict[str, dict[str, None]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every row was read."""
+        return self.examined == self.rows
+
+    @property
+    def examples(self) -> int:
+        """Examples that are trained on, of all rows: exact if every row was read."""
+        if not self.examined:
+            return 0
+        return round(sum(self.kept.values()) * self.rows / self.examined)
+
+    def summary(self, name: str, limits: str) -> str:
+        """A few lines for the user."""
+        lengths = np.repeat([m.lengths[0] for m in self.measures], list(self.measures.values()))
+        tokens = sum(sum(measure.lengths) * count for measure, count in self.kept.items())
+        learnt = sum(measure.supervised * count for measure, count in self.kept.items())
+        images = sum(measure.images * count for measure, count in self.kept.items())
+        checked = "all" if self.is_whole else f"{self.examined:,}"
+        lines = [
+            f"{name}: {self.rows:,} rows, {checked} checked: {sum(self.kept.values()):,} to train "
+            f"on with {tokens:,} tokens"
+            + (f", {learnt:,} of them learnt," if learnt else "")
+            + f" and {images:,} images."
+        ]
+        if len(lengths):
+            at = np.percentile(lengths, (50, 95, 100), method="higher").astype(int).tolist()
+            lines.append("  lengths at 50/95/100 %: {:,}/{:,}/{:,} tokens".format(*at))
+        thoughts = sum(measure.thoughts * count for measure, count in self.kept.items())
+        if thoughts:
+            lines.append(f"  left out, as when the model is asked: {thoughts:,} earlier thoughts")
+        unthinking = sum(count for measure, count in self.kept.items() if measure.unthinking)
+        if unthinking:
+            lines.append(f"  told to think, and without a thought to learn: {unthinking:,}")
+        if self.long:
+            lines.append(f"  left out: {len(self.long):,} longer than {limits}")
+        if self.bad:
+            first = self.bad[min(self.bad)]
+            lines.append(f"  left out: {len(self.bad):,} that cannot be read, the first: {first}")
+        return "\n".join(lines)
+
+
+def check_rows(
+    encoder: Encoder,
+    how: How,
+    threads: int,
+    log: Callable[[str], None],
+    *,
+    cache: Path | None,
+    key: str,
+    before: str | None,
+) -> Checked:
+    """Checks the rows of an encoder, which then knows their measures.
+
+    Args:
+        encoder: of a pipeline.
+        threads: that read; 0: none but this.
+        how, log, cache, key, before: see `pipeline.BatchDataset.check`.
+    """
+    rows, road = encoder.rows, encoder.road
+    count = rows_to_check(how, len(rows))
+    key = json.dumps([_VERSION, rows.sha256(), len(rows), count, key]) if cache else ""
+    found = _read(cache, key)
+    if found is None:
+        found = _examined(encoder, count, threads, log) if count else Checked(len(rows), 0)
+        _write(cache, key, found, before or rows.fingerprints_text)
+    else:
+        encoder.recall(found)
+    if count:
+        log(found.summary(rows.name, road.limit_text()))
+        if road.notes_text():
+            log(road.notes_text())
+    return found
+
+
+def _examined(encoder: Encoder, count: int, threads: int, log: Callable[[str], None]) -> Checked:
+    """Reads `count` rows whole, and looks at the others."""
+    rows = len(encoder.rows)
+    chosen = set(np.linspace(0, rows - 1, count).round().astype(int).tolist())
+
+    def visit(index: int) -> tuple[int, str | None]:
+        try:
+            if index in chosen:
+                return index, encoder.parts(0, index, hold=True).error
+            error = encoder.look(index)
+        except RowError as raised:
+            error = str(raised)
+        if error is not None:
+            encoder.bad[index] = error
+        return index, error
+
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(16 * threads, 1))
+    visited = grain.MapDataset.range(rows).map(visit).to_iter_dataset(options)
+    shown = _shown(visited, encoder.rows.name, rows, log)
+    bad = {index: error for index, error in shown if error is not None}
+    if bad and not encoder.skip_bad_rows:
+        encoder.bad.clear()
+        raise RowError(_all_text(bad, encoder.rows.name))
+    measures = {index: encoder.measures.get(index, ()) for index in chosen if index not in bad}
+    every = collections.Counter(m for parts in measures.values() for m in parts)
+    return Checked(
+        rows=rows,
+        examined=len(chosen),
+        measures=dict(every),
+        kept={m: n for m, n in every.items() if not encoder.road.too_long(m)},
+        parts={index: len(parts) for index, parts in measures.items() if len(parts) != 1},
+        long=sorted(encoder.long),
+        bad=bad,
+        notes=encoder.road.notes,
+    )
+
+
+def _shown(
+    visited: Iterable[Any], name: str, total: int, log: Callable[[str], None]
+) -> Iterable[Any]:
+    """`visited` with a bar on a terminal, and with lines now and then elsewhere."""
+    if sys.stderr.isatty():
+        yield from tqdm(visited, total=total, desc=f"checking {name}", unit="row", leave=False)
+        return
+    log(f"Checking {total:,} rows of {name}.")
+    said = time.monotonic()
+    for number, found in enumerate(visited, 1):
+        if time.monotonic() - said > _SECONDS:
+            said = time.monotonic()
+            log(f"  {number:,} of {total:,}")
+        yield found
+
+
+def _all_text(bad: dict[int, str], name: str) -> str:
+    """The first error, and which other rows have one."""
+    first, *others = sorted(bad)
+    if not others:
+        return bad[first]
+    listed = ", ".join(map(str, others[:_NAMED])) + (", ..." if len(others) > _NAMED else "")
+    return (
+        f"{bad[first]}\nOf {name} {len(others)} more cannot be read: {listed}. Correct or remove "
+        "them, or leave them out with skip_bad_rows (data.skip_bad_rows in a recipe)"
+    )
+
+
+def checked_rows(cache: Path) -> str | None:
+    """The fingerprints of the rows whose check is kept in a file; None if that has none."""
+    try:
+        return json.loads(cache.read_text("utf-8"))["rows"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def keep_rows(cache: Path, rows: str | None) -> None:
+    """Keeps other fingerprints beside the result of a check."""
+    write_text(cache, json.dumps(json.loads(cache.read_text("utf-8")) | {"rows": rows}))
+
+
+def _read(cache: Path | None, key: str) -> Checked | None:
+    """A result that was kept for the same data and settings."""
+    if cache is None or not cache.is_file():
+        return None
+    try:
+        kept = json.loads(cache.read_text("utf-8"))
+        if kept["key"] != key:
+            return None
+        fields = kept["found"]
+        for name in ("measures", "kept"):
+            fields[name] = {
+                Measure(tuple(lengths), *rest): count for lengths, *rest, count in fields[name]
+            }
+        for name in ("parts", "bad"):
+            fields[name] = {int(index): value for index, value in fields[name].items()}
+        fields["long"] = [tuple(place) for place in fields["long"]]
+        return Checked(**fields)
+    except (ValueError, KeyError, TypeError):
+        return None  # Broken, or of another version: the check is made again.
+
+
+def _write(cache: Path | None, key: str, found: Checked, rows: str | None) -> None:
+    if cache is None or jax.process_index() != 0:
+        return
+    fields = dict(vars(found))
+    for name in ("measures", "kept"):
+        fields[name] = [[*measure, count] for measure, count in fields[name].items()]
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    write_text(cache, json.dumps({"key": key, "found": fields, "rows": rows}))

@@ -6,14 +6,22 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
 from . import keys
 from .keys import first_of, is_empty, is_list, one_of
-from .messages import Message, answer_of_text, join, read_messages, text_in
-from .tools import read_tools
+from .messages import (
+    Message,
+    answer_of_text,
+    join,
+    parts_of,
+    read_messages,
+    read_tools,
+    text_in,
+    text_of,
+)
 
 PROMPTS = "'prompt' or 'messages', or data.prompt_column to name the column of the prompts"
 _FORMS = (
@@ -76,7 +84,7 @@ class Conversation:
         """Its first `end` messages with their images; a text keeps its own."""
         messages, images = self.messages[:end], self.images
         if self.text is None:
-            parts = [p for m in messages if is_list(m["content"]) for p in m["content"]]
+            parts = [part for message in messages for part in parts_of(message["content"])]
             images = images[: sum(part["type"] == "image" for part in parts)]
         answers = sum(message["role"] == "assistant" for message in messages)
         return dataclasses.replace(
@@ -171,6 +179,7 @@ def read_row(
         raise ValueError(f"it has no column {column!r}, which data.prompt_column names")
     if form is None:
         _refuse_form(row, expected)
+    tools = one_of(row, keys.TOOLS)
     consumed = {form, *keys.BESIDE, *keys.IMAGES}
     text, completion, answer = None, None, None
     if form in keys.CONVERSATIONS:
@@ -189,7 +198,7 @@ def read_row(
         form in keys.CONVERSATIONS or not is_empty(row.get("history")),
         text,
         _beside(row),
-        _tools(row),
+        None if tools is None else read_tools(row[tools], tools),
         _arguments(row),
         keys.columns(row, consumed, names),
     )
@@ -214,7 +223,7 @@ def form_of(row: Mapping[str, Any], *, answered: bool) -> str | None:
     return first_of(row, names)
 
 
-def _refuse_form(row: Mapping[str, Any], expected: str) -> None:
+def _refuse_form(row: Mapping[str, Any], expected: str) -> NoReturn:
     hint = ""
     if first_of(row, keys.CHOSEN) is not None:
         hint = "; it is a row of preferences, which DPO and ORPO train on"
@@ -286,7 +295,7 @@ def _prompt(row: Mapping[str, Any], form: str) -> tuple[list[Message], str | Non
 
 def without_bos(text: str) -> str:
     """A text that follows the template, from its first turn on."""
-    return text[_BOS.match(text).end() :]
+    return _BOS.sub("", text, count=1)
 
 
 def templated_parts(text: str) -> tuple[str, str] | None:
@@ -306,7 +315,8 @@ def _listed(given: Any, row: Mapping[str, Any], form: str) -> list[Message]:
 def with_default_system(read: Row, system: str) -> list[Message]:
     """The messages of a row behind a system message for those that have none."""
     if read.text is not None:
-        if _TEMPLATED.match(read.text)[2] != "system":
+        begins = _TEMPLATED.match(read.text)
+        if begins is None or begins[2] != "system":
             raise ValueError(
                 f"{read.form!r} already follows the chat template, so that data.system_prompt "
                 "cannot be put into it; give its messages"
@@ -338,17 +348,12 @@ def with_system(messages: list[Message], row: Mapping[str, Any], text: str | Non
         return messages
     system = text_in(row[name], repr(name))
     if messages and messages[0].role == "system":
-        if messages[0].text().strip() == system.strip():
+        if text_of(messages[0].content).strip() == system.strip():
             return messages
         raise ValueError(
             f"the column {name!r} and the conversation's system message differ; keep one of them"
         )
     return [Message("system", system), *messages]
-
-
-def _tools(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-    name = one_of(row, keys.TOOLS)
-    return None if name is None else read_tools(row[name], name)
 
 
 def _arguments(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -357,7 +362,8 @@ def _arguments(row: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(
             f"'chat_template_kwargs': expected an object, found {type(given).__name__}"
         )
-    given = {} if is_empty(given) else {k: v for k, v in given.items() if not keys.is_null(v)}
+    given = dict(given) if isinstance(given, Mapping) else {}
+    given = {key: value for key, value in given.items() if not keys.is_null(value)}
     thinking = row.get("enable_thinking")
     if not keys.is_blank(thinking):
         if not isinstance(thinking, bool):
@@ -386,9 +392,7 @@ def _place_images(
     """Messages whose image parts are empty, and the images of the parts in order."""
     if text is not None:
         return messages, list(beside or [])
-    has_parts = any(
-        part["type"] == "image" for m in messages if is_list(m.content) for part in m.content
-    )
+    has_parts = bool(_image_parts(messages))
     if beside is not None and not has_parts:
         marked = [mark[0] for m in messages if (mark := _MARK.search(m.thought))]
         if marked:
@@ -396,25 +400,22 @@ def _place_images(
                 f"a thought has the mark {marked[0]!r}, and holds no images; remove it"
             )
         messages = [_at_marks(message) for message in messages]
-        if beside and not any(part["type"] == "image" for m in messages for part in _parts(m)):
+        if beside and not _image_parts(messages):
             messages = _put_first(messages, len(beside))
     beside = _in_order_of_parts(messages, beside or [])
     found, used = [], 0
-    for message in messages:
-        for part in _parts(message):
-            if part["type"] != "image":
-                continue
-            if "image" in part:
-                found.append(part["image"])
-                continue
-            if used < len(beside):
-                found.append(beside[used])
-            elif has_parts and not beside:
-                raise ValueError(
-                    'an image part without an image; give it in the part, as {"type": "image", '
-                    "\"image\": path}, or in a list 'images' beside the messages"
-                )
-            used += 1
+    for part in _image_parts(messages):
+        if "image" in part:
+            found.append(part["image"])
+            continue
+        if used < len(beside):
+            found.append(beside[used])
+        elif has_parts and not beside:
+            raise ValueError(
+                'an image part without an image; give it in the part, as {"type": "image", '
+                "\"image\": path}, or in a list 'images' beside the messages"
+            )
+        used += 1
     if used != len(beside):
         raise ValueError(
             f"{len(beside)} images are given beside the messages, which have {used} image parts "
@@ -425,12 +426,7 @@ def _place_images(
 
 def _in_order_of_parts(messages: list[Message], beside: list[Any]) -> list[Any]:
     """The images beside the messages as their empty parts ask for them, by `index` or in order."""
-    asked = [
-        part.get("index")
-        for message in messages
-        for part in _parts(message)
-        if part["type"] == "image" and "image" not in part
-    ]
+    asked: list[Any] = [part.get("index") for part in _image_parts(messages) if "image" not in part]
     if not beside or all(index is None for index in asked):
         return beside
     # Tables with nulls may have made them floats.
@@ -444,16 +440,14 @@ def _in_order_of_parts(messages: list[Message], beside: list[Any]) -> list[Any]:
     return [beside[int(index)] for index in whole]
 
 
-def _parts(message: Message) -> list[dict[str, Any]]:
-    return list(message.content) if is_list(message.content) else []
+def _image_parts(messages: list[Message]) -> list[dict[str, Any]]:
+    return [p for m in messages for p in parts_of(m.content) if p["type"] == "image"]
 
 
 def _at_marks(message: Message) -> Message:
     """The message with an image part at each mark of its texts."""
-    content = message.content
-    if isinstance(content, str):
-        content = [{"type": "text", "text": content}]
-    if not is_list(content) or not any(_MARK.search(part.get("text", "")) for part in content):
+    content = parts_of(message.content)
+    if not any(_MARK.search(part.get("text", "")) for part in content):
         return message
     parts: list[dict[str, Any]] = []
     for part in content:
@@ -469,10 +463,7 @@ def _put_first(messages: list[Message], count: int) -> list[Message]:
     """`count` image parts before the first user message's text."""
     for index, message in enumerate(messages):
         if message.role == "user":
-            content = message.content
-            if isinstance(content, str):
-                content = [{"type": "text", "text": content}]
-            content = [{"type": "image"}] * count + list(content)
+            content = [{"type": "image"}] * count + parts_of(message.content)
             shown = dataclasses.replace(message, content=content)
             return [*messages[:index], shown, *messages[index + 1 :]]
     raise ValueError(f"{count} images are given and there is no user message to hold them")
@@ -491,9 +482,3 @@ def _plain(message: Message) -> dict[str, Any]:
     if message.role == "tool":
         result["name"] = message.name
     return result
-
-
-def text_of(content: str | list[dict[str, Any]]) -> str:
-    if isinstance(content, str):
-        return content
-    return "".join(part["text"] for part in content if part["type"] == "text")

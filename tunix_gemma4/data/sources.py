@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import functools
 import json
@@ -12,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..checkpoint.disk import sha256
-from ..config.json_files import parse_json
+from ..checkpoint.files import sha256
+from ..config.source import parse_json
 from .images import is_path
 from .keys import ANSWERS, CHOSEN, CONVERSATIONS, IMAGE_PARTS, IMAGES, PROMPTS, REJECTED
 
@@ -102,6 +103,12 @@ class Rows:
         """A number for what each row holds, images left out; None where that takes too long."""
         return self._sums if self._sums_before is None else self._sums_before
 
+    @property
+    def fingerprints_text(self) -> str | None:
+        """The same as text, which `follow_rows` reads."""
+        now = self.fingerprints
+        return None if now is None else base64.b64encode(now.tobytes()).decode()
+
     @functools.cached_property
     def _sums(self) -> np.ndarray | None:
         if len(self._records) > _MOST_FINGERPRINTS:
@@ -137,6 +144,37 @@ def find_rows(before: np.ndarray, now: np.ndarray) -> tuple[np.ndarray, np.ndarr
         if place < len(now) and now[place] == value:
             places[index], place = place, place + 1
     return place if place < len(now) else (places, np.flatnonzero((places < 0) & ~gone))
+
+
+def follow_rows(rows: Rows, before: str | None) -> tuple[Rows, list[int]] | None:
+    """The rows of an earlier run, numbered as it did, and those that are gone or others now.
+
+    Args:
+        rows: of the source as it is.
+        before: `Plan.fingerprints` of the earlier run.
+
+    Returns:
+        None where nothing changed, or where what changed cannot be told.
+
+    Raises:
+        ValueError: there are rows that the earlier run did not know.
+    """
+    now = rows.fingerprints
+    if before is None or now is None:
+        return None
+    sums = np.frombuffer(base64.b64decode(before), np.uint32)
+    if np.array_equal(sums, now):
+        return None
+    found = find_rows(sums, now)
+    if isinstance(found, int):
+        raise ValueError(
+            f"{rows.name}: it has {len(now)} rows and the run of the checkpoints knew {len(sums)}; "
+            f"row {found} is new, or was changed besides others that were taken out. Put back the "
+            "file as it was (rows that it had not trained on may be taken out or corrected), or "
+            "choose another output_dir"
+        )
+    places, changed = found
+    return rows.as_before(places), changed.tolist()
 
 
 def walk(row) -> Iterator[tuple[tuple, object]]:

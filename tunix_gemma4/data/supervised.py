@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,13 @@ import jax
 import numpy as np
 
 from ..config.domains import require
-from .buckets import bucket_lengths_up_to, sorted_image_buckets
 from .conversation import read_conversation
 from .pipeline import BatchDataset, BatchIterator, Plan
 from .processor import Batch, Example
 from .road import Measure, Road
 from .sources import Rows
+
+_SHORTEST_BUCKET = 64  # tokens
 
 __all__ = ["BatchDataset", "BatchIterator", "make_dataset"]
 
@@ -25,6 +28,11 @@ class ConversationRoad(Road):
     """Conversations, as supervised fine-tuning learns them."""
 
     bucketed = True
+    dropped_text = "{name}: {dropped} of {rows} rows are longer than {limits} and are dropped."
+    too_few_text = (
+        "{name}: all {rows} rows are longer than {limits}; the shortest found has {shortest} "
+        "tokens. Raise max_length."
+    )
 
     def __init__(self, processor: Any, max_length: int, most_images: int):
         super().__init__()
@@ -32,10 +40,9 @@ class ConversationRoad(Road):
         self.limits = {"max_length": max_length}
 
     def read(self, row: Any) -> list[Example]:
+        # A processor of one's own need not know that a row may make several.
         encode_all = getattr(self._processor, "encode_all", None)
-        if (
-            encode_all is None
-        ):  # A processor of one's own need not know that a row may make several.
+        if encode_all is None:
             return [self._processor.encode(row)]
         read = read_conversation(row)
         self.note(read)
@@ -61,21 +68,11 @@ class ConversationRoad(Road):
     def collate(
         self, examples: list[Example], shape: tuple[int, int], size: int, denominator: float
     ) -> Batch:
-        examples = examples + [_empty_example() for _ in range(size - len(examples))]
+        nothing = np.zeros(0, np.int32)
+        examples = examples + [Example(nothing, nothing, None)] * (size - len(examples))
         length, images = shape
         batch = self._processor.collate(examples, length=length, images=images)
-        return batch.replace(loss_denominator=np.full(size, denominator, np.float32))
-
-    def dropped_text(self, name: str, dropped: int, rows: int) -> str:
-        return (
-            f"{name}: {dropped} of {rows} rows are longer than {self.limit_text()} and are dropped."
-        )
-
-    def too_few_text(self, name: str, kept: int, rows: int, batch_size: int, shortest: int) -> str:
-        return (
-            f"{name}: all {rows} rows are longer than {self.limit_text()}; the shortest found has "
-            f"{shortest} tokens. Raise max_length."
-        )
+        return dataclasses.replace(batch, loss_denominator=np.full(size, denominator, np.float32))
 
 
 def make_dataset(
@@ -136,6 +133,24 @@ def make_dataset(
     )
 
 
-def _empty_example() -> Example:
-    nothing = np.zeros(0, np.int32)
-    return Example(tokens=nothing, loss_mask=nothing, images=None)
+def bucket_lengths_up_to(max_length: int, given: Sequence[int] | None) -> tuple[int, ...]:
+    """The given lengths in order, or powers of two from 64 and then `max_length`; tokens."""
+    if given is None:
+        low, high = int(math.log2(_SHORTEST_BUCKET)), math.ceil(math.log2(max(max_length, 1)))
+        return (*(2**power for power in range(low, high)), max_length)
+    lengths = tuple(sorted(set(given)))
+    if not lengths or lengths[-1] < max_length:
+        raise ValueError(
+            f"bucket_lengths: expected the last to be at least max_length={max_length}, found "
+            f"{list(given)}. Add {max_length}, or lower max_length."
+        )
+    return lengths
+
+
+def sorted_image_buckets(given: Sequence[int]) -> tuple[int, ...]:
+    """The numbers of images per row that a batch may have, in order."""
+    if not given:
+        raise ValueError(
+            f"image_buckets: expected numbers of images, such as (0, 1, 2), found {given}."
+        )
+    return tuple(sorted(set(given)))

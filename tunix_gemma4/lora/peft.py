@@ -23,6 +23,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from safetensors.numpy import save_file
 
+from ..checkpoint.check import require_finite
 from ..checkpoint.files import (
     FLOATS,
     StoredTensor,
@@ -31,9 +32,8 @@ from ..checkpoint.files import (
     read_header,
     replacing,
 )
-from ..checkpoint.finite import require_finite
 from ..checkpoint.names import SCORE, module_name
-from ..config.json_files import read_json
+from ..config.source import read_json
 from ..model.scan import require_single_layers
 from .adapters import LoraConfig, LoraLinear, adapted, add_adapters, describe
 from .targets import as_regex, linears

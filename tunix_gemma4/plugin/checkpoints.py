@@ -18,7 +18,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from tunix.sft import checkpoint_manager
 
-from ..checkpoint.finite import nonfinite
+from ..checkpoint.check import nonfinite
 from . import stop
 from .health import require_finite_state
 from .hooks import extends, overrides

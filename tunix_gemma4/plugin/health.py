@@ -23,7 +23,7 @@ from absl import logging
 from flax import nnx
 from tunix.sft import peft_trainer
 
-from ..checkpoint.finite import NonFiniteError, finite_sum, nonfinite, nonfinite_variables, shown
+from ..checkpoint.check import NonFiniteError, finite_sum, nonfinite, nonfinite_variables, shown
 from ..model.gemma4 import Gemma4Model
 from .optimizer import StepRecord, find, max_skipped, skipped_steps
 

@@ -16,9 +16,9 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from ..data.check import checked_rows
 from ..data.processor import Processor
 from ..data.prompts import CONTEXT, PromptBatches, PromptRows
+from ..data.road import checked_rows
 from ..lora import reference_model
 from ..plugin.progress import Progress, compiling
 from ..plugin.register import register

@@ -25,8 +25,8 @@ import jax
 import yaml
 from absl import logging
 
-from ..checkpoint.disk import clear_leftovers, locked, sha256, write_text
-from ..checkpoint.finite import NonFiniteError
+from ..checkpoint.check import NonFiniteError
+from ..checkpoint.files import clear_leftovers, locked, sha256, write_text
 from ..plugin import stop
 from ..plugin.checkpoints import UnusableError
 from ..plugin.training_config import CHECKPOINTS, require_backend

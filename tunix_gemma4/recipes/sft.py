@@ -80,7 +80,7 @@ def run(config: RunConfig, *, after_eval: Callable[[Gemma4Trainer], None] | None
         trainer.train(train_ds, eval_ds)
 
     saved = common.save(config, model, output)
-    common.say_done(config, trainer.train_steps, saved, train_ds.left_out())
+    common.say_done(config, trainer.train_steps, saved, train_ds.left_out)
     return Result(model, processor, trainer, saved)
 
 

@@ -8,10 +8,9 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from ..config.checks import ATTENTION_IMPLEMENTATIONS
 from ..config.domains import require_fields
-from ..config.parts import RematConfig
-from ..data.check import rows_to_check
+from ..config.parts import ATTENTION_IMPLEMENTATIONS, RematConfig
+from ..data.road import rows_to_check
 from ..lora.adapters import LoraConfig
 
 AUTO = "auto"  # The user's own cache directory.

@@ -23,8 +23,8 @@ from PIL import Image
 
 from ..checkpoint import load_checkpoint
 from ..config import ModelConfig
+from ..data.chat_template import NO_CODE
 from ..data.processor import Batch, Processor
-from ..data.tokenizer_files import NO_CODE
 from ..model.gemma4 import Gemma4ForConditionalGeneration
 from ..model.masks import Visibility
 
