@@ -26,8 +26,7 @@ from tunix.models.gemma4 import model as gemma4
 from tunix.rl.grpo.grpo_learner import TrainExample
 
 from tunix_gemma4.planning.hardware import hardware
-from tunix_gemma4.plugin.rl import step as rl_step
-from tunix_gemma4.plugin.rl.cluster import make_algorithm
+from tunix_gemma4.plugin.rl.cluster import make_algorithm, make_trainer
 from tunix_gemma4.settings.grpo import GrpoRunConfig
 
 ROWS, LENGTH = 8, 1024
@@ -63,7 +62,7 @@ def main() -> None:
         model = gemma4.Gemma4(config, rngs=nnx.Rngs(0))
         model = qwix.apply_lora_to_model(model, provider, **model.get_model_input())
         sizes = {"mini": 1, "micro": 1, "pad_id": 0, "eos_id": 1}
-        made.append(rl_step.make_trainer(model, optax.adamw(RATE), algorithm, **sizes))
+        made.append(make_trainer(model, optax.adamw(RATE), algorithm, **sizes))
         return model, made[0].optimizer
 
     model, optimizer = nnx.eval_shape(build)

@@ -48,8 +48,7 @@ from tunix_gemma4.model.scan import stack_layers
 from tunix_gemma4.model.scores import Gemma4ForTokenScores
 from tunix_gemma4.planning.hardware import hardware
 from tunix_gemma4.plugin.rl import context as binding
-from tunix_gemma4.plugin.rl import step as rl_step
-from tunix_gemma4.plugin.rl.cluster import make_algorithm
+from tunix_gemma4.plugin.rl.cluster import example_shapes, make_algorithm, make_trainer
 from tunix_gemma4.plugin.train_step import TrainStep
 from tunix_gemma4.settings.grpo import GrpoRunConfig
 
@@ -141,7 +140,7 @@ def lower_score(shapes: Shapes):
     graphdef, state = shapes.placed(stack_layers(model))
 
     def score(state, prompts, completions, images):
-        batch = binding.Bound(images=images, image_repeats=GENERATIONS)
+        batch = binding.RolloutContext(images=images, image_repeats=GENERATIONS)
         with binding.bind(batch):
             return common.compute_score(nnx.merge(graphdef, state), prompts, completions, 0, 1)
 
@@ -160,7 +159,7 @@ def lower_step(shapes: Shapes):
         model = stack_layers(apply_lora(model, LoraConfig(rank=RANK)))
         prompts = ROWS // GENERATIONS
         made.append(
-            rl_step.make_trainer(
+            make_trainer(
                 *(model, optax.adamw(1e-5), algorithm),
                 mini=prompts,
                 micro=prompts,
@@ -174,16 +173,17 @@ def lower_step(shapes: Shapes):
     for node in (model, optimizer):
         nnx.update(node, shapes.placed(node)[1])
     step = TrainStep(made[0].create_train_step_fn(), model, optimizer)
-    example = rl_step.example_shapes(
+    example = example_shapes(
         lambda *shape, dtype=jnp.int32: shapes.rows(*shape[1:], dtype=dtype),
         (ROWS, shapes.arguments.prompt, shapes.arguments.completion),
-        images=shapes.images(of_rows=True),
-        repeats=GENERATIONS,
+        binding.RolloutContext(
+            images=shapes.images(of_rows=True),
+            image_repeats=GENERATIONS,
+            suppressed=(0, shapes.config.image_token_id),
+        ),
         reference=True,
         old=False,
         token_mean=False,
-        temperature=1.0,
-        suppressed=(0, shapes.config.image_token_id),
     )
     return step.jitted_fn.lower(*step.arguments(), example)
 

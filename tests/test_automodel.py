@@ -17,10 +17,10 @@ from tunix.cli.utils import model as cli_model
 from tunix.models import automodel, naming
 
 import tunix_gemma4
+from tunix_gemma4 import params, params_safetensors
 from tunix_gemma4.checkpoint import load_checkpoint
 from tunix_gemma4.config import ModelConfig
 from tunix_gemma4.model.gemma4 import Gemma4ForConditionalGeneration
-from tunix_gemma4.plugin import params, params_safetensors
 
 SIZES = ("E2B", "E4B", "12B", "26B-A4B", "31B")
 SPELLINGS = ("google/gemma-4-{}", "google/gemma-4-{}-it", "GOOGLE/Gemma-4-{}-IT")

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from tunix_gemma4.lora import LoraConfig
-from tunix_gemma4.plugin.lora_names import lora_config
+from tunix_gemma4.plugin.lora import lora_config
 
 SECTION = {"module_path": ".*q_einsum|.*kv_einsum", "rank": 64, "alpha": 64.0}
 

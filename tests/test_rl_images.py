@@ -15,8 +15,8 @@ from tunix.rl.rl_cluster import Mode
 import tunix_gemma4
 from tunix_gemma4 import sampling
 from tunix_gemma4.plugin.rl import learner as hooks
-from tunix_gemma4.plugin.rl import logps
-from tunix_gemma4.plugin.rl.context import Bound, bind
+from tunix_gemma4.plugin.rl import logps, losses
+from tunix_gemma4.plugin.rl.context import RolloutContext, bind
 
 GENERATIONS = 2
 
@@ -48,8 +48,9 @@ def make_learner(cluster, reward_fn=low_ids, **fields):
 def examples_of(learner, batches, *, micro):
     """What the host's own pipeline makes of `batches`, up to the trainer."""
     read = iter(
-        hooks._Read(
-            batches, hooks._reader(learner.rl_cluster, learner.rl_cluster.rollout, Mode.TRAIN)
+        hooks.Read(
+            batches,
+            hooks.reader_of(learner.rl_cluster, learner.rl_cluster.rollout, Mode.TRAIN).read,
         )
     )
     if micro < 4:
@@ -113,7 +114,7 @@ def agreement(cluster, example):
         return 0.0, {}
 
     model = cluster.actor_trainer.model
-    return jax.device_get(hooks._with_images(loss)(model, example)[1])
+    return jax.device_get(losses.with_images(loss)(model, example)[1])
 
 
 @pytest.fixture(scope="module")
@@ -257,15 +258,15 @@ def test_a_rollout_engine_that_would_drop_images_is_refused(cluster, monkeypatch
 
 
 def test_a_pass_that_stops_within_the_batch_or_a_prompt_is_noticed():
-    work = Bound(images=np.zeros((4, 1, 1, 1)), image_repeats=2)
+    work = RolloutContext(images=np.zeros((4, 1, 1, 1)), image_repeats=2)
     with bind(work):
-        assert work.rows(6).shape[0] == 3
+        assert work.next_images(6).shape[0] == 3
         with pytest.raises(RuntimeError, match="4 rows were asked for after 6 of 8, 2 for each"):
-            work.rows(4)
+            work.next_images(4)
         with pytest.raises(RuntimeError, match="1 rows were asked for after 6 of 8"):
-            work.rows(1)
-        assert work.rows(2).shape[0] == 1
-        assert work.rows(8).shape[0] == 4
+            work.next_images(1)
+        assert work.next_images(2).shape[0] == 1
+        assert work.next_images(8).shape[0] == 4
 
 
 def test_a_prompt_too_long_for_the_rollout_names_the_numbers(cluster):

@@ -10,7 +10,7 @@ from tunix.rl.agentic import agentic_grpo_learner
 from tunix.rl.grpo import dapo_learner, drgrpo_learner, grpo_learner
 
 import tunix_gemma4
-from tunix_gemma4.plugin.rl.chat_parser import ChatParser
+from tunix_gemma4.plugin.rl.prompts import ChatParser
 
 
 @pytest.fixture(scope="module", autouse=True)

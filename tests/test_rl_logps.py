@@ -28,7 +28,7 @@ from tunix.sft.sharding_utils import shard_input
 
 import tunix_gemma4
 from tunix_gemma4 import losses
-from tunix_gemma4.plugin.rl.context import Bound, bind
+from tunix_gemma4.plugin.rl.context import RolloutContext, bind
 from tunix_gemma4.sharding import shard_model
 
 
@@ -86,18 +86,18 @@ def test_segments_say_what_the_mask_does_where_the_kernel_cannot_take_one(plain,
 
 def test_images_and_temperature_in_work_are_used(plain):
     prompts, completions, images = with_images()
-    with bind(Bound(images=np.asarray(images), temperature=0.7)) as batch:
+    with bind(RolloutContext(images=np.asarray(images), temperature=0.7)) as batch:
         found = logps(policy(), prompts, completions)
     np.testing.assert_allclose(found, plain[0], atol=1e-5)
-    np.testing.assert_allclose(batch.logps, plain[0], atol=1e-5)
-    np.testing.assert_allclose(batch.entropy, plain[2], atol=1e-5)
+    np.testing.assert_allclose(batch.record.logps, plain[0], atol=1e-5)
+    np.testing.assert_allclose(batch.record.entropy, plain[2], atol=1e-5)
 
 
 @pytest.mark.parametrize("positional", [False, True])
 def test_a_temperature_that_is_passed_is_the_one_used(plain, positional):
     model, (prompts, completions, images) = policy(), with_images()
     call = (*nnx.split(model), prompts, completions, model.config.pad_token_id, EOS)
-    with bind(Bound(images=np.asarray(images), temperature=0.3)):
+    with bind(RolloutContext(images=np.asarray(images), temperature=0.3)):
         if positional:
             found = common.compute_per_token_logps(*call, None, True, False, None, None, 0.7)
         else:
@@ -108,13 +108,13 @@ def test_a_temperature_that_is_passed_is_the_one_used(plain, positional):
 def test_suppressed_ids_have_no_probability(plain):
     prompts, completions, images = with_images()
     suppressed = (5, 251, 252)
-    with bind(Bound(images=np.asarray(images), suppressed=suppressed)) as batch:
+    with bind(RolloutContext(images=np.asarray(images), suppressed=suppressed)) as batch:
         found = logps(policy(), prompts, completions, temperature=0.7)
     rest = jnp.delete(plain[1], jnp.array(suppressed), axis=-1)
     chosen = jnp.take_along_axis(plain[1], completions[..., None], axis=-1)[..., 0]
     expected = chosen - jax.nn.logsumexp(rest, axis=-1)
     np.testing.assert_allclose(found, expected, atol=1e-5)
-    np.testing.assert_allclose(batch.entropy, PLAIN_ENTROPY(rest), atol=1e-5)
+    np.testing.assert_allclose(batch.record.entropy, PLAIN_ENTROPY(rest), atol=1e-5)
     assert jnp.abs(found - plain[0]).max() > 1e-3
 
 
@@ -201,10 +201,10 @@ def weighted(found, entropy):
 def loss_of_actor_and_critic(models, rows):
     """A loss, with log-probabilities and scores, as a learner has it inside its own jit."""
     (model, critic), (prompts, completions, images) = models, rows
-    with bind(Bound(images=images, temperature=0.7)) as batch:
+    with bind(RolloutContext(images=images, temperature=0.7)) as batch:
         found = logps(model, prompts, completions, stop_gradient=False)
         scored = scores(critic, prompts, completions, stop_gradient=False)
-    return weighted(found, batch.entropy) + (jnp.sin(scored) ** 2).sum(), (found, scored)
+    return weighted(found, batch.record.entropy) + (jnp.sin(scored) ** 2).sum(), (found, scored)
 
 
 def with_gradients(models, rows):
@@ -269,11 +269,11 @@ def test_a_mesh_changes_neither_log_probabilities_nor_scores_nor_gradients(fsdp,
 def test_images_in_work_are_placed_on_the_mesh():
     mesh, (model, _) = on_mesh(4, 2)
     prompts, completions, images = eight_rows()
-    with mesh, bind(Bound(images=np.asarray(images), temperature=0.7)) as batch:
+    with mesh, bind(RolloutContext(images=np.asarray(images), temperature=0.7)) as batch:
         prompts, completions = shard_input((prompts, completions), ("fsdp",))
         found = [logps(model, prompts[i : i + 4], completions[i : i + 4]) for i in (0, 4)]
     assert relative(np.concatenate(found), on_one_device()[0][0]) <= 1e-5
-    assert len(batch.logps.sharding.device_set) == 8
+    assert len(batch.record.logps.sharding.device_set) == 8
 
 
 # ---- Scores with images.
@@ -283,7 +283,7 @@ def test_images_in_work_reach_the_scores():
     critic, (prompts, completions, images) = scorer(), with_images()
     pad = critic.config.pad_token_id
     tokens, positions, mask, real = common.process_ids(prompts, completions, pad, EOS)
-    with bind(Bound(images=np.asarray(images))):
+    with bind(RolloutContext(images=np.asarray(images))):
         found = scores(critic, prompts, completions)
         rows = [scores(critic, prompts[i : i + 1], completions[i : i + 1]) for i in range(3)]
     direct = nnx.jit(lambda model: model(tokens, positions, None, mask, real, images)[0])

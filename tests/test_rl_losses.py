@@ -20,10 +20,9 @@ from tunix.sft.dpo import dpo_trainer
 
 import tunix_gemma4
 from tunix_gemma4.model.gemma4 import Gemma4Model
-from tunix_gemma4.plugin.rl import learner as hooks
-from tunix_gemma4.plugin.rl import micro_batches, orpo
+from tunix_gemma4.plugin.rl import losses as hooks
 from tunix_gemma4.plugin.rl.cluster import make_algorithm
-from tunix_gemma4.plugin.rl.context import Bound, bind
+from tunix_gemma4.plugin.rl.context import RolloutContext, bind
 from tunix_gemma4.settings.grpo import KL_ESTIMATORS, GrpoRunConfig
 
 ROWS, LENGTH, GROUP = 4, 5, 2
@@ -110,14 +109,14 @@ def over_micro_batches(loss, algorithm, batch, size):
     rows = lambda first: jax.tree.map(lambda x: x[first : first + size], batch)  # noqa: E731
     parts = [rows(first) for first in range(0, ROWS, size)]
     learner = types.SimpleNamespace(algo_config=algorithm)
-    parts = micro_batches.share_step(learner, parts)
+    parts = hooks.share_step(learner, parts)
     return lambda model: sum(loss(algorithm, part)(model) for part in parts) / len(parts)
 
 
 def grpo_loss(algorithm, batch):
     if hasattr(algorithm, "loss_agg_mode"):
         algorithm.temperature = 1.0
-    loss = hooks._with_images(function_registry.get_policy_loss_fn(algorithm.policy_loss_fn))
+    loss = hooks.with_images(function_registry.get_policy_loss_fn(algorithm.policy_loss_fn))
     return lambda model: loss(model, batch, algo_config=algorithm, pad_id=0, eos_id=1)[0]
 
 
@@ -262,7 +261,7 @@ def test_ppo_whitens_and_averages_over_the_mini_batch(size):
     )
 
     def value_loss(algorithm, part):
-        loss = hooks._with_images(algo_core.ppo_value_loss_fn)
+        loss = hooks.with_images(algo_core.ppo_value_loss_fn)
         return lambda model: loss(model, part, clip_range_value=0.2, pad_id=0, eos_id=1)[0]
 
     assert_is(over_micro_batches(grpo_loss, config, batch, size), policy_formula, LOGPS)
@@ -277,7 +276,7 @@ def test_a_mean_over_a_piece_of_what_is_sampled_counts_by_its_rows():
     mode = rl_cluster.Mode.EVAL
     cluster.buffer_metrics({}, mode=rl_cluster.Mode.TRAIN)
     for count, value in ((3, 1.0), (1, 5.0)):
-        with bind(Bound(count=count)):
+        with bind(RolloutContext(count=count)):
             told = {"mean": (value, np.mean), "most": (value, np.max), "said": ("yes", None)}
             cluster.buffer_metrics(told, mode=mode)
     (buffer,) = cluster._buffered_eval_metrics
@@ -329,7 +328,7 @@ def test_orpo_is_the_hosts_own_where_that_takes_means():
 
     model = random_model("demo", text_only=True)
     given = model, "example", "orpo", 0.2, True
-    assert orpo.wrap_dpo_loss_fn(newer)(*given) == given
+    assert hooks.wrap_dpo_loss_fn(newer)(*given) == given
 
 
 def test_orpo_stays_finite_where_an_answer_is_sure():

@@ -14,12 +14,12 @@ from tunix.rl.grpo.grpo_learner import GRPOConfig
 from tunix.rl.reward_manager import SequenceRewardManager
 
 import tunix_gemma4
-from tunix_gemma4.plugin.metric_names import MetricNames
-from tunix_gemma4.plugin.rl.context import Bound, bind
-from tunix_gemma4.plugin.rl.reward_time import limited
+from tunix_gemma4.plugin.rl.context import RolloutContext, bind
+from tunix_gemma4.plugin.rl.metrics import MetricNames
 from tunix_gemma4.plugin.rl.rewards import (
     RewardError,
     checked,
+    limited,
     require_sums,
     without_abstained,
     without_spread,
@@ -75,7 +75,7 @@ def test_prompts_are_those_of_the_data_set():
         return [0.0] * len(prompts)
 
     given = [[{"role": "user", "content": name}] for name in PROMPTS]
-    with bind(Bound(prompts=given)):
+    with bind(RolloutContext(prompts=given)):
         call(reward)
     assert seen == given
 
@@ -158,7 +158,7 @@ def test_function_that_does_not_return_is_named(monkeypatch, caplog):
         RewardError, match=r"(?s)ponder raised KeyError: 'x'\nsample 0: prompt 'p0'"
     ):
         quick(PROMPTS, COMPLETIONS, answer=["wrong"] * 3)
-    monkeypatch.setattr("tunix_gemma4.plugin.rl.reward_time.WARN_AFTER", 0.02)
+    monkeypatch.setattr("tunix_gemma4.plugin.rl.rewards.WARN_AFTER", 0.02)
     message = r"(?s)ponder did not return within reward_timeout=0.2 seconds.* 3 completions.*'p0'"
     with pytest.raises(RewardError, match=message):
         checked(limited(ponder, 0.2))(PROMPTS, COMPLETIONS, answer=["slowly"] * 3)
@@ -175,7 +175,7 @@ def test_completions_of_conversations_are_messages():
         seen.append(completions)
         return [0.0] * 3
 
-    with bind(Bound(prompts=[CONVERSATIONS[0], "p1", CONVERSATIONS[2]])):
+    with bind(RolloutContext(prompts=[CONVERSATIONS[0], "p1", CONVERSATIONS[2]])):
         call(keep)
     assert seen[0] == [
         [{"role": "assistant", "content": "c0"}],
@@ -192,7 +192,7 @@ def test_thought_before_an_answer_is_a_key_of_its_own():
         return [1.0] * 2
 
     given = ["<|channel>thought\n2 and 2\n<channel|>4", "<|channel>thought\nwithout end"]
-    with bind(Bound(prompts=CONVERSATIONS[:2])):
+    with bind(RolloutContext(prompts=CONVERSATIONS[:2])):
         assert checked(thought)(prompts=["?"] * 2, completions=given) == [1.0, 1.0]
 
 
@@ -201,7 +201,7 @@ def test_function_written_for_strings_is_told_of_messages():
         return [float(said.strip() == "") for said in completions]
 
     with (
-        bind(Bound(prompts=CONVERSATIONS)),
+        bind(RolloutContext(prompts=CONVERSATIONS)),
         pytest.raises(RewardError, match=r'(?s)AttributeError.*completion\[0\]\["content"\]'),
     ):
         call(length)
@@ -217,7 +217,7 @@ def test_context_is_given_to_who_names_it():
         assert columns["trainer_state"] == "state" and columns["prompts"] == PROMPTS
         return named(columns["completion_ids"])
 
-    with bind(Bound(for_rewards=context)):
+    with bind(RolloutContext(for_rewards=context)):
         assert call(named) == call(all_of_it) == [1.0, 2.0, 1.0]
 
 
@@ -301,7 +301,7 @@ def test_abstaining_leaves_sums_and_metrics_to_the_others(registered):
 def test_advantages_leave_out_completions_that_nobody_judged(registered, caplog):
     nan = np.nan
     found = np.array([1.0, nan, 2.0, 4.0, 0.0, 1.0, 1.0, 0.0, nan, nan, nan, 3.0])
-    with bind(Bound()):
+    with bind(RolloutContext()):
         filled = without_abstained(found, groups=True)
         assert np.isfinite(filled).all()
         assert filled.mean() == pytest.approx(np.nanmean(found))
@@ -313,7 +313,7 @@ def test_advantages_leave_out_completions_that_nobody_judged(registered, caplog)
         kept = found[group]
         expected[group] = (kept - kept.mean()) / (kept.std(ddof=1) + 1e-6)
     np.testing.assert_allclose(advantages, expected, rtol=1e-6)
-    with bind(Bound()):
+    with bind(RolloutContext()):
         without_abstained(np.full(4, nan), groups=True)
     assert "gave any of 4 completions a number" in caplog.text
     with pytest.raises(RewardError, match="sample 1: every reward function returned None"):
@@ -325,7 +325,7 @@ def test_our_own_functions_read_both_forms_and_the_hosts_get_strings():
         return [float(len(said)) for said in completions]
 
     shaped.__module__ = "tunix.rl.grpo.dapo_learner"
-    with bind(Bound(prompts=CONVERSATIONS)):
+    with bind(RolloutContext(prompts=CONVERSATIONS)):
         assert call(exact_answer, answer=["c0", "x", "c2"]) == [1.0, 0.0, 1.0]
         assert call(shaped) == [2.0] * 3
 

@@ -19,8 +19,7 @@ from tunix.utils import mesh as tunix_mesh
 
 import tunix_gemma4
 from tunix_gemma4.__main__ import main
-from tunix_gemma4.plugin import launch
-from tunix_gemma4.plugin.register import status
+from tunix_gemma4.plugin.register import run, status
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -191,7 +190,7 @@ def test_a_programs_exit_code_and_errors_are_its_own(program):
         main(["run", program("def f():\n    raise ValueError('mine')\nf()")])
     assert error.traceback[-1].path.name == "program.py"
     with pytest.raises(ImportError):
-        launch.run("no_such_module_anywhere", [])
+        run("no_such_module_anywhere", [])
 
 
 def test_a_mistake_in_a_grpo_configuration_is_one_message(capsys, tmp_path):

@@ -273,7 +273,7 @@ def _recipes(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from .plugin.launch import run
+    from .plugin.register import run
 
     run(options.target, options.arguments)
     return 0

@@ -17,7 +17,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import NamedSharding
 
 from .checkpoint.check import NonFiniteError, nonfinite_variables, shown
 from .config import ModelConfig, refuse_ids_beyond
@@ -25,7 +24,7 @@ from .config.domains import require
 from .data.processor import Batch
 from .model.scan import unstack_layers
 from .model.soft_tokens import check_images
-from .sharding import active_mesh, constrain
+from .sharding import active_mesh, constrain, mesh_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +97,7 @@ def generate(
     places = range(len(batch.tokens)) if places is None else places
     rules = _rules(config, stop_ids, pad_id, suppress_ids, temperature, top_p, seed, places)
     graphdef, state = nnx.split(model)
-    with _mesh_of(state):
+    with _on_its_mesh(state):
         tokens, padding = jnp.asarray(batch.tokens), jnp.asarray(batch.padding_mask) != 0
         said = _generate(
             *(graphdef, state, tokens, padding, batch.images, rules),
@@ -171,11 +170,9 @@ def media_ids(config: ModelConfig) -> tuple[int, ...]:
     return tuple(token for token in ids if token is not None and token < config.vocab_size)
 
 
-def _mesh_of(state: nnx.State) -> contextlib.AbstractContextManager:
+def _on_its_mesh(state: nnx.State) -> contextlib.AbstractContextManager:
     """Makes the mesh that the weights are on the active one, unless the caller has set one."""
-    shardings = (leaf.sharding for leaf in jax.tree.leaves(state))
-    meshes = (sharding.mesh for sharding in shardings if isinstance(sharding, NamedSharding))
-    mesh = next(meshes, None)
+    mesh = mesh_of(state)
     if mesh is None or active_mesh() is not None:
         return contextlib.nullcontext()
     return jax.set_mesh(mesh)

@@ -211,6 +211,15 @@ def eval_shape(function: Callable[..., Made], *args: Any) -> Made:
         return nnx.eval_shape(function, *args)
 
 
+def mesh_of(tree: Any) -> Any | None:
+    """The mesh that arrays or shapes of `tree` lie on, those that do; None if none does."""
+    for leaf in jax.tree.leaves(tree):
+        where = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
+        if isinstance(where, NamedSharding):
+            return where.mesh
+    return None
+
+
 def active_mesh() -> Any | None:
     """The mesh of `jax.set_mesh`, or else of `with mesh:`, which Tunix reads; None without one."""
     for mesh in (jax.sharding.get_abstract_mesh(), _thread_resources.env.physical_mesh):

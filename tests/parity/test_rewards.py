@@ -4,7 +4,7 @@
 import pytest
 from trl.rewards import get_soft_overlong_punishment, think_format_reward
 
-from tunix_gemma4.plugin.rl.context import Bound, bind
+from tunix_gemma4.plugin.rl.context import RolloutContext, bind
 from tunix_gemma4.plugin.rl.rewards import checked
 
 SAID = ["<think>\nsums\n</think>\n4", "<think> no end 4", "4"]
@@ -14,7 +14,9 @@ IDS = [[5] * 70, [5] * 90, [5] * 101]
 @pytest.fixture(autouse=True)
 def _in_work():
     prompts = [[{"role": "user", "content": "2+2?"}]] * 3
-    with bind(Bound(prompts=prompts, for_rewards={"completion_ids": IDS, "trainer_state": None})):
+    with bind(
+        RolloutContext(prompts=prompts, for_rewards={"completion_ids": IDS, "trainer_state": None})
+    ):
         yield
 
 

@@ -1,4 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
 """What Tunix calls `params_safetensors` of a model, under the name that scripts import."""
 
-from tunix_gemma4.plugin.params_safetensors import *  # noqa: F403
+from tunix_gemma4.plugin.params import *  # noqa: F403

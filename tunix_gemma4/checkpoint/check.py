@@ -237,7 +237,7 @@ def nonfinite(arrays: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def nonfinite_variables(model: nnx.Module, *kinds: Any) -> list[str]:
+def nonfinite_variables(model: nnx.Pytree, *kinds: Any) -> list[str]:
     """The paths of the model's variables of `kinds` (all if none) that hold NaN or infinity."""
     state = nnx.to_flat_state(nnx.state(model, kinds or ...))
     return nonfinite({".".join(map(str, path)): variable for path, variable in state})

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What vLLM's and SGLang's JAX engines call our variables, for Tunix's exchange of weights.
+"""What vLLM's and SGLang's JAX engines call our variables. Experimental.
 
-A table has the form that Tunix reads: our dotted name, `*` for a number, to the engine's name and
-its sharding, which matters only for stacked layers; there are none. The names follow from ours by
-rule. vLLM's are those of google-tunix 0.1.7's own table and, for vision, of tpu-inference;
-SGLang's are those of sglang-jax. None of it has been run on the engines.
+A table has the form in which Tunix reads them to exchange weights: our dotted name, `*` for a
+number, to the engine's name and its sharding, which matters only for stacked layers; there are
+none. The names follow from ours by rule. vLLM's are those of google-tunix 0.1.7's own table and,
+for vision, of tpu-inference; SGLang's are those of sglang-jax. None of it has been run on the
+engines.
 
-`host/mappings.py` brings the arrays into vLLM's shapes.
+`plugin/engines.py` brings the arrays into vLLM's shapes.
 """
 
 from __future__ import annotations

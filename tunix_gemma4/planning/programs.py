@@ -23,8 +23,8 @@ from ..data.processor import Batch
 from ..losses import CHUNK_TOKENS
 from ..model.cache import init_cache
 from ..model.gemma4 import Gemma4ForConditionalGeneration
-from ..plugin.rl import step as rl_step
-from ..plugin.rl.cluster import make_algorithm
+from ..plugin.rl.cluster import example_shapes, make_algorithm, make_trainer
+from ..plugin.rl.context import RolloutContext
 from ..plugin.rl.logps import chunked_logps
 from ..plugin.sft.trainer import Gemma4Trainer
 from ..plugin.train_step import TrainStep
@@ -232,7 +232,7 @@ def _grpo_trainer(config: GrpoRunConfig, shapes: Shapes) -> tuple[Any, tuple]:
 
     def make(base: nnx.Module) -> tuple[Any, tuple[nnx.Module, ...]]:
         policy, reference = grpo.prepare_models(config, base, logging.debug)
-        trainer = rl_step.make_trainer(
+        trainer = make_trainer(
             policy,
             _optimizer(config),
             algorithm,
@@ -261,16 +261,18 @@ def grpo_programs(
     resident = _resident(model, optimizer, *reference)
     suppressed = (*sampling.media_ids(shapes.config), shapes.config.pad_token_id)
     rows = config.micro * config.num_generations
-    example = rl_step.example_shapes(
+    example = example_shapes(
         shapes.rows,
         (rows, config.data.max_prompt_length, config.max_completion_length),
-        images=shapes.images(rows, images, config.data.max_soft_tokens),
-        repeats=config.num_generations,
+        RolloutContext(
+            images=shapes.images(rows, images, config.data.max_soft_tokens),
+            image_repeats=config.num_generations,
+            temperature=config.temperature,
+            suppressed=suppressed,
+        ),
         reference=bool(config.beta),
         old=config.updates_per_batch > 1,
         token_mean=config.loss_type == "dapo",
-        temperature=config.temperature,
-        suppressed=suppressed,
     )
     step = _step(trainer.create_train_step_fn(), model, optimizer, example)
     logits = shapes.logits(rows * config.max_completion_length)

@@ -10,11 +10,10 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
-import functools
 import importlib
 import json
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,10 @@ from tunix.models import automodel, naming
 from ..checkpoint import load_checkpoint
 from ..config import ModelConfig
 from ..model.gemma4 import Gemma4ForConditionalGeneration
+from .hooks import around, call_of
 
 FAMILY = "gemma4"
-_PACKAGE = __package__.rpartition(".")[0]
+_PACKAGE = __name__.partition(".")[0]
 _FIELDS = frozenset(field.name for field in dataclasses.fields(ModelConfig))
 # Of these, what a section of Tunix's command line may set that its own code does not hand on.
 CLI_FIELDS = frozenset({"text_only", "dtype", "use_sliding_window_kv_cache"})
@@ -91,32 +91,27 @@ def probe() -> None:
 # ---- The hooks.
 
 
-def wrap_get_model_module(original: Callable) -> Callable:
-    """Our `model`, `params` and `params_safetensors` for the names of this family."""
+@around
+def wrap_get_model_module(original, model_name: str, module_type: Any, *args, **kwargs):
+    """Names of Gemma 4 lead to this model.
 
-    @functools.wraps(original)
-    def get_model_module(model_name: str, module_type: automodel.ModelModule, *args, **kwargs):
-        if is_gemma4_name(model_name):
-            return importlib.import_module(f"{_PACKAGE}.{module_type.value}")
-        return original(model_name, module_type, *args, **kwargs)
-
-    return get_model_module
+    What the host then looks for in it are `model`, `params` and `params_safetensors`.
+    """
+    if is_gemma4_name(model_name):
+        return importlib.import_module(f"{_PACKAGE}.{module_type.value}")
+    return original(model_name, module_type, *args, **kwargs)
 
 
-def wrap_download_model(original: Callable) -> Callable:
-    """A local directory is where it is; from the hub comes what loading needs."""
-
-    @functools.wraps(original)
-    def download_model(model_id_or_path, model_download_path, model_source, *args, **kwargs):
-        if model_source in (_Source.HUGGINGFACE, _Source.INTERNAL):
-            directory = gemma4_directory(model_id_or_path)
-            if directory is not None:
-                return str(directory)
-        if model_source is _Source.HUGGINGFACE and is_gemma4_name(model_id_or_path):
-            return _from_hub(model_id_or_path, model_download_path)
-        return original(model_id_or_path, model_download_path, model_source, *args, **kwargs)
-
-    return download_model
+@around
+def wrap_download_model(original, model_id_or_path, model_download_path, model_source, *args, **kw):
+    """Local directories need no hub, and the hub no download path."""
+    if model_source in (_Source.HUGGINGFACE, _Source.INTERNAL):
+        directory = gemma4_directory(model_id_or_path)
+        if directory is not None:
+            return str(directory)
+    if model_source is _Source.HUGGINGFACE and is_gemma4_name(model_id_or_path):
+        return _from_hub(model_id_or_path, model_download_path)
+    return original(model_id_or_path, model_download_path, model_source, *args, **kw)
 
 
 def _from_hub(model_id: str, download_path: str | None) -> str:
@@ -132,32 +127,20 @@ def _from_hub(model_id: str, download_path: str | None) -> str:
     )
 
 
-def wrap_from_pretrained(original: Callable) -> staticmethod:
-    """Directories of any name, and the configuration from the files rather than from the name."""
-
-    @functools.wraps(original)
-    def from_pretrained(
-        model_id: str,
-        mesh: Mesh,
-        *,
-        model_source: automodel.ModelSource = _Source.HUGGINGFACE,
-        model_path: str | None = None,
-        model_download_path: str | None = None,
-        **kwargs: Any,
-    ) -> tuple[Any, str | None]:
-        directory = _directory(model_id, model_source, model_path, model_download_path)
-        if directory is not None:
-            return _load(directory, mesh, {**_MORE_FIELDS.get(), **kwargs}), str(directory)
-        return original(
-            model_id,
-            mesh,
-            model_source=model_source,
-            model_path=model_path,
-            model_download_path=model_download_path,
-            **kwargs,
-        )
-
-    return staticmethod(from_pretrained)
+@around
+def wrap_from_pretrained(original, *args: Any, **kwargs: Any) -> tuple[Any, str | None]:
+    """Directories of any name are known by their config.json, which also gives the sizes."""
+    call = call_of(original, *args, **kwargs).arguments
+    directory = _directory(
+        call["model_id"],
+        call.get("model_source", _Source.HUGGINGFACE),
+        call.get("model_path"),
+        call.get("model_download_path"),
+    )
+    if directory is None:
+        return original(*args, **kwargs)
+    fields = {**_MORE_FIELDS.get(), **call.get("kwargs", {})}
+    return _load(directory, call["mesh"], fields), str(directory)
 
 
 def _directory(

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import signal
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from absl import logging
 from etils import epath
 from flax import nnx
 from jax.experimental import multihost_utils
-from tunix.sft import checkpoint_manager
+from tunix.sft import checkpoint_manager, peft_trainer
 
 from ..checkpoint.check import nonfinite
 from . import stop
@@ -100,7 +100,6 @@ class CheckpointManager(checkpoint_manager.CheckpointManager):
             super().__init__(root_directory, options)
         else:  # Newer hosts write through another interface; the files stay the same.
             self._checkpoint_manager = _manager(root_directory, options)
-        self._root = root_directory
         policy = getattr(options, "preservation_policy", None)
         self._tested = policy.finite if isinstance(policy, Kept) else set()
 
@@ -123,26 +122,21 @@ class CheckpointManager(checkpoint_manager.CheckpointManager):
             plugin.stop.Interrupted, plugin.stop.Terminated: once the checkpoint is on the disk.
         """
         stopping = self._stopping(step)
-        manager, is_new = self._checkpoint_manager, self.latest_step() != step
-        due = manager is not None and is_new and (force or stopping or manager.should_save(step))
-        if due:
+        manager, written = self._checkpoint_manager, False
+        asked = force or stopping is not None
+        if (
+            manager is not None
+            and manager.latest_step() != step
+            and (asked or manager.should_save(step))
+        ):
             require_finite_state(model, optimizer)
             self._tested.add(step)
-            self._write(step, _states(model, optimizer, save_only_lora_params), custom_metadata)
+            states = _states(model, optimizer, save_only_lora_params)
+            _write(manager, step, states, custom_metadata or {})
+            written = True
         if stopping:
             self._stop(step, stopping)
-        return due
-
-    def _write(self, step: int, states: dict[str, Any], metadata: dict[str, Any] | None) -> None:
-        items = {
-            name: ocp.args.PyTreeSave(
-                item=state, save_args=jax.tree.map(lambda _: ocp.SaveArgs(), state)
-            )
-            for name, state in states.items()
-        }
-        self._checkpoint_manager.save(
-            step, args=ocp.args.Composite(**items), custom_metadata=metadata or {}, force=True
-        )
+        return written
 
     @overrides()
     def latest_step(self) -> int | None:
@@ -169,10 +163,9 @@ class CheckpointManager(checkpoint_manager.CheckpointManager):
 
     def _stop(self, step: int, number: int) -> None:
         self.close()
-        name = stop.name_of(number)
-        if self._checkpoint_manager is None:
-            stop.end(number, f"stopped by {name} after step {step}, without a directory to save to")
-        stop.end(number, f"stopped by {name} after step {step}, which is saved")
+        is_saved = self._checkpoint_manager is not None
+        saved = "which is saved" if is_saved else "without a directory to save to"
+        stop.end(number, f"after step {step}, {saved}")
 
     # ---- Reading.
 
@@ -194,67 +187,107 @@ class CheckpointManager(checkpoint_manager.CheckpointManager):
         Raises:
             UnusableError: there are checkpoints, and none can be read.
         """
-        if self._checkpoint_manager is None:
+        manager = self._checkpoint_manager
+        if manager is None:
             return 0, {}
-        steps = sorted(self._checkpoint_manager.all_steps(), reverse=True)
-        wanted = steps if step is None else [step]
+        wanted = sorted(manager.all_steps(), reverse=True) if step is None else [step]
         states = _states(model, optimizer, restore_only_lora_params)
         problems: dict[int, str] = {}
         for candidate in wanted:
             try:
-                restored, metadata = self._read(candidate, states)
+                restored, metadata = self._read(manager, candidate, states)
             except Exception as error:  # Orbax, tensorstore and json each have their own.
                 problems[candidate] = f"{type(error).__name__}: {_first_line(error)}"
                 continue
             nnx.update(model, restored["model_params"])
             if optimizer is not None:
                 nnx.update(optimizer, restored["optimizer_state"])
-            self._put_aside(problems, candidate)
+            _put_aside(manager, problems, candidate)
             self._tested.add(candidate)
             return candidate, metadata
         if problems:
-            raise UnusableError(_none_readable(self._root, problems))
+            raise UnusableError(_none_readable(manager.directory, problems))
         return 0, {}
 
-    def _read(self, step: int, states: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        manager = self._checkpoint_manager
+    def _read(
+        self, manager: ocp.CheckpointManager, step: int, states: dict[str, Any]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         arguments = {
             name: ocp.args.PyTreeRestore(
                 item=state, restore_args=ocp.checkpoint_utils.construct_restore_args(state)
             )
             for name, state in states.items()
         }
-        metadata = self._metadata(step)
+        metadata = _metadata(manager, step)
         if self.position is not None and self.position not in metadata:
             others = [other for other in manager.all_steps() if other < step]
-            if any(self.position in self._metadata(other) for other in others):
+            if any(self.position in _metadata(manager, other) for other in others):
                 raise ValueError(f"its {self.position} is missing")
-        restored = manager.restore(step, args=ocp.args.Composite(**arguments))
-        bad = nonfinite({name: restored[name] for name in states})
+        found = manager.restore(step, args=ocp.args.Composite(**arguments))
+        restored = {name: found[name] for name in states}
+        bad = nonfinite(restored)
         if bad:
             raise ValueError(f"its {' and '.join(bad)} hold numbers that are not finite")
-        return {name: restored[name] for name in states}, metadata
+        return restored, metadata
 
-    def _metadata(self, step: int) -> dict[str, Any]:
-        # Orbax goes on without the file.
-        if not (epath.Path(self._root) / str(step) / _METADATA).is_file():
-            raise ValueError(f"{_METADATA} is missing")
-        return self._checkpoint_manager.metadata(step).custom_metadata or {}
 
-    def _put_aside(self, problems: dict[int, str], used: int) -> None:
-        for step, problem in problems.items():
-            place = epath.Path(self._root) / str(step)
-            aside = place.with_name(f"{step}{_DAMAGED}")
-            logging.warning(
-                "%s cannot be used (%s): going on from step %d before it. It is kept as %s.",
-                *(place, problem, used, aside.name),
-            )
-            if jax.process_index() == 0:
-                place.rename(_unused(aside))
-        if problems:
-            if jax.process_count() > 1:
-                multihost_utils.sync_global_devices("damaged checkpoints")
-            self._checkpoint_manager.reload()
+def resume(
+    trainer: peft_trainer.PeftTrainer,
+    directory: str | None,
+    *,
+    whole: int = 1,
+    position: str | None = None,
+) -> int:
+    """Gives a trainer its checkpoints, and goes on from the latest, whose step is returned.
+
+    The host would do so before the optimizer's state lies where it belongs. See
+    `CheckpointManager` for the other arguments.
+    """
+    manager = CheckpointManager(directory, trainer.config.checkpointing_options)
+    manager.whole, manager.position = whole, position
+    trainer.checkpoint_manager = manager
+    steps, trainer._restored_custom_metadata = manager.maybe_restore(
+        trainer.model, trainer.optimizer, restore_only_lora_params=trainer._lora_enabled
+    )
+    trainer._train_steps = steps
+    trainer._iter_steps = steps * trainer.config.get_with_default("gradient_accumulation_steps", 1)
+    return steps
+
+
+def _write(
+    manager: ocp.CheckpointManager, step: int, states: dict[str, Any], metadata: dict[str, Any]
+) -> None:
+    items = {
+        name: ocp.args.PyTreeSave(
+            item=state, save_args=jax.tree.map(lambda _: ocp.SaveArgs(), state)
+        )
+        for name, state in states.items()
+    }
+    args = ocp.args.Composite(**items)
+    manager.save(step, args=args, custom_metadata=metadata, force=True)
+
+
+def _metadata(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+    # Orbax goes on without the file.
+    if not (manager.directory / str(step) / _METADATA).is_file():
+        raise ValueError(f"{_METADATA} is missing")
+    return manager.metadata(step).custom_metadata or {}
+
+
+def _put_aside(manager: ocp.CheckpointManager, problems: dict[int, str], used: int) -> None:
+    for step, problem in problems.items():
+        place = manager.directory / str(step)
+        aside = place.with_name(f"{step}{_DAMAGED}")
+        logging.warning(
+            "%s cannot be used (%s): going on from step %d before it. It is kept as %s.",
+            *(place, problem, used, aside.name),
+        )
+        if jax.process_index() == 0:
+            place.rename(_unused(aside))
+    if problems:
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("damaged checkpoints")
+        manager.reload()
 
 
 def _manager(directory: str | None, options: Any) -> ocp.CheckpointManager | None:
@@ -280,11 +313,10 @@ def _states(
 
 
 def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return lines[0][:300]
+    return str(error).strip().partition("\n")[0][:300]
 
 
-def _none_readable(directory: str | None, problems: dict[int, str]) -> str:
+def _none_readable(directory: epath.Path, problems: dict[int, str]) -> str:
     newest = max(problems)
     return (
         f"{directory}: none of its checkpoints (steps {', '.join(map(str, sorted(problems)))}) can "
@@ -294,7 +326,5 @@ def _none_readable(directory: str | None, problems: dict[int, str]) -> str:
 
 
 def _unused(path: epath.Path) -> epath.Path:
-    candidates: Iterator[epath.Path] = (
-        path if not number else path.with_name(f"{path.name}-{number}") for number in range(1000)
-    )
-    return next(candidate for candidate in candidates if not candidate.exists())
+    names = (path.name if not number else f"{path.name}-{number}" for number in range(1000))
+    return next(other for name in names if not (other := path.with_name(name)).exists())

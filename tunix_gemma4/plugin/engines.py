@@ -1,41 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights on their way to an engine: vLLM's shapes, merged adapters, buffers.
+"""Weights on their way to an engine: vLLM's shapes, merged adapters, buffers. Experimental.
 
-Tunix's own translation knows its own layouts alone. What it cannot do for an engine is refused
-here, because it would only log an error and leave that engine's weights as they are.
+Names and shapes are those of the engines' sources (`model.backend_names` has the tables); no engine
+has been run with them, and a warning says so. Tunix's own translation knows its own layouts alone.
+What it cannot do for an engine is refused here, because it would only log an error and leave that
+engine's weights as they are.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 from flax import nnx
 
 from ..checkpoint import names as weights
 from ..lora import merge_lora
 from ..lora.adapters import adapted
 from ..model.gemma4 import Gemma4ForConditionalGeneration
+from .hooks import around
 
-_Path = tuple[str | int, ...]
+_Path = tuple[Any, ...]
+EXPERIMENTAL = "Weights for %s: experimental, no engine has been run with these names and shapes."
 _HEADS = {"q_proj": "q_norm", "k_proj": "k_norm", "v_proj": "k_norm", "o_proj": "q_norm"}
 
 
-def wrap_from_model(original: Callable) -> staticmethod:
-    """The tables of our model, and for vLLM what brings its arrays into shape."""
-
-    @functools.wraps(original)
-    def from_model(model: Any, backend: str = "vllm_jax", **overrides: Any) -> Any:
-        if isinstance(model, Gemma4ForConditionalGeneration):
-            _refuse(model, backend)
-            if backend == "vllm_jax":
-                overrides = {"preprocess_src_state": to_vllm(model), **overrides}
-        return original(model, backend, **overrides)
-
-    return staticmethod(from_model)
+@around
+def wrap_from_model(original, model: Any, backend: str = "vllm_jax", **overrides: Any) -> Any:
+    """Weights reach vLLM in its shapes, with adapters merged; SGLang's limits are said."""
+    if isinstance(model, Gemma4ForConditionalGeneration):
+        _refuse(model, backend)
+        logging.log_first_n(logging.WARNING, EXPERIMENTAL, 1, backend)
+        if backend == "vllm_jax":
+            overrides = {"preprocess_src_state": to_vllm(model), **overrides}
+    return original(model, backend, **overrides)
 
 
 def _refuse(model: Gemma4ForConditionalGeneration, backend: str) -> None:

@@ -25,9 +25,10 @@ from tunix.sft import peft_trainer
 
 from ..checkpoint.check import NonFiniteError, finite_sum, nonfinite, nonfinite_variables, shown
 from ..model.gemma4 import Gemma4Model
-from .optimizer import StepRecord, find, max_skipped, skipped_steps
+from .hooks import around
+from .optimizer import StepRecord, find, max_skipped, skipped_steps, trained_kind
 
-_ACCUMULATED = "acc_grads"
+_ACCUMULATED, _STRICT = "acc_grads", "_strict"
 
 
 class Flags(NamedTuple):
@@ -79,18 +80,16 @@ def forget_skipped(optimizer: nnx.Optimizer) -> None:
         variable[...] = jnp.where(empty, 0, variable[...])
 
 
-def strict(trainer: peft_trainer.PeftTrainer) -> Callable:
-    """The trainer's loss, with a gradient of NaN where it is not finite, so that it is skipped."""
-    loss_fn, has_aux = trainer.loss_fn, trainer._has_aux
-    kind = nnx.LoRAParam if trainer._lora_enabled else nnx.Param
-    if getattr(loss_fn, "_strict", False):
+def strict(loss_fn: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
+    """A loss with a gradient of NaN where it is not finite, so that it is skipped."""
+    if getattr(loss_fn, _STRICT, False):
         return loss_fn
 
     @functools.wraps(loss_fn)
     def loss(model: nnx.Module, *args: Any, **kwargs: Any) -> Any:
         out = loss_fn(model, *args, **kwargs)
         # What the loss is made of may hide it from the gradient, as `where` does.
-        trained = jax.tree.leaves(nnx.state(model, kind))[0].ravel()[0]
+        trained = jax.tree.leaves(nnx.state(model, trained_kind(model)))[0].ravel()[0]
         if hasattr(out, "primary_loss"):  # Newer hosts divide by the number of tokens later.
             total = out.primary_loss.unreduced_sum
             total += jnp.where(jnp.isfinite(out.primary_loss.compute()), 0, jnp.nan) * trained
@@ -99,7 +98,7 @@ def strict(trainer: peft_trainer.PeftTrainer) -> Callable:
         value += jnp.where(jnp.isfinite(value), 0, jnp.nan) * trained
         return (value, *out[1:]) if has_aux else value
 
-    loss._strict = True
+    setattr(loss, _STRICT, True)
     return loss
 
 
@@ -123,7 +122,7 @@ class Health:
     """
 
     def __init__(self, trainer: peft_trainer.PeftTrainer):
-        self._trainer = weakref.ref(trainer)
+        self._trainer: peft_trainer.PeftTrainer = weakref.proxy(trainer)
         # The host has waited for the step before these when it starts another.
         self._ahead = max(trainer.config.max_inflight_computations, 0) or 2
         self._pending: collections.deque[_Step] = collections.deque()
@@ -137,7 +136,7 @@ class Health:
         Raises:
             NonFiniteError: for the first step that was not finite.
         """
-        trainer = self._trainer()
+        trainer = self._trainer
         parts = trainer.config.get_with_default("gradient_accumulation_steps", 1)
         part = f", micro-batch {trainer.iter_steps % parts + 1} of {parts}" if parts > 1 else ""
         # Images would take memory, and are never the cause: they come from bytes.
@@ -179,7 +178,7 @@ class Health:
         # Where the loss is not, its gradient is not either, and so on.
         what = next((names[name] for name in names if getattr(flags, name)), "the gradient")
         said = f"step {step.number}{step.part}: {what} is not finite"
-        skips = max_skipped(self._trainer().optimizer) is not None
+        skips = max_skipped(self._trainer.optimizer) is not None
         if skips and not flags.state and not flags.exceeded:
             logging.warning("%s; this step changes nothing (on_nonfinite: skip).", said)
             return
@@ -195,14 +194,13 @@ class Health:
 
     def _rows(self, step: _Step) -> str:
         """Which rows of the data the batch is made of, where the pipeline tells."""
-        source = getattr(self._trainer().data_hooks, "name", "the data")
+        source = getattr(self._trainer.data_hooks, "name", "the data")
         return _rows_text(getattr(step.inputs, "rows", None), source)
 
     def _cause(self, step: _Step) -> str:
         """The likely one; the run is over, so this may take its time."""
-        trainer = self._trainer()
-        kind = nnx.LoRAParam if trainer._lora_enabled else nnx.Param
-        frozen = nonfinite_variables(trainer.model, nnx.Not(kind))
+        model = self._trainer.model
+        frozen = nonfinite_variables(model, nnx.Not(trained_kind(model)))
         if frozen:
             return f"The model's own weights hold NaN or infinity: {shown(frozen)}"
         fields = step.inputs if isinstance(step.inputs, dict) else {}
@@ -226,7 +224,7 @@ class Health:
                 "input, makes it so whatever is learnt"
             )
         loss, norm = float(self._finite.loss), float(self._finite.gradient_norm)
-        record = find(trainer.optimizer.opt_state, StepRecord)
+        record = find(self._trainer.optimizer.opt_state, StepRecord)
         rate = "" if record is None else f" at learning rate {float(record.learning_rate[...]):.3g}"
         return (
             f"{said}The step before was finite, with loss {loss:.4g} and gradient norm {norm:.4g}"
@@ -301,20 +299,16 @@ def require_finite_state(model: nnx.Module, optimizer: nnx.Optimizer | None) -> 
         )
 
 
-def wrap_save(original: Callable) -> Callable:
-    """Checkpoints of Gemma 4 hold finite numbers, or are not written."""
-
-    @functools.wraps(original)
-    def save(self, step: int, model: Any, optimizer: Any = None, *args: Any, **kwargs: Any) -> bool:
-        # Newer hosts have another name for it.
-        manager = vars(self).get("_checkpoint_manager", vars(self).get("_checkpointer"))
-        if manager is not None and isinstance(model, Gemma4Model):
-            force = kwargs.get("force", args[1] if len(args) > 1 else False)
-            if force or manager.should_save(step):
-                require_finite_state(model, optimizer)
-        return original(self, step, model, optimizer, *args, **kwargs)
-
-    return save
+@around
+def wrap_save(original, self, step: int, model, optimizer=None, *args, **kwargs) -> bool:
+    """No checkpoint holds NaN or infinity."""
+    # Newer hosts have another name for it.
+    manager = vars(self).get("_checkpoint_manager", vars(self).get("_checkpointer"))
+    if manager is not None and isinstance(model, Gemma4Model):
+        force = kwargs.get("force", args[1] if len(args) > 1 else False)
+        if force or manager.should_save(step):
+            require_finite_state(model, optimizer)
+    return original(self, step, model, optimizer, *args, **kwargs)
 
 
 def settle(trainer: peft_trainer.PeftTrainer) -> None:
@@ -324,12 +318,8 @@ def settle(trainer: peft_trainer.PeftTrainer) -> None:
         health.settle()
 
 
-def wrap_close(original: Callable) -> Callable:
-    """A run ends well only if its last steps were finite."""
-
-    @functools.wraps(original)
-    def close(self: peft_trainer.PeftTrainer) -> None:
-        settle(self)
-        original(self)
-
-    return close
+@around
+def wrap_close(original, self: peft_trainer.PeftTrainer) -> None:
+    """A run whose last steps were not finite does not end well."""
+    settle(self)
+    original(self)

@@ -7,6 +7,7 @@ What our subclasses of the host's classes override is checked with them.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import inspect
 from collections.abc import Callable, Sequence
@@ -23,10 +24,11 @@ class Hook:
 
     Attributes:
         target: "module:attribute" or "module:Class.method".
-        wrap: from the original to its wrapper, which passes everything else on.
+        wrap: from the original to its wrapper, which passes everything else on; see `around`.
         parameters: parameters of the original that the wrapper relies on; "a|b" is one of two
             names.
-        why: one sentence, for `register.status` and the documentation.
+        why: one sentence, for `register.status` and the documentation; by default the first of
+            the wrapper's docstring.
         optional: the host may lack the target. `wrap` then gets None, and the name goes away again
             with the hook.
     """
@@ -34,8 +36,13 @@ class Hook:
     target: str
     wrap: Callable[[Any], Any]
     parameters: tuple[str, ...]
-    why: str
+    why: str = ""
     optional: bool = False
+
+    def __post_init__(self):
+        if not self.why:
+            first, _, _ = (self.wrap.__doc__ or "").partition("\n\n")
+            object.__setattr__(self, "why", " ".join(first.split()).removesuffix("."))
 
     def place(self) -> tuple[Any, str]:
         """The module or class that holds the target, and the attribute's name."""
@@ -47,45 +54,44 @@ class Hook:
         return holder, name
 
 
-@dataclasses.dataclass(frozen=True)
-class Extension:
-    """A class of ours and what it takes the host's to be.
+def on(holder: str, *rows: tuple) -> tuple[Hook, ...]:
+    """Hooks on attributes of one module, "module:", or class, "module:Class.".
 
-    Attributes:
-        kind: ours; its first base is the host's.
-        calls: methods of the host that ours call, and all of their parameters; or a set of such,
-            of several versions.
+    Args:
+        holder: what stands before their names.
+        rows: name, `Hook.wrap` and `Hook.parameters` with spaces between, perhaps `Hook.why`.
+    """
+    return tuple(
+        Hook(holder + name, wrap, tuple(parameters.split()), *why)
+        for name, wrap, parameters, *why in rows
+    )
+
+
+def around(function: Callable[..., Any]) -> Callable[[Any], Any]:
+    """Makes `function(original, *arguments)` what turns an original into its wrapper.
+
+    The wrapper has the original's name and signature. In place of a classmethod, whose original is
+    bound to its class already, stands a staticmethod.
     """
 
-    kind: type
-    calls: dict[str, tuple[str, ...] | set[tuple[str, ...]]]
+    @functools.wraps(function)
+    def wrap(original: Callable[..., Any]) -> Any:
+        @functools.wraps(original)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            return function(original, *args, **kwargs)
 
-    def problems(self) -> list[str]:
-        """What is not there, or has other parameters; under another name it is never called."""
-        base = self.kind.__mro__[1]
-        overridden = {
-            name: value.__overrides__
-            for name, value in vars(self.kind).items()
-            if hasattr(value, "__overrides__")
-        }
-        problems = []
-        for verb, methods in (("overrides", overridden), ("calls", self.calls)):
-            for name, expected in methods.items():
-                target = f"{base.__module__}:{base.__qualname__}.{name}"
-                found = _parameters(base, name)
-                if found is None:
-                    problems.append(f"{target}: gone; {self.kind.__name__} {verb} it")
-                elif isinstance(expected, set) and found in expected:
-                    continue
-                elif found != expected:
-                    problems.append(
-                        f"{target}: its parameters are {_listed(found)}; {self.kind.__name__} "
-                        f"{verb} it with {_listed(expected)}"
-                    )
-        return problems
+        return staticmethod(wrapper) if inspect.ismethod(original) else wrapper
+
+    return wrap
 
 
-_EXTENSIONS: list[Extension] = []
+def call_of(function: Callable[..., Any], *args: Any, **kwargs: Any) -> inspect.BoundArguments:
+    """A call's arguments by the parameters of `function`, defaults left out."""
+    return inspect.signature(function).bind(*args, **kwargs)
+
+
+# Classes of ours and what they call of the host's; see `extends`.
+_EXTENSIONS: list[tuple[type, dict[str, Any]]] = []
 
 
 def overrides(*parameters: str) -> Callable[[Any], Any]:
@@ -99,10 +105,15 @@ def overrides(*parameters: str) -> Callable[[Any], Any]:
 
 
 def extends(**calls: tuple[str, ...] | set[tuple[str, ...]]) -> Callable[[Class], Class]:
-    """Marks a class of ours with methods that `overrides` marks; see `Extension.calls`."""
+    """Marks a class of ours, whose first base is the host's and some methods `overrides` marks.
+
+    Args:
+        calls: methods of the host that ours call, and all of their parameters; or a set of such,
+            of several versions.
+    """
 
     def mark(kind: Class) -> Class:
-        _EXTENSIONS.append(Extension(kind, calls))
+        _EXTENSIONS.append((kind, calls))
         return kind
 
     return mark
@@ -116,7 +127,7 @@ def check_host(hooks: Sequence[Hook] = ()) -> None:
     """
     host = version.found()
     moved = [problem for hook in hooks if (problem := _problem(hook))]
-    moved += [problem for extension in _EXTENSIONS for problem in extension.problems()]
+    moved += [problem for kind, calls in _EXTENSIONS for problem in _problems(kind, calls)]
     if moved:
         raise RuntimeError(
             f"{host} is not the one that tunix_gemma4 hooks into:\n  "
@@ -129,10 +140,10 @@ class Installed:
     """Hooks that are in place, and what they replaced."""
 
     def __init__(self):
-        self._replaced: list[tuple[Hook, Any, str, Any, bool]] = []
+        self._undo: list[tuple[Hook, Callable[[], None]]] = []
 
     def __bool__(self) -> bool:
-        return bool(self._replaced)
+        return bool(self._undo)
 
     def install(self, hooks: Sequence[Hook]) -> None:
         """Puts all of them in place, or none where the host has changed.
@@ -143,25 +154,22 @@ class Installed:
         check_host(hooks)
         for hook in hooks:
             holder, name = hook.place()
-            original = getattr(holder, name, None)
             # A method that a class inherits goes back to being inherited, what the host lacks to
             # being absent, and a classmethod to being one.
-            own = name in vars(holder)
-            stored = vars(holder).get(name)
-            setattr(holder, name, hook.wrap(original))
-            self._replaced.append((hook, holder, name, stored, own))
+            undo = functools.partial(delattr, holder, name)
+            if name in vars(holder):
+                undo = functools.partial(setattr, holder, name, vars(holder)[name])
+            setattr(holder, name, hook.wrap(getattr(holder, name, None)))
+            self._undo.append((hook, undo))
 
     def restore(self) -> None:
         """Puts the originals back, the last first."""
-        while self._replaced:
-            _, holder, name, original, own = self._replaced.pop()
-            if own:
-                setattr(holder, name, original)
-            else:
-                delattr(holder, name)
+        while self._undo:
+            _, undo = self._undo.pop()
+            undo()
 
     def hooks(self) -> list[Hook]:
-        return [hook for hook, *_ in self._replaced]
+        return [hook for hook, _ in self._undo]
 
 
 def _problem(hook: Hook) -> str | None:
@@ -180,6 +188,29 @@ def _problem(hook: Hook) -> str | None:
     if lost:
         return f"{hook.target}: no parameter {', '.join(lost)}; it has {', '.join(found)}"
     return None
+
+
+def _problems(kind: type, calls: dict[str, Any]) -> list[str]:
+    """What is not there, or has other parameters; under another name it is never called."""
+    base = kind.__mro__[1]
+    overridden = {
+        name: value.__overrides__
+        for name, value in vars(kind).items()
+        if hasattr(value, "__overrides__")
+    }
+    problems = []
+    for verb, methods in (("overrides", overridden), ("calls", calls)):
+        for name, expected in methods.items():
+            target = f"{base.__module__}:{base.__qualname__}.{name}"
+            found = _parameters(base, name)
+            if found is None:
+                problems.append(f"{target}: gone; {kind.__name__} {verb} it")
+            elif found not in (expected if isinstance(expected, set) else {expected}):
+                problems.append(
+                    f"{target}: its parameters are {_listed(found)}; {kind.__name__} {verb} it "
+                    f"with {_listed(expected)}"
+                )
+    return problems
 
 
 def _parameters(kind: type, name: str) -> tuple[str, ...] | None:

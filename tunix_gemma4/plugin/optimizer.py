@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from tunix.sft import utils
 
 from ..config.domains import require
 from ..model.scan import stacked_axes
@@ -49,11 +50,11 @@ def record_step(
     the mean of their norms, which Tunix logs.
     """
 
-    def init(params: Any) -> StepRecord:
+    def init(params: Any) -> Any:
         del params
         return StepRecord(jnp.zeros((), jnp.int32), jnp.zeros(()), jnp.zeros(()), max_skipped)
 
-    def update(updates: Any, state: StepRecord, params: Any = None) -> tuple[Any, StepRecord]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
         norm = optax.tree.norm(updates).astype(jnp.float32)
         rate = jnp.asarray(schedule(state.count), jnp.float32)
@@ -74,14 +75,15 @@ def skip_nonfinite(inner: optax.GradientTransformation) -> optax.GradientTransfo
     return optax.GradientTransformation(inner.init, update)
 
 
-def find(opt_state: Any, kind: type) -> Any | None:
+def trained_kind(model: nnx.Module) -> type[nnx.Param]:
+    """The variables that the host trains: adapters, or all parameters of a model without any."""
+    return nnx.LoRAParam if utils.is_lora_enabled(model) else nnx.Param
+
+
+def find(opt_state: Any, kind: type) -> Any:
     """The first node of a kind within an optimizer's state, such as its `StepRecord`, or None."""
-
-    def is_found(node: Any) -> bool:
-        return isinstance(node, kind)
-
-    nodes = jax.tree.leaves(opt_state, is_leaf=is_found)
-    return next((node for node in nodes if is_found(node)), None)
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, kind))
+    return next((node for node in nodes if isinstance(node, kind)), None)
 
 
 def max_skipped(optimizer: nnx.Optimizer) -> int | None:

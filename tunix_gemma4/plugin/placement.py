@@ -7,8 +7,6 @@ divide, and cuts heads. Here `sharding.param_shardings` decides, as for every ot
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,74 +18,58 @@ from tunix.rl.rl_cluster import Role
 
 from ..model.gemma4 import Gemma4Model
 from ..sharding import param_shardings, shard_model
+from .hooks import around
 from .train_step import gradient_sums
 
 
-def wrap_cluster_init(original: Callable) -> Callable:
-    """Names `jax.set_mesh` where it stands in the way of a role's own mesh."""
-
-    @functools.wraps(original)
-    def init(self, *args: Any, **kwargs: Any) -> None:
-        if isinstance(kwargs.get("actor"), Gemma4Model):
-            _check_context(kwargs["cluster_config"].role_to_mesh)
-        original(self, *args, **kwargs)
-
-    return init
-
-
-def _check_context(role_to_mesh: dict[Any, jax.sharding.Mesh]) -> None:
-    around = jax.sharding.get_mesh()
-    if around.empty:
-        return
-    for role, mesh in role_to_mesh.items():
-        if mesh != around:
-            raise ValueError(
-                f"jax.set_mesh: {around} is set, and role {role.value!r} is on {mesh}; JAX would "
-                "refuse its arrays. Leave jax.set_mesh out: Tunix enters each role's mesh itself"
-            )
+@around
+def wrap_cluster_init(original, self, *args: Any, **kwargs: Any) -> None:
+    """jax.set_mesh with another mesh than a role's is refused by name."""
+    around_all = jax.sharding.get_mesh()
+    if isinstance(kwargs.get("actor"), Gemma4Model) and not around_all.empty:
+        for role, mesh in kwargs["cluster_config"].role_to_mesh.items():
+            if mesh != around_all:
+                raise ValueError(
+                    f"jax.set_mesh: {around_all} is set, and role {role.value!r} is on {mesh}; JAX "
+                    "would refuse its arrays. Leave jax.set_mesh out: Tunix enters each role's "
+                    "mesh itself"
+                )
+    original(self, *args, **kwargs)
 
 
-def wrap_init_backbone_sharing_map(original: Callable) -> Callable:
-    """A reference of other arrays than a quantised actor's shares none of them.
+@around
+def wrap_backbone_sharing_map(original, self, actor: Any, reference: Any = None) -> None:
+    """A plain reference beside a quantised policy is a model of its own.
 
     The host takes every reference of an adapted actor for its backbone, compares the two array by
     array and moves them as one.
     """
-
-    @functools.wraps(original)
-    def init_backbone_sharing_map(self, actor: Any, reference: Any = None) -> None:
-        original(self, actor, reference)
-        if not (isinstance(actor, Gemma4Model) and isinstance(reference, Gemma4Model)):
-            return
-        backbones = [nnx.state(model, nnx.Not(nnx.LoRAParam)) for model in (actor, reference)]
-        if jax.tree.structure(backbones[0]) == jax.tree.structure(backbones[1]):
-            return
-        sharing = self._backbone_sharing_map
-        for role, others in sharing.items():
-            sharing[role] = [other for other in others if Role.REFERENCE not in (role, other)]
-        logging.warning(
-            "reference: its kernels are not those of the quantised policy, so it takes memory of "
-            "its own and the two differ from the start. tunix_gemma4.lora.reference_model(policy) "
-            "is the base that the policy starts from, and shares its arrays"
-        )
-
-    return init_backbone_sharing_map
+    original(self, actor, reference)
+    if not (isinstance(actor, Gemma4Model) and isinstance(reference, Gemma4Model)):
+        return
+    backbones = [nnx.state(model, nnx.Not(nnx.LoRAParam)) for model in (actor, reference)]
+    if jax.tree.structure(backbones[0]) == jax.tree.structure(backbones[1]):
+        return
+    sharing = self._backbone_sharing_map
+    for role, others in sharing.items():
+        sharing[role] = [other for other in others if Role.REFERENCE not in (role, other)]
+    logging.warning(
+        "reference: its kernels are not those of the quantised policy, so it takes memory of "
+        "its own and the two differ from the start. tunix_gemma4.lora.reference_model(policy) "
+        "is the base that the policy starts from, and shares its arrays"
+    )
 
 
-def wrap_load_model(original: Callable) -> Callable:
-    """Places a Gemma 4 that is not on its role's mesh yet."""
-
-    @functools.wraps(original)
-    def load_model(self, model_or_path: Any, mesh: Any, data_type: Any = None) -> nnx.Module:
-        if isinstance(model_or_path, Gemma4Model) and not mesh.empty:
-            state = nnx.state(model_or_path)
-            if utils.get_pytree_mesh_info(state) != mesh:
-                model_or_path = nnx.clone(model_or_path)
-                nnx.update(model_or_path, _cast(state, data_type))
-                shard_model(model_or_path, mesh)
-        return original(self, model_or_path, mesh, data_type)
-
-    return load_model
+@around
+def wrap_load_model(original, self, model_or_path: Any, mesh: Any, data_type: Any = None) -> Any:
+    """Models go onto any mesh by our rules: heads are never cut, missing axes are dropped."""
+    if isinstance(model_or_path, Gemma4Model) and not mesh.empty:
+        state = nnx.state(model_or_path)
+        if utils.get_pytree_mesh_info(state) != mesh:
+            model_or_path = nnx.clone(model_or_path)
+            nnx.update(model_or_path, _cast(state, data_type))
+            shard_model(model_or_path, mesh)
+    return original(self, model_or_path, mesh, data_type)
 
 
 def _cast(state: nnx.State, dtype: Any) -> nnx.State:
@@ -99,17 +81,12 @@ def _cast(state: nnx.State, dtype: Any) -> nnx.State:
     return state if dtype is None else jax.tree.map(cast, state)
 
 
-def wrap_shard_optimizer(original: Callable) -> Callable:
-    """Places the optimizer's state of a Gemma 4 like the parameters it belongs to."""
-
-    @functools.wraps(original)
-    def shard_optimizer(self, mesh: Any) -> None:
-        if not isinstance(self.model, Gemma4Model) or mesh.empty:
-            return original(self, mesh)
-        place_optimizer(self, mesh)
-        return None
-
-    return shard_optimizer
+@around
+def wrap_shard_optimizer(original, self, mesh: Any) -> None:
+    """The optimizer's state lies where its parameters lie."""
+    if not isinstance(self.model, Gemma4Model) or mesh.empty:
+        return original(self, mesh)
+    return place_optimizer(self, mesh)
 
 
 def place_optimizer(trainer: Any, mesh: Any) -> None:

@@ -7,19 +7,29 @@ import time
 from typing import Any
 
 import jax
+from tunix.sft import peft_trainer, progress_bar
 
 
-class NoBar:
+class NoBar(progress_bar.ProgressBar):
     """Stands where the host would make its bar, which shows means over all steps as if of one."""
 
-    def update_metrics(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self):
+        """Without a bar."""
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
         """Nothing."""
 
-    def update(self, *args: Any) -> None:
-        """Nothing."""
+    update_metrics = close = update
 
-    def close(self) -> None:
-        """Nothing."""
+
+def history(
+    trainer: peft_trainer.PeftTrainer, prefix: str, name: str, mode: str = "train"
+) -> list[float]:
+    """Every logged value of a metric, oldest first; empty if there is none."""
+    logger = trainer.metrics_logger
+    if logger is None or not logger.metric_exists(prefix, name, mode):
+        return []
+    return logger.get_metric_history(prefix, name, mode).tolist()
 
 
 class Progress:

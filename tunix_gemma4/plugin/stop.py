@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import jax
 
-_NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+_NAMES: dict[int, str] = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
 
 class Interrupted(KeyboardInterrupt):
@@ -85,7 +85,7 @@ def _handle(number: int, frame: Any) -> None:
     del frame
     if not _mark.waits or _mark.signal is not None:
         _mark.at_once = _mark.waits
-        end(number, f"stopped by {_NAMES[number]}")
+        end(number)
     _mark.signal = number
     # Not print: the signal may have come in the middle of one.
     again = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""
@@ -104,8 +104,9 @@ def after_the_step() -> Iterator[None]:
         yield
     finally:
         _mark.waits = before
-    if asked() is not None:
-        end(asked(), f"stopped by {_NAMES[asked()]} when training was done")
+    number = asked()
+    if number is not None:
+        end(number, "when training was done")
 
 
 def asked() -> int | None:
@@ -118,11 +119,7 @@ def at_once() -> bool:
     return _mark.at_once
 
 
-def name_of(number: int) -> str:
-    """ "Ctrl-C" or "SIGTERM"."""
-    return _NAMES[number]
-
-
-def end(number: int, message: str) -> NoReturn:
-    """Raises what ends the run."""
-    raise (Interrupted if number == signal.SIGINT else Terminated)(message)
+def end(number: int, where: str = "") -> NoReturn:
+    """Raises what ends the run, saying by which signal and `where`."""
+    kind = Interrupted if number == signal.SIGINT else Terminated
+    raise kind(f"stopped by {_NAMES[number]} {where}".rstrip())

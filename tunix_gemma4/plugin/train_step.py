@@ -14,12 +14,13 @@ from typing import Any
 import jax
 from flax import nnx
 from jax.sharding import NamedSharding
-from tunix.sft import peft_trainer, utils
+from tunix.sft import peft_trainer
 
 from ..model.gemma4 import Gemma4Model
 from ..sharding import is_variable
 from .health import Health, flags_of, forget_skipped, strict, watch
-from .optimizer import max_skipped
+from .hooks import around
+from .optimizer import max_skipped, trained_kind
 
 
 def gradient_sums(trainer: peft_trainer.PeftTrainer) -> nnx.Module | None:
@@ -49,8 +50,7 @@ class TrainStep:
         sums: nnx.Module | None = None,
     ):
         self._health = health
-        # As the host chooses what its optimizer is for.
-        trained = nnx.LoRAParam if utils.is_lora_enabled(model) else nnx.Param
+        trained = trained_kind(model)
         # These hold the model's and the optimizer's own variables, whose values are always the
         # latest; to search both for them at every step takes longer than to start it.
         model_graph, self._parameters, self._frozen = nnx.split(model, trained, ...)
@@ -61,7 +61,7 @@ class TrainStep:
         @functools.partial(jax.jit, donate_argnums=2)
         def step(parameters, frozen, optimizer_state, inputs, **more):
             model = nnx.merge(model_graph, parameters, frozen)
-            held = nnx.merge(optimizer_graph, optimizer_state)
+            held: Any = nnx.merge(optimizer_graph, optimizer_state)
             optimizer, *others = (held,) if sums is None else held
             result = function(model, optimizer, *others, inputs, **more)
             forget_skipped(optimizer)
@@ -109,24 +109,22 @@ def _constrained(tree: Any, shardings: list[NamedSharding | None]) -> Any:
     )
 
 
-def wrap_jit_train_and_eval_step(original: Callable) -> Callable:
-    """Trainers of Gemma 4 get a `TrainStep` in the place of the host's compiled step."""
+@around
+def wrap_jit_train_and_eval_step(
+    original, self: peft_trainer.PeftTrainer, skip_jit: bool = False, *args, **kwargs
+) -> tuple[Callable, Callable]:
+    """A training step holds frozen parameters once.
 
-    @functools.wraps(original)
-    def jit_train_and_eval_step(
-        self: peft_trainer.PeftTrainer, skip_jit: bool = False, *args: Any, **kwargs: Any
-    ) -> tuple[Callable, Callable]:
-        train_step, eval_step = original(self, skip_jit, *args, **kwargs)
-        if skip_jit or not isinstance(self.model, Gemma4Model):
-            return train_step, eval_step
-        if not isinstance(train_step, TrainStep):
-            if max_skipped(self.optimizer) is not None:
-                self.loss_fn = strict(self)
-            function = self.create_train_step_fn()
-            train_step = TrainStep(
-                function, self.model, self.optimizer, watch(self), gradient_sums(self)
-            )
-            self._jitted_train_step_fn = train_step
+    Trainers of Gemma 4 get a `TrainStep` in the place of the host's compiled step.
+    """
+    train_step, eval_step = original(self, skip_jit, *args, **kwargs)
+    if skip_jit or not isinstance(self.model, Gemma4Model):
         return train_step, eval_step
-
-    return jit_train_and_eval_step
+    if not isinstance(train_step, TrainStep):
+        if max_skipped(self.optimizer) is not None:
+            self.loss_fn = strict(self.loss_fn, self._has_aux)
+        function = self.create_train_step_fn()
+        sums = gradient_sums(self)
+        train_step = TrainStep(function, self.model, self.optimizer, watch(self), sums)
+        self._jitted_train_step_fn = train_step  # pyright: ignore[reportAttributeAccessIssue]
+    return train_step, eval_step

@@ -62,10 +62,7 @@ def found() -> Found:
         installed = importlib.metadata.distribution(NAME)
     except importlib.metadata.PackageNotFoundError:
         installed = None
-    if (
-        installed is not None
-        and Path(installed.locate_file("tunix")).resolve() == package.resolve()
-    ):
+    if installed and Path(str(installed.locate_file("tunix"))).resolve() == package.resolve():
         return Found(installed.version)
     project = package.parent / "pyproject.toml"
     if not project.is_file():

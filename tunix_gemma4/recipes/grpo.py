@@ -30,7 +30,7 @@ from ..plugin.rl.cluster import (
     make_learner,
 )
 from ..plugin.rl.report import Report
-from ..plugin.rl.reward_time import limited
+from ..plugin.rl.rewards import limited
 from ..rewards import RewardFn, load_reward, source_files, weighted
 from ..settings.grpo import GrpoRunConfig
 from . import common

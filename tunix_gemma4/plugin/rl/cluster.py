@@ -5,23 +5,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh
+from tunix.rl import function_registry
 from tunix.rl.grpo.dapo_learner import DAPOConfig, DAPOLearner
 from tunix.rl.grpo.drgrpo_learner import DrGRPOConfig, DrGRPOLearner
-from tunix.rl.grpo.grpo_learner import GRPOConfig, GRPOLearner
+from tunix.rl.grpo.grpo_learner import GRPOConfig, GRPOLearner, TrainExample
 from tunix.rl.rl_cluster import ClusterConfig, RLCluster, RLTrainingConfig, Role
 from tunix.rl.rollout.base_rollout import RolloutConfig
-from tunix.sft import utils as sft_utils
+from tunix.rl.trainer import Trainer
 
 from ...config.domains import require_fields
 from ...data.processor import Processor
 from ...settings.grpo import GrpoRunConfig
-from ..checkpoints import CheckpointManager
+from ..checkpoints import resume
+from ..optimizer import trained_kind
 from ..training_config import CHECKPOINTS, make_training_config
+from .context import RolloutContext
 from .learner import set_processor
+from .losses import extended
 
 _LEARNERS = {
     "grpo": (GRPOLearner, GRPOConfig, {"loss_algo": "grpo"}),
@@ -71,10 +78,7 @@ def cluster_config(
             max_prompt_length=prompt,
             max_tokens_to_generate=completion,
             kv_cache_size=prompt + completion,
-            temperature=config.temperature,
-            top_p=config.top_p,
-            top_k=config.top_k,
-            seed=config.seed,
+            **{name: getattr(config, name) for name in ("temperature", "top_p", "top_k", "seed")},
         ),
     )
 
@@ -117,23 +121,15 @@ def make_cluster(
 def _restore(cluster: RLCluster, directory: Path, updates_per_batch: int) -> None:
     """Gives the trainer its checkpoints, and goes on from the latest."""
     trainer = cluster.actor_trainer
-    trainer.checkpoint_manager = CheckpointManager(
-        root_directory=str(directory), options=trainer.config.checkpointing_options
-    )
     # In between, some of a rollout step's updates are still to come.
-    trainer.checkpoint_manager.whole = updates_per_batch
-    adapted = sft_utils.is_lora_enabled(trainer.model)
-    steps, metadata = trainer.checkpoint_manager.maybe_restore(
-        trainer.model, trainer.optimizer, restore_only_lora_params=adapted
-    )
+    steps = resume(trainer, str(directory), whole=updates_per_batch)
     if not steps:
         return
     # The host's last checkpoint of a run has no metadata.
-    trainer._restored_custom_metadata = {"global_step": steps // updates_per_batch} | metadata
-    trainer._train_steps = steps
-    trainer._iter_steps = steps * trainer.config.get_with_default("gradient_accumulation_steps", 1)
+    number = {"global_step": steps // updates_per_batch}
+    trainer._restored_custom_metadata = number | trainer._restored_custom_metadata
     if cluster.r2m[Role.ROLLOUT] != cluster.r2m[Role.ACTOR]:
-        kind = nnx.LoRAParam if adapted else nnx.Param
+        kind = trained_kind(trainer.model)
         cluster.rollout.update_params(nnx.state(trainer.model, kind), (kind,))
 
 
@@ -171,3 +167,82 @@ def make_algorithm(config: GrpoRunConfig) -> tuple[type[GRPOLearner], GRPOConfig
         # The loss reads it, and the dataclass does not have it.
         algorithm.epsilon_high = config.epsilon if high is None else high
     return learner, algorithm
+
+
+# ---- The training step outside a learner, to compile it on shapes.
+
+
+def make_trainer(
+    policy: nnx.Module,
+    optimizer: optax.GradientTransformation,
+    algorithm: GRPOConfig,
+    *,
+    mini: int,
+    micro: int,
+    pad_id: int,
+    eos_id: int,
+) -> Trainer:
+    """The policy's trainer as the host's learner of `algorithm` sets it up.
+
+    Args:
+        policy: with adapters or without.
+        optimizer: of the policy.
+        algorithm: from `make_algorithm`.
+        mini, micro: prompts of an optimizer step, and of a forward pass.
+        pad_id, eos_id: of the tokenizer.
+    """
+    training = RLTrainingConfig(
+        actor_optimizer=optimizer,
+        eval_every_n_steps=1,
+        mini_batch_size=mini,
+        train_micro_batch_size=micro,
+    )
+    trainer = Trainer(policy, optimizer, training, dict)
+    loss = function_registry.get_policy_loss_fn(algorithm.policy_loss_fn)
+    trainer.with_loss_fn(
+        lambda model, train_example, algo_config: loss(
+            model, train_example, algo_config=algo_config, pad_id=pad_id, eos_id=eos_id
+        ),
+        has_aux=True,
+    )
+    given: dict[str, Any] = {"algo_config": algorithm}
+    trainer.with_gen_model_input_fn(lambda x: given | {"train_example": x})
+    return trainer
+
+
+def example_shapes(
+    make: Callable[..., jax.ShapeDtypeStruct],
+    shape: tuple[int, int, int],
+    context: RolloutContext,
+    *,
+    reference: bool,
+    old: bool,
+    token_mean: bool,
+) -> TrainExample:
+    """A micro-batch as the learner hands it to the trainer.
+
+    Args:
+        make: `make(*shape, dtype=int32)` gives a placed shape.
+        shape: completions, and tokens of a prompt and of a completion.
+        context: of the rollout, with shapes of the images of every row.
+        reference, old: whether log-probabilities of the reference and the old policy are there.
+        token_mean: whether the loss is a mean over the tokens of the optimizer step.
+    """
+    rows, prompt, completion = shape
+    prompts, completions = make(rows, prompt), make(rows, completion)
+    floats = make(rows, completion, dtype=jnp.float32)
+    return extended(TrainExample)(
+        prompt_ids=prompts,
+        prompt_mask=prompts,
+        completion_ids=completions,
+        completion_mask=completions,
+        advantages=make(rows, dtype=jnp.float32),
+        ref_per_token_logps=floats if reference else None,
+        old_per_token_logps=floats if old else None,
+        images=context.images,
+        rollout_logps=floats,
+        loss_denominator=make(rows, dtype=jnp.float32) if token_mean else None,
+        image_repeats=context.image_repeats if context.images is not None else 1,
+        temperature=context.temperature,
+        suppressed=context.suppressed,
+    )

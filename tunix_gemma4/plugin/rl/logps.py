@@ -2,21 +2,20 @@
 """Log-probabilities, entropies and scores: what the host computes, without its gaps.
 
 For Gemma 4 nothing of size [B, T, V] exists; images, temperature and suppressed ids of the batch
-in work are used where the host's call cannot carry them. Other models keep the host's functions;
-those that do not take `segment_ids` are no longer given them, and with packed rows are refused.
+in work are used where the host's call cannot carry them. Other models keep the host's functions,
+behind the gate of `gate`.
 """
 
 from __future__ import annotations
 
 import functools
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import logging
 from flax import nnx
+from jax.core import Tracer
 from tunix.rl import common
 from tunix.sft import sharding_utils
 
@@ -24,111 +23,35 @@ from ...losses import per_token_logps
 from ...model.gemma4 import Gemma4ForConditionalGeneration
 from ...model.scores import Gemma4ForTokenScores
 from ...sharding import active_mesh
-from .context import bound
-
-# Where a wrapper usually keeps the model whose call it passes keyword arguments on to.
-_INNER = ("transformer", "base_model", "base", "model", "module", "inner")
-# What a call takes that might be a language model's.
-_TELLING = {"tokens", "positions", "attention_mask", "segment_ids"}
+from ..hooks import around, call_of
+from .context import current
+from .gate import gated
 
 
-def model_accepts_segment_ids(model: Any) -> bool:
-    """Whether a call of `model` may be given `segment_ids`.
-
-    Read from the signature, which adapters of Qwix keep. A `**kwargs` passes on what the wrapped
-    model takes; without a wrapped model to look at, it is believed.
-    """
-    return _accepts(model, "segment_ids")
-
-
-def _accepts(model: Any, name: str) -> bool:
-    parameters = _parameters(model)
-    if name in parameters:
-        return True
-    if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
-        return False
-    held = getattr(model, "__dict__", {})
-    inner = [held[attribute] for attribute in _INNER if callable(held.get(attribute))][:1]
-    inner = inner or [value for value in held.values() if _TELLING & set(_parameters(value))]
-    return any(_accepts(value, name) for value in inner) if inner else True
-
-
-def _parameters(model: Any) -> Mapping[str, inspect.Parameter]:
-    """Parameters of a call of `model`; none if it cannot be called, or does not say."""
-    try:
-        return inspect.signature(model).parameters
-    except (TypeError, ValueError):
-        return {}
-
-
-class _Without(nnx.Module):
-    """A model that is not given some of the keyword arguments that the host passes."""
-
-    def __init__(self, model: nnx.Module, dropped: tuple[str, ...]):
-        self.model, self.dropped = model, dropped
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model(*args, **{k: v for k, v in kwargs.items() if k not in self.dropped})
-
-
-def _gated(model: Any, segment_ids: jax.Array | None = None) -> Any:
-    """`model`, kept from arguments that it does not take.
-
-    Raises:
-        ValueError: if `segment_ids`, as the caller gave them, are among those.
-    """
-    dropped = [name for name in ("segment_ids", "attention_mask") if not _accepts(model, name)]
-    if segment_ids is not None and "segment_ids" in dropped:
-        raise ValueError(
-            f"segment_ids: {type(model).__name__} takes none, so packed sequences would see each "
-            "other; give its call a `segment_ids` parameter, or leave packing off "
-            "(max_seq_token_per_tpu=None)"
-        )
-    if "attention_mask" in dropped:
-        logging.log_first_n(
-            logging.WARNING,
-            "%s takes no attention_mask: it is not told which tokens are padding.",
-            1,
-            type(model).__name__,
-        )
-    return _Without(model, tuple(dropped)) if dropped else model
-
-
-def wrap_model_accepts_segment_ids(original: Callable | None) -> Callable:
-    """Ours in place of the host's, if it has one: that looks through fewer wrappers."""
-    del original
-    return model_accepts_segment_ids
-
-
-def wrap_compute_per_token_logps(original: Callable) -> Callable:
-    """Chunked for Gemma 4, with the images in work; gated for other models."""
-    signature = inspect.signature(original)
-
-    @functools.wraps(original)
-    def compute_per_token_logps(*args: Any, **kwargs: Any) -> Any:
-        given = signature.bind(*args, **kwargs)
-        call = given.arguments
-        model = nnx.merge(call["graphdef"], call["state"])
-        if isinstance(model, Gemma4ForConditionalGeneration):
-            temperature_given = "temperature" in call
-            given.apply_defaults()
-            return _logps(given.arguments, temperature_given=temperature_given)
-        gated = _gated(model, call.get("segment_ids"))
-        if gated is not model:
-            call["graphdef"], call["state"] = nnx.split(gated)
-        return original(*given.args, **given.kwargs)
-
-    return compute_per_token_logps
+@around
+def wrap_compute_per_token_logps(original, *args: Any, **kwargs: Any) -> Any:
+    """Log-probabilities without a [B, T, V] array, with the images in work, gated segment_ids."""
+    given = call_of(original, *args, **kwargs)
+    call = given.arguments
+    model = nnx.merge(call["graphdef"], call["state"])
+    if isinstance(model, Gemma4ForConditionalGeneration):
+        temperature_given = "temperature" in call
+        given.apply_defaults()
+        return _logps(given.arguments, temperature_given=temperature_given)
+    kept = gated(model, call.get("segment_ids"))
+    if kept is not model:
+        call["graphdef"], call["state"] = nnx.split(kept)
+    return original(*given.args, **given.kwargs)
 
 
 def _logps(call: dict[str, Any], *, temperature_given: bool) -> Any:
-    batch = bound()
+    context = current()
     rows = call["completion_tokens"].shape[0]
     images, temperature, suppressed = call["images"], call["temperature"], ()
-    if batch is not None:
-        images = _placed(batch.rows(rows)) if images is None else images
-        temperature = temperature if temperature_given else batch.temperature
-        suppressed = batch.suppressed
+    if context is not None:
+        images = _placed(context.next_images(rows)) if images is None else images
+        temperature = temperature if temperature_given else context.temperature
+        suppressed = context.suppressed
     logps, entropy = chunked_logps(
         call["graphdef"],
         call["state"],
@@ -145,8 +68,8 @@ def _logps(call: dict[str, Any], *, temperature_given: bool) -> Any:
         # The model refuses what does not divide.
         image_repeats=1 if images is None else max(1, rows // images.shape[0]),
     )
-    if batch is not None:
-        batch.logps, batch.entropy = logps, entropy
+    if context is not None:
+        context.record.logps, context.record.entropy = logps, entropy
     if call["stop_gradient"]:
         logps, entropy = jax.lax.stop_gradient((logps, entropy))
     # In place of logits goes what they are asked for: see `wrap_compute_entropy_from_logits`. Newer
@@ -158,7 +81,7 @@ def _logps(call: dict[str, Any], *, temperature_given: bool) -> Any:
 def _placed(images: Any) -> Any:
     """Rows of images on the host's mesh, split like its own inputs."""
     mesh = active_mesh()
-    if images is None or isinstance(images, jax.core.Tracer) or mesh is None:
+    if images is None or isinstance(images, Tracer) or mesh is None:
         return images
     return sharding_utils.shard_input(images, ("fsdp",)) if "fsdp" in mesh.shape else images
 
@@ -211,7 +134,10 @@ def chunked_logps(
 
 
 def wrap_compute_entropy_from_logits(original: Callable | None) -> Callable | None:
-    """Lets entropies [B, T] through, which Gemma 4 has in place of logits [B, T, V]."""
+    """The entropy comes with the chunked log-probabilities.
+
+    Entropies [B, T] go through, which Gemma 4 has in place of logits [B, T, V].
+    """
     if original is None:  # Newer hosts need none.
         return None
 
@@ -222,34 +148,26 @@ def wrap_compute_entropy_from_logits(original: Callable | None) -> Callable | No
     return compute_entropy_from_logits
 
 
-def wrap_compute_score(original: Callable) -> Callable:
-    """Gives Gemma 4 its images; gated for other models."""
-    signature = inspect.signature(original)
-
-    @functools.wraps(original)
-    def compute_score(*args: Any, **kwargs: Any) -> jax.Array:
-        given = signature.bind(*args, **kwargs)
-        call = given.arguments
-        batch = bound()
-        if not isinstance(call["model"], Gemma4ForTokenScores) or batch is None:
-            call["model"] = _gated(call["model"], call.get("segment_ids"))
-            return original(*given.args, **given.kwargs)
-        # The host has no micro-batches here, and would score a whole rollout step at once.
-        size = batch.score_rows or len(call["completion_tokens"])
-        cut = ("prompt_tokens", "completion_tokens", "segment_ids", "segment_positions")
-        parts = []
-        for start in range(0, len(call["completion_tokens"]), size):
-            rows = {name: call[name][start : start + size] for name in cut if _given(call, name)}
-            images = _placed(batch.rows(len(rows["completion_tokens"])))
-            seeing = call["model"] if images is None else _WithImages(call["model"], images)
-            parts.append(original(**call | rows | {"model": seeing}))
-        return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
-
-    return compute_score
-
-
-def _given(call: Mapping[str, Any], name: str) -> bool:
-    return call.get(name) is not None
+@around
+def wrap_score(original, *args: Any, **kwargs: Any) -> jax.Array:
+    """Models without segment_ids can score; heads see the images in work."""
+    given = call_of(original, *args, **kwargs)
+    call, context = given.arguments, current()
+    if not isinstance(call["model"], Gemma4ForTokenScores) or context is None:
+        call["model"] = gated(call["model"], call.get("segment_ids"))
+        return original(*given.args, **given.kwargs)
+    # The host has no micro-batches here, and would score a whole rollout step at once.
+    rows = len(call["completion_tokens"])
+    size = context.score_rows or rows
+    cut = ("prompt_tokens", "completion_tokens", "segment_ids", "segment_positions")
+    cut = [name for name in cut if call.get(name) is not None]
+    parts = []
+    for start in range(0, rows, size):
+        piece = {name: call[name][start : start + size] for name in cut}
+        images = _placed(context.next_images(len(piece["completion_tokens"])))
+        seeing = call["model"] if images is None else _WithImages(call["model"], images)
+        parts.append(original(**call | piece | {"model": seeing}))
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 
 
 class _Images(nnx.Variable):
@@ -268,21 +186,16 @@ class _WithImages(nnx.Module):
         return self.model(tokens, segment_ids=segment_ids, images=images, **kwargs)
 
 
-def wrap_get_per_token_logps(original: Callable) -> Callable:
-    """DPO's log-probabilities, chunked for Gemma 4; gated for other models."""
-    signature = inspect.signature(original)
-
-    @functools.wraps(original)
-    def get_per_token_logps(*args: Any, **kwargs: Any) -> jax.Array:
-        given = signature.bind(*args, **kwargs)
-        model = given.arguments["model"]
-        if isinstance(model, Gemma4ForConditionalGeneration):
-            given.apply_defaults()
-            return _completion_logps(**given.arguments)
-        given.arguments["model"] = _gated(model)
-        return original(*given.args, **given.kwargs)
-
-    return get_per_token_logps
+@around
+def wrap_get_per_token_logps(original, *args: Any, **kwargs: Any) -> jax.Array:
+    """DPO and ORPO without a [B, T, V] array."""
+    given = call_of(original, *args, **kwargs)
+    model = given.arguments["model"]
+    if isinstance(model, Gemma4ForConditionalGeneration):
+        given.apply_defaults()
+        return _completion_logps(**given.arguments)
+    given.arguments["model"] = gated(model)
+    return original(*given.args, **given.kwargs)
 
 
 @nnx.jit(static_argnames=("logits_to_keep",))

@@ -9,16 +9,18 @@ scalars. So every cell travels as one opaque object in a one-dimensional array.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from tunix.rl.agentic.parser.chat_template_parser.parser import BaseChatTemplateParser, TokenConfig
 
 from ...data.keys import REFUSED, SYSTEMS, TEMPLATE, TOOLS
 from ...data.processor import Example, Processor
 from ...data.prompts import Prompt
 
 PROMPTS, IMAGE_COLUMNS = "prompts", ("images", "image")
+_HEADERS = {"system": "system\n", "user": "user\n", "tool": "user\n"}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -68,11 +70,6 @@ class PromptReader:
         self._max_length = max_prompt_length
         self._count = 0
 
-    def batches(self, dataset: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, np.ndarray]]:
-        """The batches of `dataset`, read."""
-        for batch in dataset:
-            yield self.read(batch)
-
     def read(self, batch: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """One batch: `prompts`, perhaps `images` or `image`, and any other columns.
 
@@ -85,7 +82,8 @@ class PromptReader:
         lengths = {name: len(cells) for name, cells in columns.items()}
         if len(set(lengths.values())) > 1:
             raise ValueError(f"the columns of a batch differ in their number of rows: {lengths}")
-        images = [list(_images(row)) for row in zip(*_present(columns), strict=True)]
+        present = [columns[name] for name in IMAGE_COLUMNS if name in columns]
+        images = [list(_images(row)) for row in zip(*present, strict=True)]
         images = images or [[]] * len(columns[PROMPTS])
         prompts = []
         for index, (given, beside) in enumerate(zip(columns[PROMPTS], images, strict=True)):
@@ -116,7 +114,7 @@ class PromptReader:
             row = {**keys, **row} | ({"images": images} if images else {})
             processor = self._processor()
             example = processor.encode(row, add_generation_prompt=True)
-            text = processor.decode(example.tokens, skip_special_tokens=False)
+            text = processor.decode(example.tokens.tolist(), skip_special_tokens=False)
             prompt = Prompt(given, text, example)
         length = len(prompt.example.tokens)
         if length > self._max_length:
@@ -146,10 +144,6 @@ def _cells(name: str, cells: Any) -> list[Any]:
     return list(cells)
 
 
-def _present(columns: Mapping[str, list[Any]]) -> list[list[Any]]:
-    return [columns[name] for name in IMAGE_COLUMNS if name in columns]
-
-
 def _images(cells: Sequence[Any]) -> Iterator[Any]:
     """The images of one row, of its cells in the image columns."""
     for cell in cells:
@@ -159,3 +153,52 @@ def _images(cells: Sequence[Any]) -> Iterator[Any]:
             yield from (image for image in cell if image is not None)
         elif cell is not None:
             yield cell
+
+
+class ChatParser(BaseChatTemplateParser):
+    """`chat_parser` of the host's agentic learners, which render message by message.
+
+    Args:
+        processor: its chat template gives the tokens around a turn and the model's header. Text
+            alone: the host's agents have no images.
+    """
+
+    def __init__(self, processor: Processor):
+        self._chat = processor.chat
+        super().__init__(processor.tokenizer)
+
+    def _init_tokens(self) -> TokenConfig:
+        chat = self._chat
+        begin = {role: chat.turn_start + header for role, header in _HEADERS.items()}
+        return TokenConfig(
+            bos_token=self.tokenizer.bos_token,
+            eot_token=chat.turn_end,
+            system_token=begin["system"],
+            user_token=begin["user"],
+            assistant_token=chat.turn_start + chat.header,
+            message_separator="\n",
+        )
+
+    def _init_generation_prompt(self) -> str:
+        prefix = "".join(piece.text for piece in self._chat.prefix)
+        return self.tokens.assistant_token + prefix
+
+    def parse(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        add_generation_prompt: bool = False,
+        is_first_msg: bool = False,
+    ) -> str:
+        """The text of `messages`, and of what precedes an answer.
+
+        Args:
+            messages: `role` and `content`.
+            add_generation_prompt: end where the model is to speak.
+            is_first_msg: begin a conversation; otherwise go on behind a turn's last token.
+        """
+        turns = [self._parse_message(dict(message)) for message in messages]
+        if add_generation_prompt:
+            turns.append(self.generation_prompt)
+        separator = self.tokens.message_separator
+        begin = self.tokens.bos_token if is_first_msg else separator
+        return begin + separator.join(turns) if turns else ""

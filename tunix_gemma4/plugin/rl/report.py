@@ -13,7 +13,7 @@ from tunix.rl.trainer import Trainer
 from tunix.sft import hooks
 
 from ..hooks import extends, overrides
-from ..progress import NoBar, Progress
+from ..progress import NoBar, Progress, history
 from .cluster import ACTOR
 from .learner import EXTRA
 
@@ -59,15 +59,15 @@ class Report(hooks.TrainingHooks):
         log_completions: bool,
         after_step: Callable[[Trainer], None] | None = None,
     ):
-        self._logger = cluster.actor_trainer.metrics_logger
+        self._trainer = cluster.actor_trainer
         self._progress, self._logging_steps = progress, logging_steps
         self._updates, self._log = updates_per_batch, log
         self._log_completions, self._after_step = log_completions, after_step
         self._samples: list[str] = []
-        self._rollouts_before = cluster.actor_trainer.train_steps // updates_per_batch
+        self._rollouts_before = self._trainer.train_steps // updates_per_batch
         cluster.with_external_metrics_logger(self.take)
-        cluster.actor_trainer.with_training_hooks(self)
-        cluster.actor_trainer._pbar = NoBar()
+        self._trainer.with_training_hooks(self)
+        self._trainer._pbar = NoBar()
 
     def take(self, buffer: Any) -> None:
         """Receives the metrics of a rollout step when the host has logged them."""
@@ -96,11 +96,11 @@ class Report(hooks.TrainingHooks):
         parts = [self._progress.place(train_step)]
         rollouts = -(-train_step // self._updates) - self._rollouts_before
         for short, prefix, name in _SHOWN:
-            if self._logger.metric_exists(prefix, name, "train"):
-                values = self._logger.get_metric_history(prefix, name, "train")
-                # The host logs a rollout step's when it ends; until then the latest are another's.
-                if prefix == ACTOR or self._updates == 1 or len(values) >= rollouts:
-                    parts.append(f"{short} {values[-1]:.4g}")
+            values = history(self._trainer, prefix, name)
+            # The host logs a rollout step's when it ends; until then the latest are another's.
+            is_new = prefix == ACTOR or self._updates == 1 or len(values) >= rollouts
+            if values and is_new:
+                parts.append(f"{short} {values[-1]:.4g}")
         # The time of a step stays last.
         parts[-1:-1] = self._progress.rest(train_step)
         self._log("  ".join(parts))
@@ -110,19 +110,9 @@ class Report(hooks.TrainingHooks):
 
     @overrides("train_ctx")
     def on_train_start(self, train_ctx: Any) -> None:
-        """Nothing: the host calls it once per micro-batch."""
+        """Nothing: the host calls this and the next once per micro-batch."""
 
-    @overrides("train_ctx")
-    def on_train_end(self, train_ctx: Any) -> None:
-        """Nothing, likewise."""
-
-    @overrides("train_ctx")
-    def on_train_step_start(self, train_ctx: Any) -> None:
-        """Nothing."""
-
-    @overrides("train_ctx")
-    def on_eval_step_start(self, train_ctx: Any) -> None:
-        """Nothing."""
+    on_train_end = on_train_step_start = on_eval_step_start = on_train_start
 
     @overrides("train_ctx", "eval_loss")
     def on_eval_step_end(self, train_ctx: Any, eval_loss: float) -> None:

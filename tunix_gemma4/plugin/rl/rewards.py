@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reward functions in TRL's form, which stop the run and name the sample when they go wrong.
 
-The host adds NaN as zero, takes an array of any length, reports a crash without its input, and
-knows neither functions that abstain nor asynchronous ones.
+The host adds NaN as zero, takes an array of any length, reports a crash without its input, waits
+for ever, and knows neither functions that abstain nor asynchronous ones.
 """
 
 from __future__ import annotations
@@ -10,10 +10,13 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import contextvars
 import functools
 import inspect
 import math
 import os
+import queue
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import Any
@@ -23,13 +26,15 @@ from absl import logging
 
 from ...data.images import to_rgb
 from ...data.messages import split_thought
-from .context import bound
+from ..hooks import around
+from .context import current
 from .prompts import IMAGE_COLUMNS
-from .reward_time import RewardTimeout, Timed, limit_of
 
 RewardFn = Callable[..., list[float | None]]
 REWARDS = "rewards/"  # before the name of a function's metric
 _SHOWN = 400  # characters of a prompt or completion in a message
+WARN_AFTER = 60.0  # seconds
+_LIMIT = "reward_timeout"
 
 
 class RewardError(RuntimeError):
@@ -54,7 +59,7 @@ def checked(reward_fn: RewardFn) -> Callable[..., list[float]]:
     # The host's own count the letters of a completion.
     of_host = (getattr(reward_fn, "__module__", None) or "").split(".")[0] == "tunix"
 
-    timed = Timed(called, limit_of(reward_fn))
+    timed = Timed(called, getattr(reward_fn, _LIMIT, None))
 
     def call(given: dict[str, Any]) -> Any:
         with _same_folder(called):
@@ -62,10 +67,10 @@ def checked(reward_fn: RewardFn) -> Callable[..., list[float]]:
 
     @functools.wraps(reward_fn)
     def reward(prompts: list[Any], completions: list[str], **columns: Any) -> list[float]:
-        work = bound()
-        if work is not None:
-            prompts = prompts if work.prompts is None else work.prompts
-            columns |= work.for_rewards
+        context = current()
+        if context is not None:
+            prompts = prompts if context.prompts is None else context.prompts
+            columns |= context.for_rewards
         said = completions
         if not of_host:
             said = [_answer(*pair) for pair in zip(prompts, completions, strict=True)]
@@ -75,7 +80,8 @@ def checked(reward_fn: RewardFn) -> Callable[..., list[float]]:
         try:
             given |= {name: _pictures(given[name]) for name in IMAGE_COLUMNS if name in given}
             # Lists of its own, so that one that sorts or empties them harms no other.
-            found = call({name: _copied(value) for name, value in given.items()})
+            copies = {n: list(v) if isinstance(v, list) else v for n, v in given.items()}
+            found = call(copies)
         except RewardTimeout as error:
             first = _sample(0, prompts, said)
             raise RewardError(
@@ -112,10 +118,6 @@ def _same_folder(called: str) -> Iterator[None]:
                 1,
                 *(called, after, before),
             )
-
-
-def _copied(value: Any) -> Any:
-    return list(value) if isinstance(value, list) else value
 
 
 def _answer(prompt: Any, completion: str) -> Any:
@@ -159,7 +161,7 @@ def _call(reward_fn: RewardFn, given: dict[str, Any]) -> Any:
         return pool.submit(asyncio.run, result()).result()
 
 
-def _hint(error: Exception, completions: list[Any]) -> str:
+def _hint(error: BaseException, completions: list[Any]) -> str:
     """What a function written for strings is told when it is given messages."""
     of_lists = isinstance(error, AttributeError | TypeError) and "list" in str(error)
     if of_lists and isinstance(completions[0], list):
@@ -248,36 +250,124 @@ def _cut(text: str) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text)} characters)"
 
 
+# ---- How long a function may take.
+
+
+class RewardTimeout(RuntimeError):
+    """A reward function did not return in time."""
+
+
+def limited(reward_fn: Callable[..., Any], seconds: float) -> Callable[..., Any]:
+    """`reward_fn`, which may take so long for a batch."""
+
+    reward = functools.update_wrapper(functools.partial(reward_fn), reward_fn)
+    # An object that is called need not have a name.
+    reward.__name__ = getattr(reward_fn, "__name__", type(reward_fn).__name__)
+    setattr(reward, _LIMIT, seconds)
+    return reward
+
+
+class Timed:
+    """Calls a reward function's code.
+
+    With a limit it runs in a thread of its own, the same for all calls, which is left behind when
+    it does not return: Python cannot end it. Without one it runs in the caller's.
+
+    Args:
+        called: the function's name.
+        limit: seconds.
+    """
+
+    def __init__(self, called: str, limit: float | None):
+        self._called, self._limit = called, limit
+        self._work: queue.SimpleQueue | None = None
+
+    def __call__(self, function: Callable[[], Any]) -> Any:
+        """What `function()` returns or raises.
+
+        Raises:
+            RewardTimeout: if it does neither in time.
+        """
+        with self._warning():
+            if self._limit is None:
+                return function()
+            return self._in_time(function)
+
+    @contextlib.contextmanager
+    def _warning(self) -> Iterator[None]:
+        timer = threading.Timer(
+            WARN_AFTER,
+            logging.warning,
+            (
+                "reward function %s has not returned for %.0f seconds; reward_timeout would end "
+                "the run.",
+                *(self._called, WARN_AFTER),
+            ),
+        )
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def _in_time(self, function: Callable[[], Any]) -> Any:
+        if self._work is None:
+            self._work = queue.SimpleQueue()
+            threading.Thread(target=_serve, args=(self._work,), daemon=True).start()
+        answer: queue.SimpleQueue = queue.SimpleQueue()
+        self._work.put((contextvars.copy_context(), function, answer))
+        try:
+            result, error = answer.get(timeout=self._limit)
+        except queue.Empty:
+            self._work = None  # Its thread is busy.
+            raise RewardTimeout(
+                f"reward function {self._called} did not return within "
+                f"reward_timeout={self._limit:g} seconds"
+            ) from None
+        if error is not None:
+            raise error
+        return result
+
+
+def _serve(work: queue.SimpleQueue) -> None:
+    while True:
+        context, function, answer = work.get()
+        try:
+            answer.put((context.run(function), None))
+        except BaseException as error:
+            answer.put((None, error))
+
+
 # ---- Of several functions, some of which abstain.
 
 
-def wrap_reward_manager(original: Callable) -> Callable:
-    """The host's sum of rewards, in which a function that abstains has no part."""
+@around
+def wrap_reward_manager(original, self, prompts: list, completions: list, **columns) -> dict:
+    """A reward function may abstain.
 
-    @functools.wraps(original)
-    def compute_rewards(self, prompts: list, completions: list, **columns: Any) -> dict[str, Any]:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # rows without any number
-            info = original(self, prompts, completions, **columns)
-        log = info["log_metrics"]
-        names = [f"{REWARDS}{fn.__name__}" for fn in self.reward_fns]
-        matrix = np.stack([np.asarray(log[name][0], float) for name in names], axis=1)
-        if not np.isnan(matrix).any():
-            return info
-        abstained = np.isnan(matrix).all(axis=1)
-        # A sum of nothing would be a reward of 0.
-        total = np.where(abstained, np.nan, np.nansum(matrix, axis=1))
-        rows = {
-            "sum": total,
-            "mean": total / np.maximum((~np.isnan(matrix)).sum(axis=1), 1),
-            "min": np.fmin.reduce(matrix, axis=1),
-            "max": np.fmax.reduce(matrix, axis=1),
-        }
-        log |= {f"rewards/{name}": (values, _nan_mean) for name, values in rows.items()}
-        log |= {name: (log[name][0], _nan_mean) for name in names}
-        return info | {"rewards": total, "log_metrics": log}
-
-    return compute_rewards
+    Then it has no part in the host's sum.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # rows without any number
+        info = original(self, prompts, completions, **columns)
+    log = info["log_metrics"]
+    names = [f"{REWARDS}{fn.__name__}" for fn in self.reward_fns]
+    matrix = np.stack([np.asarray(log[name][0], float) for name in names], axis=1)
+    if not np.isnan(matrix).any():
+        return info
+    abstained = np.isnan(matrix).all(axis=1)
+    # A sum of nothing would be a reward of 0.
+    total = np.where(abstained, np.nan, np.nansum(matrix, axis=1))
+    rows = {
+        "sum": total,
+        "mean": total / np.maximum((~np.isnan(matrix)).sum(axis=1), 1),
+        "min": np.fmin.reduce(matrix, axis=1),
+        "max": np.fmax.reduce(matrix, axis=1),
+    }
+    log |= {f"rewards/{name}": (values, _nan_mean) for name, values in rows.items()}
+    log |= {name: (log[name][0], _nan_mean) for name in names}
+    return info | {"rewards": total, "log_metrics": log}
 
 
 def require_sums(rewards: np.ndarray) -> None:
@@ -315,9 +405,9 @@ def without_abstained(rewards: np.ndarray, groups: bool) -> np.ndarray:
         groups: whether completions are compared within groups.
     """
     abstained = np.isnan(rewards)
-    work = bound()
-    if work is not None:
-        work.abstained = abstained if abstained.any() else None
+    context = current()
+    if context is not None:
+        context.record.abstained = abstained if abstained.any() else None
     if not abstained.any():
         return rewards
     if abstained.all():
@@ -333,31 +423,31 @@ def without_abstained(rewards: np.ndarray, groups: bool) -> np.ndarray:
     return np.where(abstained, _nan_mean(rewards), rewards)
 
 
-def wrap_get_advantage_estimator(original: Callable) -> Callable:
-    """Estimators of groups that leave out completions without a reward, whose advantage is 0."""
+@around
+def wrap_get_advantage_estimator(original, name: str) -> Callable:
+    """Completions that no reward function judged have advantage 0 and leave the others alone.
 
-    @functools.wraps(original)
-    def get_advantage_estimator(name: str) -> Callable:
-        estimator = original(name)
+    They are left out of their groups.
+    """
+    estimator = original(name)
 
-        @functools.wraps(estimator)
-        def estimate(*args: Any, **kwargs: Any) -> Any:
-            work = bound()
-            if args or kwargs.keys() != {"rewards", "num_generations"}:
-                return estimator(*args, **kwargs)
-            left_out = np.isnan(kwargs["rewards"])
-            if work is not None and work.abstained is not None:
-                left_out = left_out | work.abstained
-            if not left_out.any():
-                return estimator(**kwargs)
-            rewards = np.asarray(kwargs["rewards"], float)
-            advantages = np.zeros_like(rewards)
-            for group in np.arange(rewards.size).reshape(-1, kwargs["num_generations"]):
-                kept = group[~left_out[group]]
-                if len(kept) > 1:
-                    advantages[kept] = estimator(rewards=rewards[kept], num_generations=len(kept))
-            return advantages
+    @functools.wraps(estimator)
+    def estimate(*args: Any, **kwargs: Any) -> Any:
+        context = current()
+        if args or kwargs.keys() != {"rewards", "num_generations"}:
+            return estimator(*args, **kwargs)
+        left_out = np.isnan(kwargs["rewards"])
+        # The host gets the others' mean in their place: see `without_abstained`.
+        if context is not None and context.record.abstained is not None:
+            left_out = left_out | context.record.abstained
+        if not left_out.any():
+            return estimator(**kwargs)
+        rewards = np.asarray(kwargs["rewards"], float)
+        advantages = np.zeros_like(rewards)
+        for group in np.arange(rewards.size).reshape(-1, kwargs["num_generations"]):
+            kept = group[~left_out[group]]
+            if len(kept) > 1:
+                advantages[kept] = estimator(rewards=rewards[kept], num_generations=len(kept))
+        return advantages
 
-        return estimate
-
-    return get_advantage_estimator
+    return estimate

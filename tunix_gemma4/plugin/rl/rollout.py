@@ -21,22 +21,15 @@ from ...data.prompts import Prompt
 from ...model.gemma4 import Gemma4ForConditionalGeneration
 from ...sampling import generate, media_ids
 from ..hooks import extends, overrides
-from .context import Draws, bound
+from .context import current
 
 
 @extends(
-    __init__=(
-        "model",
-        "tokenizer",
-        "cache_config_or_size",
-    ),
+    __init__=("model", "tokenizer", "cache_config_or_size"),
     model=(),
     pad_id=(),
     eos_id=(),
-    update_params=(
-        "params",
-        "filter_types",
-    ),
+    update_params=("params", "filter_types"),
 )
 class Rollout(vanilla_rollout.VanillaRollout):
     """Generates with `tunix_gemma4.generate`; weights and their exchange are the host's."""
@@ -44,9 +37,10 @@ class Rollout(vanilla_rollout.VanillaRollout):
     def __init__(self, model: Any, tokenizer: Any, cache_config_or_size: Any):
         super().__init__(model, tokenizer, cache_config_or_size)
         self.is_gemma4 = isinstance(model, Gemma4ForConditionalGeneration)
-        self._config = model.config if self.is_gemma4 else None
+        self._config: Any = model.config if self.is_gemma4 else None
         self._processor: Processor | None = None
-        self._draws, self._image_slots = Draws(), ImageSlots()
+        self._image_slots = ImageSlots()
+        self._draws = (0, 0)  # outside a learner, as `RolloutContext.draws`
         self.seconds = 0.0  # spent generating, in all
 
     @property
@@ -86,7 +80,7 @@ class Rollout(vanilla_rollout.VanillaRollout):
 
     def begin(self, step: int) -> None:
         """Starts the random numbers of a step outside a learner."""
-        self._draws = Draws(step)
+        self._draws = (step, 0)
 
     def images(self, examples: Sequence[Example]) -> np.ndarray | None:
         """Their images [B, I, M, C]; I never falls, so that few programs are compiled."""
@@ -106,7 +100,7 @@ class Rollout(vanilla_rollout.VanillaRollout):
             ValueError: a prompt longer than `max_prompt_length`.
         """
         if not self.is_gemma4:
-            return super().generate(prompts, rollout_config, **kwargs)
+            return super().generate(list(map(str, prompts)), rollout_config, **kwargs)
         start = time.perf_counter()
         batch = self._batch(prompts, rollout_config.max_prompt_length)
         stops = self.stop_ids(rollout_config)
@@ -145,8 +139,8 @@ class Rollout(vanilla_rollout.VanillaRollout):
         for row, example in enumerate(examples):
             start = length - len(example.tokens)
             tokens[row, start:], mask[row, start:] = example.tokens, 1
-        work = bound()
-        images = None if work is None else work.rows(len(examples))
+        context = current()
+        images = None if context is None else context.next_images(len(examples))
         return Batch(tokens, np.zeros_like(mask), mask, images)
 
     def _text(self, prompt: str) -> Example:
@@ -155,7 +149,7 @@ class Rollout(vanilla_rollout.VanillaRollout):
 
     def tokenize(self, prompt: str) -> Sequence[int]:
         """The ids of a prompt that already follows the chat template."""
-        return self._sampler.tokenize(prompt)
+        return list(self._sampler.tokenize(prompt))
 
     def _random_numbers(self, seed: int | jax.Array | None, count: int) -> dict[str, Any]:
         """Of each completion by the run's seed, its rollout step and its place in that, alone.
@@ -164,24 +158,29 @@ class Rollout(vanilla_rollout.VanillaRollout):
         cut into calls.
         """
         seed = 0 if seed is None else int(np.ravel(jax.device_get(seed))[-1])
-        work = bound()
-        draws = self._draws if work is None else work.draws
-        mixed = np.random.SeedSequence([seed, draws.step]).generate_state(1)[0]
-        return {"seed": int(mixed >> 1), "places": draws.take(count)}
+        context = current()
+        if context is None:
+            step, place = self._draws
+            self._draws = (step, place + count)
+        else:
+            step, first = context.draws
+            place = first + len(context.record.completion_ids)  # behind those of earlier calls
+        mixed = np.random.SeedSequence([seed, step]).generate_state(1)[0]
+        return {"seed": int(mixed >> 1), "places": range(place, place + count)}
 
     def _output(self, batch: Batch, said: Any, stops: Sequence[int]) -> base_rollout.RolloutOutput:
         tokens, lengths, logps = jax.device_get((said.tokens, said.lengths, said.logps))
         rows = [row[:length] for row, length in zip(tokens, lengths, strict=True)]
         scores = [row[:length] for row, length in zip(logps, lengths, strict=True)]
-        work = bound()
-        if work is not None:
-            work.completion_ids += rows
-            work.rollout_logps += scores
-            work.truncated += [row[-1] not in stops for row in rows]
+        context = current()
+        if context is not None:
+            context.record.completion_ids += rows
+            context.record.rollout_logps += scores
+            context.record.truncated += [row[-1] not in stops for row in rows]
         spoken = [row[:-1] if row[-1] in stops else row for row in rows]
         return base_rollout.RolloutOutput(
             text=[self._sampler.tokenizer.decode(row.tolist()) for row in spoken],
-            logits=None,
+            logits=None,  # pyright: ignore[reportArgumentType]
             tokens=rows,
             left_padded_prompt_tokens=batch.tokens,
             logprobs=[row.tolist() for row in scores],
@@ -195,7 +194,7 @@ def gemma4_rollout(rl_cluster: Any) -> Rollout | None:
 
 
 def wrap_vanilla_rollout(original: type) -> type:
-    """`Rollout` in place of the class that it extends."""
+    """Rollouts see images, stop on the whole stop list and draw anew in each step."""
     if not issubclass(Rollout, original):
         raise RuntimeError(f"{original.__name__} is not the host's own; was it replaced before?")
     return Rollout

@@ -11,7 +11,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterable
@@ -23,9 +22,13 @@ import numpy as np
 from tunix.rl.queue.data_queue import SimpleDataQueue
 from tunix.rl.rl_cluster import Mode
 
-from .context import Bound, bound
-from .micro_batches import needs_whole_step, share_step
+from ..hooks import around, call_of
+from .context import Record, RolloutContext, current
+from .losses import needs_whole_step, share_step
 from .rollout import gemma4_rollout
+
+# Rollouts of evaluation draw from streams that no training step has.
+_EVAL_STREAM = 1 << 32
 
 
 @dataclasses.dataclass
@@ -38,6 +41,7 @@ class RolloutStep:
         updates: the same, each counted `num_iterations` times.
         waiting: micro-batches that are sampled and not yet trained on.
         evaluated_at: optimizer steps that had been taken at the last evaluation.
+        drawn: of each mode the step that it last sampled in, and completions sampled in that.
     """
 
     prompts: int = 1
@@ -45,6 +49,7 @@ class RolloutStep:
     updates: int = 1
     waiting: collections.deque = dataclasses.field(default_factory=collections.deque)
     evaluated_at: int | None = None
+    drawn: dict[Mode, tuple[int, int]] = dataclasses.field(default_factory=dict)
 
 
 def rollout_step(learner: Any) -> RolloutStep:
@@ -64,6 +69,16 @@ def begin(learner: Any, prompts: int, mini_batch: int) -> RolloutStep:
     return step
 
 
+def draws(learner: Any, mode: Mode, count: int) -> tuple[int, int]:
+    """`RolloutContext.draws` of the next `count` completions; each evaluation has the same."""
+    step = learner.rl_cluster.global_steps if mode == Mode.TRAIN else _EVAL_STREAM
+    drawn = rollout_step(learner).drawn
+    latest, place = drawn.get(mode, (step, 0))
+    place = place if latest == step else 0
+    drawn[mode] = (step, place + count)
+    return step, place
+
+
 def packs(learner: Any) -> bool:
     """Whether the host packs examples, which then lose what they have of ours."""
     return learner._training_config.max_seq_token_per_tpu is not None
@@ -72,40 +87,35 @@ def packs(learner: Any) -> bool:
 # ---- The old policy.
 
 
-def wrap_get_old_per_token_logps(original: Callable) -> Callable:
-    """The one place that says what the old policy's log-probabilities are.
+@around
+def wrap_old_logps(original, self, prompt_tokens, completion_tokens, *args, **kwargs) -> jax.Array:
+    """Off-policy updates hold the policy against that which sampled, by the sampler's numbers.
 
-    Those with which the sampler drew the tokens, where the batch in work is trained on off-policy;
-    otherwise the host's, from a forward pass of the policy that samples. A packed loss gives
-    suppressed ids a share, which the sampler did not: there the host's, too.
+    This is the one place that says what the old policy's log-probabilities are: those with which
+    the sampler drew the tokens, where the batch in work is trained on off-policy; otherwise the
+    host's, from a forward pass of the policy that samples. A packed loss gives suppressed ids a
+    share, which the sampler did not: there the host's, too.
     """
-
-    @functools.wraps(original)
-    def get_old_per_token_logps(
-        self, prompt_tokens: jax.Array, completion_tokens: jax.Array, *args: Any, **kwargs: Any
-    ) -> jax.Array:
-        batch = bound()
-        if batch is None or not batch.off_policy or not batch.suppressed:
-            return original(self, prompt_tokens, completion_tokens, *args, **kwargs)
-        return jnp.asarray(padded_logps(batch, completion_tokens.shape))
-
-    return get_old_per_token_logps
+    context = current()
+    if context is None or not context.off_policy or not context.suppressed:
+        return original(self, prompt_tokens, completion_tokens, *args, **kwargs)
+    return jnp.asarray(padded_logps(context.record, completion_tokens.shape))
 
 
-def padded_logps(batch: Bound, shape: tuple[int, ...]) -> np.ndarray:
+def padded_logps(record: Record, shape: tuple[int, ...]) -> np.ndarray:
     """The sampler's log-probabilities, float32, padded with 0 like completions."""
     logps = np.zeros(shape, np.float32)
-    for row, sampled in enumerate(batch.rollout_logps):
+    for row, sampled in enumerate(record.rollout_logps):
         logps[row, : len(sampled)] = sampled
     return logps
 
 
-def with_old_logps(learner: Any, example: Any, batch: Bound) -> Any:
+def with_old_logps(learner: Any, example: Any, context: RolloutContext) -> Any:
     """`example`, which has the old policy's log-probabilities wherever they are needed."""
-    if not batch.off_policy and hasattr(learner.algo_config, "use_rollout_logps"):
+    if not context.off_policy and hasattr(learner.algo_config, "use_rollout_logps"):
         # Newer hosts take the sampler's even so, and its rounding with them.
         return dataclasses.replace(example, old_per_token_logps=None)
-    if not batch.off_policy or example.old_per_token_logps is not None:
+    if not context.off_policy or example.old_per_token_logps is not None:
         return example
     old = learner.rl_cluster.get_old_per_token_logps(
         prompt_tokens=example.prompt_ids,
@@ -118,36 +128,36 @@ def with_old_logps(learner: Any, example: Any, batch: Bound) -> Any:
 # ---- Sampling for a whole step.
 
 
-def wrap_prepare_data(original: Callable) -> Callable:
-    """Samples for all optimizer steps of a rollout step at once, from one policy."""
-    signature = inspect.signature(original)
+@around
+def wrap_prepare_data(original, self, *args: Any, **kwargs: Any) -> None:
+    """A rollout step is sampled from one policy, and its micro-batches add up to it.
 
-    @functools.wraps(original)
-    def prepare_data(self, *args: Any, **kwargs: Any) -> None:
-        given = signature.bind(self, *args, **kwargs)
-        given.apply_defaults()
-        call = {name: value for name, value in given.arguments.items() if name != "self"}
-        run = functools.partial(original, self)
-        if gemma4_rollout(self.rl_cluster) is None:
-            return run(**call)
-        if call["mode"] == Mode.EVAL:
-            return _evaluate(self, run, call)
-        if call["proceed_num_steps"] < 1:
-            return run(**call)  # Without steps, until the data end.
-        if call["async_loading"] and not needs_whole_step(self):
-            # Trains on the first micro-batches while the others are sampled. All pieces of a step
-            # are of one size, so that means over pieces are means over the step.
-            micro = max(1, rollout_step(self).prompts // call["proceed_num_steps"])
-            target = math.lcm(call["service_target_batch_size"], micro)
-            return run(**call | {"service_target_batch_size": target})
-        return _train(self, run, call)
-
-    return prepare_data
+    That is for all of its optimizer steps at once.
+    """
+    given = call_of(original, self, *args, **kwargs)
+    given.apply_defaults()
+    call = {name: value for name, value in given.arguments.items() if name != "self"}
+    run = functools.partial(original, self)
+    if gemma4_rollout(self.rl_cluster) is None:
+        return run(**call)
+    if call["mode"] == Mode.EVAL:
+        return _evaluate(self, run, call)
+    if call["proceed_num_steps"] < 1:
+        return run(**call)  # Without steps, until the data end.
+    if call["async_loading"] and not needs_whole_step(self):
+        # Trains on the first micro-batches while the others are sampled. All pieces of a step
+        # are of one size, so that means over pieces are means over the step.
+        micro = max(1, rollout_step(self).prompts // call["proceed_num_steps"])
+        target = math.lcm(call["service_target_batch_size"], micro)
+        return run(**call | {"service_target_batch_size": target})
+    return _train(self, run, call)
 
 
 def _train(learner: Any, run: Callable, call: dict[str, Any]) -> None:
     """Hands out the micro-batches of the next optimizer step, as often as there are iterations."""
     step, queue, count = rollout_step(learner), call["data_queue"], call["proceed_num_steps"]
+    # The host asks once for each optimizer step, and takes examples from the queue until None. The
+    # first time there is nothing waiting, and all of the rollout step is sampled at once.
     try:
         if not step.waiting:
             step.waiting.extend(_sampled(learner, run, call, step.mini_batches))
@@ -169,6 +179,7 @@ def _sampled(learner: Any, run: Callable, call: dict[str, Any], mini_batches: in
         next(iterator)
         learner._iter_steps += 1
     taken = list(itertools.islice(iterator, mini_batches * count))
+    # An optimizer step takes `count` of them: what makes no whole one is left out.
     taken = taken[: len(taken) // count * count]
     if not taken:
         raise StopIteration
@@ -198,27 +209,27 @@ class Evaluation(list):
         self.seen_by: set[str] = set()
 
 
-def wrap_update(original: Callable) -> Callable:
-    """A trainer evaluates once, before the step; the host's does in each micro-batch, and behind
-    the step once more."""
+@around
+def wrap_update(original, self, train_ds: Any, eval_ds: Any, skip_jit: bool = False) -> None:
+    """The loss of held-out prompts is computed once, over all of them.
 
-    @functools.wraps(original)
-    def update(self, train_ds: Any, eval_ds: Any, skip_jit: bool = False) -> None:
-        if isinstance(eval_ds, Evaluation):
-            if original.__name__ not in eval_ds.seen_by:
-                eval_ds.seen_by.add(original.__name__)
-                original(self, [], eval_ds, skip_jit)
-            eval_ds = None
-        if train_ds:
-            original(self, train_ds, eval_ds, skip_jit)
-
-    return update
+    A trainer evaluates before the step; the host's does in each micro-batch, and behind the step
+    once more.
+    """
+    if isinstance(eval_ds, Evaluation):
+        if original.__name__ not in eval_ds.seen_by:
+            eval_ds.seen_by.add(original.__name__)
+            original(self, [], eval_ds, skip_jit)
+        eval_ds = None
+    if train_ds:
+        original(self, train_ds, eval_ds, skip_jit)
 
 
 def _evaluate(learner: Any, run: Callable, call: dict[str, Any]) -> None:
     """All examples in one list: the host takes the first from the queue, and no other."""
-    vars(learner).setdefault("_drawn", {}).pop(Mode.EVAL, None)
-    rollout_step(learner).evaluated_at = learner.rl_cluster.actor_trainer.train_steps
+    step = rollout_step(learner)
+    step.drawn.pop(Mode.EVAL, None)  # From the stream's beginning, so that all have the same.
+    step.evaluated_at = learner.rl_cluster.actor_trainer.train_steps
     queue = call["data_queue"]
     try:
         queue.put(Evaluation(_examples(run, call)))
@@ -253,15 +264,14 @@ def evaluate_last(learner: Any, eval_ds: Iterable | None, skip_jit: bool) -> Non
         learner.rl_cluster.update_critic([], examples, skip_jit)
 
 
-def wrap_close(original: Callable) -> Callable:
-    """Does first what a learner has left to do while metrics can still be logged."""
+@around
+def wrap_close(original, self) -> None:
+    """The policy that training leaves is evaluated.
 
-    @functools.wraps(original)
-    def close(self) -> None:
-        vars(self).pop("before_close", lambda: None)()
-        original(self)
-
-    return close
+    What a learner has left to do is done while metrics can still be logged.
+    """
+    vars(self).pop("before_close", lambda: None)()
+    original(self)
 
 
 def _examples(run: Callable, call: dict[str, Any]) -> list[Any]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,6 +15,8 @@ import numpy as np
 from ...config.domains import require
 from ...data.processor import Batch
 from ..optimizer import StepRecord
+
+_last = operator.itemgetter(-1)
 
 
 def supervised_tokens(batch: Batch) -> int:
@@ -109,7 +112,3 @@ class StepMetrics:
         peak = trainer.history("peak_memory_bytes")
         parts += [f"peak {peak[-1] / 2**30:.2f} GiB"] if peak else []
         self._log("  ".join(parts))
-
-
-def _last(values: list[Any]) -> Any:
-    return values[-1]

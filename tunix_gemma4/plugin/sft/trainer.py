@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,13 +25,14 @@ from ...config.domains import require_fields
 from ...data import BatchDataset
 from ...data.processor import Batch
 from ...losses import next_token_loss
+from ...sharding import mesh_of
 from .. import stop
-from ..checkpoints import CheckpointManager
+from ..checkpoints import resume
 from ..health import NonFiniteError, evaluation_text, settle, state_is_finite
 from ..hooks import check_host, extends, overrides
 from ..optimizer import StepRecord, find, max_skipped, skipped_steps
 from ..placement import place_optimizer
-from ..progress import NoBar, Progress
+from ..progress import NoBar, Progress, history
 from ..train_step import gradient_sums, wrap_jit_train_and_eval_step
 from .metrics import StepMetrics, supervised_tokens
 
@@ -39,6 +40,7 @@ TrainingConfig = peft_trainer.TrainingConfig
 Mode = metrics_logger.Mode
 
 POSITION = "data_position"
+_LOGGERS = ("metrics_logger", "perf_tracer", "perf_tracer_v2")
 
 
 def model_input(batch: Batch) -> dict[str, Any]:
@@ -90,30 +92,16 @@ class PositionedData(hooks.DataHooks):
 
 
 @extends(
-    __init__=(
-        "model",
-        "optimizer",
-        "training_config",
-        "metrics_logger",
-        "perf_tracer",
-        "perf_tracer_v2",
-    ),
+    __init__=("model", "optimizer", "training_config", *_LOGGERS),
     _train_step={
         ("model", "optimizer", "inputs"),
         ("model", "optimizer", "grad_accumulator", "inputs", "is_update_step"),
     },
     _switch_mode=("mode",),
-    with_loss_fn=(
-        "loss_fn",
-        "has_aux",
-    ),
+    with_loss_fn=("loss_fn", "has_aux"),
     with_gen_model_input_fn=("gen_model_input_fn",),
     with_data_hooks=("data_hooks",),
-    _log_metrics=(
-        "loss",
-        "step",
-        "additional_metrics",
-    ),
+    _log_metrics=("loss", "step", "additional_metrics"),
 )
 class Gemma4Trainer(peft_trainer.PeftTrainer):
     """Trains the adapters of a model that has some, all parameters of one that has none.
@@ -146,7 +134,7 @@ class Gemma4Trainer(peft_trainer.PeftTrainer):
         # The host would restore before the optimizer's state lies where it belongs.
         without = dataclasses.replace(training_config, checkpoint_root_directory=None)
         super().__init__(model, optimizer, without, metrics_logger)
-        self._mesh = _mesh_of(model)
+        self._mesh = mesh_of(nnx.state(model))
         axes = tuple(
             axis
             for axis in training_config.data_sharding_axis
@@ -154,8 +142,9 @@ class Gemma4Trainer(peft_trainer.PeftTrainer):
         )
         self.config = dataclasses.replace(training_config, data_sharding_axis=axes)
         self._shard_optimizer(self._mesh)
-        self._restore()
-        self.with_loss_fn(next_token_loss).with_gen_model_input_fn(model_input)
+        resume(self, training_config.checkpoint_root_directory, position=POSITION)
+        self.with_loss_fn(next_token_loss)  # pyright: ignore[reportArgumentType]
+        self.with_gen_model_input_fn(model_input)
         self._log = log
         self.progress = progress or Progress(training_config.max_steps)
         self._metrics = StepMetrics(log=log, logging_steps=logging_steps)
@@ -163,17 +152,6 @@ class Gemma4Trainer(peft_trainer.PeftTrainer):
         self._eval_ds: Iterable[Batch] | None = None
         self._jitted_eval: Callable[..., Any] | None = None
         self._evaluated_at: int | None = None
-
-    def _restore(self) -> None:
-        self.checkpoint_manager = CheckpointManager(
-            root_directory=self.config.checkpoint_root_directory,
-            options=self.config.checkpointing_options,
-        )
-        self.checkpoint_manager.position = POSITION
-        self._train_steps, self._restored_custom_metadata = self.checkpoint_manager.maybe_restore(
-            self.model, self.optimizer, restore_only_lora_params=self._lora_enabled
-        )
-        self._iter_steps = self._train_steps * self._micro_batches
 
     @property
     def _micro_batches(self) -> int:
@@ -237,9 +215,8 @@ class Gemma4Trainer(peft_trainer.PeftTrainer):
     @overrides()
     def custom_checkpoint_metadata(self) -> dict[str, Any]:
         """Saved with each checkpoint: where the data pipeline stands."""
-        if self.data_hooks is None:
-            return {}
-        return {POSITION: self.data_hooks.position()}
+        data = self.data_hooks
+        return {POSITION: data.position()} if isinstance(data, PositionedData) else {}
 
     @overrides()
     def _save_last_checkpoint(self) -> None:
@@ -329,7 +306,7 @@ class Gemma4Trainer(peft_trainer.PeftTrainer):
     @overrides("metrics", "step", "loss")
     def _may_update_pbar(self, metrics, step=None, loss=None) -> None:
         super()._may_update_pbar(metrics, step, loss)
-        if self._mode == Mode.TRAIN:
+        if self._mode == Mode.TRAIN and step is not None:
             self._metrics.report(self, step)
 
     @overrides("eval_ds", "eval_step_fn")
@@ -339,8 +316,9 @@ class Gemma4Trainer(peft_trainer.PeftTrainer):
         losses, weights, rows = [], [], []
         with self._metrics.paused(), self._switch_mode(Mode.EVAL):
             for batch in eval_ds:
-                if stop.asked() is not None:
-                    self._stop_here()
+                number = stop.asked()
+                if number is not None:
+                    self._stop_here(number)
                 weights.append(_loss_weight(batch))
                 rows.append(batch.rows)
                 loss, _ = eval_step_fn(self._prepare_inputs(batch))
@@ -366,11 +344,11 @@ class Gemma4Trainer(peft_trainer.PeftTrainer):
         """Whether what a checkpoint of the latest step would hold is finite. Waits for the step."""
         return state_is_finite(self)
 
-    def _stop_here(self) -> NoReturn:
+    def _stop_here(self, number: int) -> None:
         """Ends the run where a signal asked for it: evaluation may take long."""
         if not self._train_steps:
-            stop.end(stop.asked(), f"stopped by {stop.name_of(stop.asked())} before the first step")
-        self._save()
+            stop.end(number, "before the first step")
+        self._save()  # Which ends it.
 
     @overrides()
     def close(self) -> None:
@@ -387,19 +365,7 @@ class Gemma4Trainer(peft_trainer.PeftTrainer):
 
     def history(self, name: str, mode: str = "train") -> list[float]:
         """Every logged value of a metric, oldest first; empty if there is none."""
-        mode = Mode(mode)
-        if not self.metrics_logger.metric_exists(self.metrics_prefix, name, mode):
-            return []
-        return self.metrics_logger.get_metric_history(self.metrics_prefix, name, mode).tolist()
-
-
-def _mesh_of(model: nnx.Module) -> Mesh | None:
-    """The mesh that the parameters lie on."""
-    for leaf in jax.tree.leaves(nnx.state(model)):
-        where = getattr(leaf, "sharding", None)  # Shapes and traced arrays may have none.
-        if isinstance(where, NamedSharding):
-            return where.mesh
-    return None
+        return history(self, self.metrics_prefix, name, Mode(mode))
 
 
 def _loss_weight(batch: Batch) -> float:

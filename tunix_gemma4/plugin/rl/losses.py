@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Losses of the host's learners, told of what their example carries and of the whole step.
+
+They see the images of their rows, are means over an optimizer step however it is cut, and measure
+how sampler and policy agree. PPO's rewards arrive whole, and ORPO is the paper's.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from tunix.rl import algo_core
+from tunix.sft.dpo import dpo_trainer
+
+from ...model.gemma4 import Gemma4Model
+from ..hooks import around
+from .context import Record, RolloutContext, bind
+from .metrics import AGREEMENT, TOKENS
+
+# ---- An example and its loss.
+
+
+class InWork:
+    """Marks examples that carry what `extended` adds to the host's."""
+
+    completion_mask: jax.Array
+    images: Any
+    loss_denominator: Any
+    image_repeats: int
+    temperature: float
+    suppressed: tuple[int, ...]
+
+
+@functools.cache
+def extended(kind: type) -> type:
+    """The host's example `kind` with what the loss needs besides.
+
+    One class for each kind: a compiled step takes another class for another structure.
+    """
+
+    @struct.dataclass
+    class Example(kind, InWork):
+        images: Any = None
+        rollout_logps: Any = None
+        # [B]: tokens of the optimizer step over its micro-batches, where the loss is their mean.
+        loss_denominator: Any = None
+        image_repeats: int = struct.field(pytree_node=False, default=1)
+        temperature: float = struct.field(pytree_node=False, default=1.0)
+        suppressed: tuple[int, ...] = struct.field(pytree_node=False, default=())
+
+    return Example
+
+
+@around
+def wrap_with_loss_fn(original, self, loss_fn: Callable, has_aux: bool = False) -> Any:
+    """The loss sees the images of its example and measures rollout agreement."""
+    return original(self, with_images(loss_fn) if has_aux else loss_fn, has_aux)
+
+
+def with_images(loss_fn: Callable) -> Callable:
+    """A loss with metrics, computed while the context of its example is bound."""
+
+    @functools.wraps(loss_fn)
+    def loss(model: Any, train_example: Any, *args: Any, **kwargs: Any) -> tuple[Any, dict]:
+        if not isinstance(train_example, InWork):
+            return loss_fn(model, train_example, *args, **kwargs)
+        images, repeats = train_example.images, train_example.image_repeats
+        context = RolloutContext(
+            # The example has them for each row, since the host cuts it by rows.
+            images=None if images is None else images[::repeats],
+            image_repeats=repeats,
+            temperature=train_example.temperature,
+            suppressed=train_example.suppressed,
+        )
+        with bind(context):
+            value, aux = _computed(loss_fn(model, train_example, *args, **kwargs))
+        aux = aux | _agreement(context.record, train_example)
+        return _step_mean(value, train_example), aux | {TOKENS: train_example.completion_mask.sum()}
+
+    return loss
+
+
+def _computed(out: Any) -> tuple[Any, dict[str, Any]]:
+    """A loss and its metrics; newer hosts leave their divisions for later."""
+    if isinstance(out, tuple):
+        return out
+    metrics = {
+        name: value.compute() if hasattr(value, "compute") else value
+        for name, value in out.aux_metrics.items()
+    }
+    return out.primary_loss.compute(), metrics
+
+
+def _agreement(record: Record, example: Any) -> dict[str, Any]:
+    """The mean entropy, and how far log-probabilities of sampled tokens are from the sampler's.
+
+    In the first update on a rollout, which alone is reported, both are of one policy.
+    """
+    if record.logps is None:
+        return {}
+    mask = example.completion_mask.astype(jnp.float32)
+    count = jnp.maximum(mask.sum(), 1)
+    difference = jnp.abs(record.logps - example.rollout_logps) * mask
+    return {
+        "entropy": (record.entropy * mask).sum() / count,
+        f"{AGREEMENT}/mean": difference.sum() / count,
+        f"{AGREEMENT}/max": difference.max(),
+    }
+
+
+# ---- Micro-batches of one optimizer step.
+
+
+def needs_whole_step(learner: Any) -> bool:
+    """Whether the gradient of a micro-batch depends on the others of its optimizer step."""
+    return _is_token_mean(learner.algo_config) or _whitens(learner.algo_config)
+
+
+def _is_token_mean(algorithm: Any) -> bool:
+    mode = getattr(algorithm, "loss_agg_mode", None)
+    return algorithm.policy_loss_fn == "ppo" or mode == "token-mean"
+
+
+def _whitens(algorithm: Any) -> bool:
+    return algorithm.advantage_estimator == "gae"
+
+
+def share_step(learner: Any, examples: Sequence[Any]) -> list[Any]:
+    """The micro-batches of one optimizer step, told what their losses need of each other."""
+    examples, algorithm = list(examples), learner.algo_config
+    if _whitens(algorithm):
+        examples = _whitened(examples)
+    if _is_token_mean(algorithm) and hasattr(examples[0], "loss_denominator"):
+        tokens = sum(int(np.sum(example.completion_mask)) for example in examples)
+        share = np.float32(tokens / len(examples))
+        examples = [
+            example.replace(loss_denominator=np.full(len(example.completion_ids), share))
+            for example in examples
+        ]
+    return examples
+
+
+def _whitened(examples: list[Any]) -> list[Any]:
+    """Advantages of mean 0 and variance 1 over the tokens of all examples together."""
+    advantages, mask = (
+        jnp.concatenate([getattr(example, name) for example in examples])
+        for name in ("advantages", "completion_mask")
+    )
+    # They were whitened before, with all others of the rollout step: scaled and shifted alike.
+    white = algo_core.masked_whiten(advantages, mask)
+    ends = np.cumsum([len(example.advantages) for example in examples])[:-1]
+    parts = jnp.split(white, ends)
+    return [example.replace(advantages=part) for example, part in zip(examples, parts, strict=True)]
+
+
+def _step_mean(loss: jax.Array, example: Any) -> jax.Array:
+    """A mean over the tokens of a micro-batch, as its share of the mean over those of the step."""
+    if example.loss_denominator is None:
+        return loss
+    return loss * example.completion_mask.sum() / example.loss_denominator.mean()
+
+
+# ---- PPO.
+
+
+class _FloatZeros:
+    """`jax.numpy`, whose `zeros_like` of integers are float32.
+
+    The host's PPO learner calls it once: it adds a reward to zeros shaped and typed like the
+    completion's ids, which are integers, so that 0.7 becomes 0.
+    """
+
+    def __init__(self, module: ModuleType):
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+    def zeros_like(self, array: Any, *args: Any, **kwargs: Any) -> jax.Array:
+        if not (args or kwargs) and jnp.issubdtype(array.dtype, jnp.integer):
+            kwargs = {"dtype": jnp.float32}
+        return self._module.zeros_like(array, *args, **kwargs)
+
+
+def wrap_jnp(original: ModuleType) -> _FloatZeros:
+    """Fractional rewards of PPO arrive whole, of every model."""
+    return _FloatZeros(original)
+
+
+# ---- ORPO.
+
+# The odds of an answer are no larger than those of this log-probability: rounding gives a sure
+# answer 0 or a little more, where odds are infinite.
+_SURE = -float(jnp.finfo(jnp.float32).eps)
+
+
+@around
+def wrap_dpo_loss_fn(original, model, train_example, algorithm: str = "dpo", *args, **kwargs):
+    """ORPO compares mean log-probabilities, and stays finite where an answer is sure.
+
+    The host takes their sums, so that an answer's length decides what is preferred, and the
+    logarithm of 0. DPO's loss, and other models, are the host's.
+    """
+    # Newer hosts take means themselves, where they are asked to.
+    takes_means = "average_log_prob_orpo" in inspect.signature(original).parameters
+    if algorithm == "orpo" and isinstance(model, Gemma4Model) and not takes_means:
+        return _orpo_loss(model, train_example, *args, **kwargs)
+    return original(model, train_example, algorithm, *args, **kwargs)
+
+
+def _orpo_loss(
+    model: Any,
+    train_example: Any,
+    beta: float = 0.1,
+    lambda_orpo: float = 0.1,
+    label_smoothing: float = 0.0,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Mean over rows of -log P(chosen) - lambda * log sigmoid(log odds ratio), and metrics.
+
+    P is the geometric mean of the answer's token probabilities. `beta` is DPO's.
+    """
+    del beta
+    sums = dpo_trainer.compute_logps(
+        model,
+        train_example.input_ids,
+        train_example.positions,
+        train_example.attention_mask,
+        train_example.logits_to_keep,
+        train_example.completion_mask,
+        images=train_example.images,
+    )
+    lengths = jnp.split(jnp.maximum(train_example.completion_mask.sum(axis=-1), 1), 2)
+    chosen, rejected = (total / length for total, length in zip(sums, lengths, strict=True))
+    log_odds = _log_odds(chosen) - _log_odds(rejected)
+    preferred = jax.nn.log_sigmoid(log_odds) * (1 - label_smoothing)
+    preference_loss = -(preferred + jax.nn.log_sigmoid(-log_odds) * label_smoothing)
+    loss = (lambda_orpo * preference_loss - chosen).mean()
+    return loss, {
+        "rewards/chosen": lambda_orpo * chosen.mean(),
+        "rewards/rejected": lambda_orpo * rejected.mean(),
+        "rewards/margin": lambda_orpo * (chosen - rejected).mean(),
+        "rewards/accuracy": (chosen > rejected).mean(),
+        "log_probs/chosen": chosen.mean(),
+        "log_probs/rejected": rejected.mean(),
+        "odds_ratio": jnp.exp(log_odds).mean(),
+        "sft_loss": -chosen.mean(),
+        "or_loss": preference_loss.mean(),
+    }
+
+
+def _log_odds(logp: jax.Array) -> jax.Array:
+    """log(p / (1 - p)) from log p, exact for p near 0 and near 1, and finite for p = 1."""
+    logp = jnp.minimum(logp, _SURE)
+    near_one = logp > -jnp.log(2.0)
+    # Each branch gets arguments that it can take, because gradients pass through both.
+    by_expm1 = jnp.log(-jnp.expm1(jnp.where(near_one, logp, -1.0)))
+    by_log1p = jnp.log1p(-jnp.exp(jnp.where(near_one, -1.0, logp)))
+    return logp - jnp.where(near_one, by_expm1, by_log1p)
