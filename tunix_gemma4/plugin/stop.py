@@ -11,6 +11,7 @@ import contextlib
 import os
 import signal
 import threading
+import types
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
@@ -38,21 +39,9 @@ class Terminated(SystemExit):
         return self._message
 
 
-class _Mark:
-    """Of this process.
-
-    Attributes:
-        signal: that came while a step was under way.
-        waits: whether a signal waits for the step's end.
-        at_once: whether a second one came.
-    """
-
-    signal: int | None = None
-    waits = False
-    at_once = False
-
-
-_mark = _Mark()
+# Of this process: the signal that came while a step was under way, whether a signal waits for the
+# step's end, and whether a second one came.
+_mark = types.SimpleNamespace(signal=None, waits=False, at_once=False)
 
 
 @contextlib.contextmanager
