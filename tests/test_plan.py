@@ -431,6 +431,10 @@ def test_each_chip_stores_its_share_of_everything(mesh):
 
 def test_chips_of_sampling_count_beside_those_of_training(tmp_path, directory, capsys):
     path = write(tmp_path, GRPO, directory)
+    assert main(["plan", path, "--weights", "topology=h200:4", "mesh.fsdp=-1", "mesh.tp=2"]) == 0
+    assert "GB per chip on fsdp 2 x tp 2:" in capsys.readouterr().out
+    assert main(["plan", path, "--weights", "mesh.fsdp=-1"]) == 2
+    assert "mesh.fsdp: -1 takes all devices, and no topology says" in capsys.readouterr().err
     meshes = ["mesh.fsdp=2", "rollout_mesh.fsdp=2"]
     assert main(["plan", path, "--weights", "topology=h200:4", *meshes]) == 0
     assert main(["plan", path, "--weights", "topology=h200:2", *meshes]) == 2

@@ -128,6 +128,35 @@ def test_what_cannot_be_meant_is_named(load, overrides, message):
         load(*overrides.split())
 
 
+def test_a_mesh_takes_all_devices_that_are_left(load):
+    assert load().on_devices(1) == load()
+    config = load("mesh.fsdp=-1", "mesh.tp=2").on_devices(8)
+    assert (config.mesh.fsdp, config.mesh.tp) == (4, 2)
+    config = load("mesh.fsdp=-1", "rollout_mesh.fsdp=2").on_devices(4)
+    assert (config.mesh.fsdp, config.rollout_mesh.fsdp) == (2, 2)
+    config = load("mesh.fsdp=2", "rollout_mesh={fsdp: -1, tp: 2}").on_devices(6)
+    assert (config.mesh.fsdp, config.rollout_mesh.fsdp) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            "mesh.tp=3",
+            r"mesh\.fsdp: -1 takes all that are left, 8 of 8 devices, and mesh\.tp=3 ",
+        ),
+        ("rollout_mesh.tp=8", r"mesh\.fsdp: -1 .* beside those of rollout_mesh, 0 of 8 devices"),
+        ("rollout_mesh.fsdp=-1", r"mesh\.fsdp, rollout_mesh\.fsdp: expected -1 for one of them"),
+        ("train_micro_batch_size=1 num_generations=4", r"a multiple of fsdp=8, found 4"),
+        ("mesh.fsdp=-2", r"mesh\.fsdp: expected at least 1, or -1, found -2"),
+        ("mesh.tp=-1", r"mesh\.tp: expected at least 1, found -1"),
+    ],
+)
+def test_what_all_devices_cannot_be_split_into_is_named(load, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        load("mesh.fsdp=-1", *overrides.split()).on_devices(8)
+
+
 def test_what_must_be_given_is_named(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("output_dir: out\n")

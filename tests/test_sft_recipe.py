@@ -226,7 +226,9 @@ def test_mesh_has_the_named_axes(settings):
 
 
 def test_run_on_a_mesh_saves_what_a_single_device_loads(settings, tmp_path):
-    result = sft.run(settings(mesh=MeshConfig(fsdp=2, tp=2), max_steps=1))
+    result = sft.run(settings(mesh=MeshConfig(fsdp=-1, tp=2), max_steps=1))
+    # What all of eight devices came to is what the run says of itself.
+    assert "mesh:\n  fsdp: 4\n  tp: 2\n" in (tmp_path / "run" / "run_config.yaml").read_text()
     model = load_checkpoint(tmp_path / "run" / "model", text_only=False)
     assert_same_parameters(model, result.model)
 

@@ -22,6 +22,7 @@ class Domain:
         low, high: bounds; infinity is never within.
         low_open, high_open: whether the bound itself is not.
         whole: whether only integers are.
+        also: a number outside that means something of its own.
     """
 
     low: float = -math.inf
@@ -29,6 +30,7 @@ class Domain:
     low_open: bool = False
     high_open: bool = False
     whole: bool = False
+    also: int | None = None
 
     def holds(self, value: Any) -> bool:
         """Whether `value` is such a number."""
@@ -48,7 +50,7 @@ class Domain:
         """Whether a number is finite and within, whatever its type can hold."""
         above = value > self.low if self.low_open else value >= self.low
         below = value < self.high if self.high_open else value <= self.high
-        return abs(value) < math.inf and above and below
+        return value == self.also or (abs(value) < math.inf and above and below)
 
     def __str__(self) -> str:
         parts = []
@@ -57,7 +59,8 @@ class Domain:
         if self.high < math.inf:
             high = self.high if self.whole else f"{self.high:g}"
             parts.append(f"{'below' if self.high_open else 'at most'} {high}")
-        return " and ".join(parts) or f"a {'whole' if self.whole else 'finite'} number"
+        also = "" if self.also is None else f", or {self.also}"
+        return (" and ".join(parts) or f"a {'whole' if self.whole else 'finite'} number") + also
 
 
 def _in_float32(value: Any) -> float:
@@ -88,7 +91,8 @@ DOMAINS: dict[str, Domain] = {
         (_DECAY, "adam_beta1 adam_beta2 b1 b2"),
         (_ABOVE, "adam_epsilon eps"),
         # The model and its place.
-        (_COUNT, "rank tile_size fsdp tp"),
+        (_COUNT, "rank tile_size tp"),
+        (dataclasses.replace(_COUNT, also=-1), "fsdp"),  # All that are left.
         (_ABOVE, "alpha"),
         # Data.
         (_COUNT, "max_length max_soft_tokens bucket_lengths batch_size max_prompt_length"),

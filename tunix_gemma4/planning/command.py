@@ -34,6 +34,8 @@ def run(options: argparse.Namespace) -> int:
         jax.config.update("jax_platforms", "cpu")
     topology, images, overrides = _split(options.overrides)
     config = load_settings(options.recipes, overrides)
+    if topology is not None:
+        config = config.on_devices(hardware(topology).chips)
     if options.weights:
         _print_weights(config, topology, options.json)
         return 0
@@ -97,6 +99,8 @@ def _print_weights(config: RunConfig | GrpoRunConfig, topology: str | None, as_j
     sizes, axes = (config.mesh.fsdp, config.mesh.tp), ("fsdp", "tp")
     chips = None if topology is None else hardware(topology)
     used = math.prod(sizes)
+    if used < 0:
+        raise ValueError("mesh.fsdp: -1 takes all devices, and no topology says how many")
     if chips is not None and used > chips.chips:
         raise ValueError(
             f"mesh: fsdp {sizes[0]} x tp {sizes[1]} is {used} chips, and {topology} has "

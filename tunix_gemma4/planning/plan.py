@@ -169,6 +169,7 @@ def plan(
             mesh that does not fit.
     """
     chips = hardware(topology)
+    config = config.on_devices(chips.chips)
     devices = chips.devices()
     model_config = common.model_config(config, model_source(config.model))
     config = with_budget(config)

@@ -73,7 +73,7 @@ def device_mesh(
     left = "" if devices is None else " beside those of mesh"
     devices = jax.devices() if devices is None else devices
     count = shape.fsdp * shape.tp
-    if count > len(devices) or (jax.process_count() > 1 and count != len(devices)):
+    if not 0 < count <= len(devices) or (jax.process_count() > 1 and count != len(devices)):
         raise ValueError(
             f"{name}: fsdp {shape.fsdp} x tp {shape.tp} is {count} devices, and there are "
             f"{len(devices)}{left} in {jax.process_count()} processes"

@@ -70,6 +70,7 @@ def run(config: GrpoRunConfig, *, after_step: Callable[[Any], None] | None = Non
     """
     register()
     reward_functions(config)  # What cannot be imported is named before anything is loaded.
+    config = config.on_devices(jax.device_count())
     output = prepare_output(config, _FIXED, _POSITION)
     record = Record(output, config, source_files(config.reward_functions))
     mesh, rollout_mesh = make_meshes(config)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -45,6 +46,7 @@ def run(config: RunConfig, *, after_eval: Callable[[Gemma4Trainer], None] | None
         config: the settings.
         after_eval: called with the trainer after each evaluation.
     """
+    config = config.on_devices(jax.device_count())
     output = prepare_output(config, _FIXED, _POSITION)
     record = Record(output, config)
     mesh = make_mesh(config)

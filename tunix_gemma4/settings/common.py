@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Self
 
 from omegaconf import MISSING
 
@@ -24,7 +24,8 @@ class MeshConfig:
 
     Attributes:
         fsdp: parts into which rows of a batch, and parameters, are split. The rows of a forward
-            pass must be a multiple.
+            pass must be a multiple. -1: as many as the devices that are left make, with `tp` and
+            without those of another mesh.
         tp: parts into which heads, MLPs and vocabulary are split.
     """
 
@@ -173,6 +174,33 @@ class TrainSettings:
     def steps_of_epochs(self, num_rows: int, epochs: int) -> int:
         """Optimizer steps that a recipe takes with so many rows."""
         raise NotImplementedError(f"{type(self).__name__} is no recipe's: give max_steps alone")
+
+    def on_devices(self, count: int) -> Self:
+        """The same with a number in place of `fsdp: -1`; raises ValueError where there is none.
+
+        Args:
+            count: devices that there are.
+        """
+        meshes = {"mesh": self.mesh, "rollout_mesh": getattr(self, "rollout_mesh", None)}
+        meshes = {name: mesh for name, mesh in meshes.items() if mesh is not None}
+        open_ones = [name for name, mesh in meshes.items() if mesh.fsdp == -1]
+        if not open_ones:
+            return self
+        name = open_ones[0]
+        if len(open_ones) > 1:
+            raise ValueError("mesh.fsdp, rollout_mesh.fsdp: expected -1 for one of them, not both")
+        mesh = meshes.pop(name)
+        left = max(count - sum(other.fsdp * other.tp for other in meshes.values()), 0)
+        if left == 0 or left % mesh.tp:
+            beside = "".join(f" beside those of {other}" for other in meshes)
+            raise ValueError(
+                f"{name}.fsdp: -1 takes all that are left{beside}, {left} of {count} devices, and "
+                f"{name}.tp={mesh.tp} does not divide them"
+            )
+        changed = {name: dataclasses.replace(mesh, fsdp=left // mesh.tp)}
+        result = dataclasses.replace(self, **changed)
+        result.validate()
+        return result
 
     def validate(self) -> None:
         """Raises ValueError for settings that cannot be meant."""
