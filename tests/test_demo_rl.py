@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from tunix_gemma4.__main__ import main
-from tunix_gemma4.demos import arithmetic, demo_rl
+from tunix_gemma4.demos import demo_rl
 from tunix_gemma4.demos.demo_rl import Curve, Panel, draw
 from tunix_gemma4.testing import digits
 
@@ -63,16 +63,16 @@ def test_demo_trains_a_start_then_rewards_it_and_fails_when_a_target_is_missed(
 
 
 def test_sums_are_all_those_of_two_digits_each_once():
-    pairs = arithmetic.problems()
+    pairs = demo_rl.problems()
     every = {(a, b) for a in range(10, 100) for b in range(10, 100) if a + b < 100}
     assert len(pairs) == len(set(pairs))
     assert set(pairs) == every
-    assert pairs == arithmetic.problems()
+    assert pairs == demo_rl.problems()
     assert pairs != sorted(pairs)
 
 
 def test_no_sum_is_held_out_that_was_trained_on_either_way_round(tmp_path):
-    data = arithmetic.write_sums(tmp_path)
+    data = demo_rl.write_sums(tmp_path)
     train = [json.loads(line) for line in data.train.read_text("utf-8").splitlines()]
     assert len(data.held_out) == digits.NUM_HELD_OUT
 
@@ -80,7 +80,7 @@ def test_no_sum_is_held_out_that_was_trained_on_either_way_round(tmp_path):
         return {tuple(map(int, row["messages"][0]["content"].split("+"))) for row in rows}
 
     trained, held_out = numbers(train), numbers(data.held_out)
-    assert len(trained) + len(held_out) == len(arithmetic.problems())
+    assert len(trained) + len(held_out) == len(demo_rl.problems())
     assert not trained & {(b, a) for a, b in held_out}
     assert not trained & held_out
     for row in [*train, *data.held_out]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import json
 import math
 import time
 from collections.abc import Sequence
@@ -28,15 +29,24 @@ from ..recipes.common import MODEL
 from ..recipes.compile_cache import compilation_cache
 from ..settings.grpo import load_grpo_config
 from ..settings.sft import load_run_config
-from ..testing.digits import DIGIT, TaskData, require_demo, write_blank, write_scans, write_task
+from ..testing.digits import (
+    DIGIT,
+    NUM_CURVE,
+    NUM_HELD_OUT,
+    TaskData,
+    require_demo,
+    write_blank,
+    write_scans,
+    write_task,
+)
 from ..testing.tiny import build_tiny_checkpoint
-from .arithmetic import write_sums
 from .demo import accuracy, answers_to, new_figure, questions, unused
 
 START = (0.3, 0.6)  # held-out accuracy that reinforcement learning of digits starts from
 LEAST_AFTER = 0.85
 _ENOUGH_DIGITS, _ENOUGH_SUMS = 0.5, 0.25
 _GUESSED = 0.4  # share of the digits' start that is labelled at random
+_NUMBERS = range(10, 90)  # that are added
 EVERY = 10  # steps between looks at what is held out
 # A row of a curve's CSV file; the metrics are those that each step reports.
 _METRICS = {
@@ -174,6 +184,39 @@ def sums(directory: Path) -> Subject:
     """Sums of two-digit numbers."""
     data = write_sums(directory)
     return Subject("sums", _ENOUGH_SUMS, data, data)
+
+
+def problems() -> list[tuple[int, int]]:
+    """Every pair of two-digit numbers with a sum of two digits, in a fixed random order.
+
+    A pair comes next to its mirror image, so that none of what is held out was trained on the
+    other way round.
+    """
+    pairs = [(low, high) for low in _NUMBERS for high in range(low, 100 - low)]
+    order = np.random.default_rng(0).permutation(len(pairs))
+    chosen = [pairs[index] for index in order]
+    return [pair for low, high in chosen for pair in dict.fromkeys([(low, high), (high, low)])]
+
+
+def conversation(first: int, second: int) -> dict:
+    """One row: a sum and its answer."""
+    return {
+        "messages": [
+            {"role": "user", "content": f"{first}+{second}"},
+            {"role": "assistant", "content": str(first + second)},
+        ]
+    }
+
+
+def write_sums(directory: Path) -> TaskData:
+    """Writes the rows to train on and the curve's, and returns what is held out."""
+    rows = [conversation(*pair) for pair in problems()]
+    held_out, train = rows[:NUM_HELD_OUT], rows[NUM_HELD_OUT:]
+    directory.mkdir(parents=True, exist_ok=True)
+    paths = {"train": directory / "sums_train.jsonl", "curve": directory / "sums_curve.jsonl"}
+    for name, chosen in (("train", train), ("curve", held_out[:NUM_CURVE])):
+        paths[name].write_text("".join(json.dumps(row) + "\n" for row in chosen), "utf-8")
+    return TaskData(held_out=held_out, **paths)
 
 
 def start(subject: Subject, output: Path, *, seed: int = 0) -> Path:
