@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +120,7 @@ def _stage(
 ) -> Stage:
     """Asks the model, trains it with the recipe, and asks again."""
     print(f"\n== {title}")
-    path = resources.files("tunix_gemma4.demos").joinpath(f"demo_{task.name}.yaml")
+    path = Path(__file__).with_name(f"demo_{task.name}.yaml")
     paths = {
         "model": model_directory,
         "output_dir": output / task.name,

@@ -14,8 +14,6 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from importlib import resources
-from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
@@ -322,8 +320,8 @@ class _Looks:
         self._began = time.perf_counter()
 
 
-def _settings(name: str) -> Traversable:
-    return resources.files("tunix_gemma4.demos").joinpath(f"demo_rl_{name}.yaml")
+def _settings(name: str) -> Path:
+    return Path(__file__).with_name(f"demo_rl_{name}.yaml")
 
 
 def _assigned(settings: dict[str, Any]) -> list[str]:

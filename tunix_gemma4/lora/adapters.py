@@ -17,7 +17,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,9 @@ from ..model.lora import LoraLinear, plain_linear, unboxed
 from ..model.scan import require_single_layers
 from ..sharding import eval_shape, is_variable, param_shardings, spread
 from .targets import check_targets, grouped, linears, resolve, with_head
+
+Kind = TypeVar("Kind", bound=nnx.Variable)
+Model = TypeVar("Model", bound=nnx.Module)
 
 QTYPES = ("nf4", "int8")
 TILE_SIZES = (64, 32, 16)
@@ -81,9 +85,9 @@ class LoraConfig:
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
 
-def main_variable(kernel: nnx.Param | qwix.QArray) -> nnx.Param:
+def main_variable(kernel: Any) -> nnx.Param:
     """The variable of a kernel's own shape: the kernel, or its quantised values."""
-    return kernel.qvalue if isinstance(kernel, qwix.QArray) else kernel
+    return getattr(kernel, "qvalue", kernel)
 
 
 def tile_size(name: str, in_features: int, config: LoraConfig) -> int:
@@ -130,7 +134,7 @@ def adapt(linear: nnx.Linear, *, name: str, config: LoraConfig, key: jax.Array) 
     in_features, out_features = kernel.shape
     mesh = _mesh_of(kernel.get_raw_value())
 
-    def boxed(kind: type[nnx.Variable], value: jax.Array, axes: tuple) -> nnx.Variable:
+    def boxed(kind: type[Kind], value: jax.Array, axes: tuple) -> Kind:
         return _placed(
             kind(value, **(metadata | {"out_sharding": axes, "eager_sharding": False})), mesh
         )
@@ -164,10 +168,11 @@ def merged(linear: LoraLinear) -> nnx.Linear:
     return plain_linear(linear, _placed(nnx.Param(value, **main.get_metadata()), mesh))
 
 
-def replace_modules(model: nnx.Module, modules: dict[str, nnx.Module]) -> None:
+def replace_modules(model: nnx.Module, modules: Mapping[str, nnx.Module]) -> None:
     """Puts `modules`, by dotted name, in the places of those that `model` has there."""
     for name, module in modules.items():
-        parent, *words = model, *name.split(".")
+        parent: Any = model
+        words = name.split(".")
         for word in words[:-1]:
             parent = parent[int(word)] if word.isdigit() else getattr(parent, word)
         setattr(parent, words[-1], module)
@@ -181,12 +186,13 @@ def _mesh_of(value: Any) -> jax.sharding.Mesh | None:
     return sharding.mesh if isinstance(sharding, jax.sharding.NamedSharding) else None
 
 
-def _placed(variable: nnx.Variable, mesh: jax.sharding.Mesh | None) -> nnx.Variable:
+def _placed(variable: Kind, mesh: jax.sharding.Mesh | None) -> Kind:
     """`variable` on `mesh`, by its own metadata."""
     if mesh is None:
         return variable
     sharding = param_shardings(variable, mesh).get_raw_value()
-    return variable.replace(jax.device_put(variable.get_raw_value(), sharding))
+    placed: Any = variable.replace(jax.device_put(variable.get_raw_value(), sharding))
+    return placed
 
 
 def adapted(model: nnx.Module) -> dict[str, LoraLinear]:
@@ -206,15 +212,13 @@ def adapted(model: nnx.Module) -> dict[str, LoraLinear]:
     return found
 
 
-def add_adapters(
-    model: nnx.Module, names: list[str], config: LoraConfig, rngs: nnx.Rngs
-) -> nnx.Module:
+def add_adapters(model: Model, names: list[str], config: LoraConfig, rngs: nnx.Rngs) -> Model:
     """A copy of `model` with adapters on `names`; what is not quantised shares its arrays."""
     variables = jax.tree.leaves(nnx.state(model), is_leaf=is_variable)
     if any(isinstance(variable, nnx.LoRAParam) for variable in variables):
         raise ValueError("the model has adapters already: merge_lora or load the base again")
 
-    def add(model: nnx.Module, key: jax.Array) -> nnx.Module:
+    def add(model: Model, key: jax.Array) -> Model:
         model = nnx.clone(model)
         projections = linears(model)
         for name in names:
@@ -266,8 +270,8 @@ def describe(model: nnx.Module) -> str:
 
 
 def apply_lora(
-    model: nnx.Module, config: LoraConfig | None = None, *, rngs: nnx.Rngs | None = None
-) -> nnx.Module:
+    model: Model, config: LoraConfig | None = None, *, rngs: nnx.Rngs | None = None
+) -> Model:
     """Adds adapters and logs where, and how many parameters train; see `describe`.
 
     A starts random and B zero, so the model computes what it did (or what its quantised kernels
@@ -295,7 +299,7 @@ def apply_lora(
     return model
 
 
-def merge_lora(model: nnx.Module) -> nnx.Module:
+def merge_lora(model: Model) -> Model:
     """A plain model that computes what the adapted one does.
 
     Each adapted kernel becomes `kernel + scale A B`, computed in float32 and rounded once, to the
@@ -314,7 +318,7 @@ def merge_lora(model: nnx.Module) -> nnx.Module:
     return model
 
 
-def reference_model(model: nnx.Module) -> nnx.Module:
+def reference_model(model: Model) -> Model:
     """The base that new adapters of `model` start from, sharing all arrays; stacked as `model` is.
 
     Only where kernels are quantised does it keep adapters, and those must not have been trained.

@@ -34,6 +34,7 @@ from ..checkpoint.files import (
 )
 from ..checkpoint.names import SCORE, module_name
 from ..config.source import read_json
+from ..model.gemma4 import Gemma4Model
 from ..model.scan import require_single_layers
 from .adapters import LoraConfig, LoraLinear, adapted, add_adapters, describe
 from .targets import as_regex, linears
@@ -75,7 +76,7 @@ _INITS_THAT_KEEP_THE_BASE = (True, False, "gaussian", "eva", "orthogonal", None)
 
 
 def save_adapter(
-    model: nnx.Module, directory: str | Path, *, base_model_name_or_path: str | None = None
+    model: Gemma4Model, directory: str | Path, *, base_model_name_or_path: str | None = None
 ) -> None:
     """Writes what `peft.PeftModel.from_pretrained` loads, and the base's tokenizer beside it.
 
@@ -175,7 +176,7 @@ def _is_ours(directory: Path) -> bool:
 # ---- Reading.
 
 
-def load_adapter(model: nnx.Module, directory: str | Path) -> nnx.Module:
+def load_adapter(model: Gemma4Model, directory: str | Path) -> Gemma4Model:
     """A copy of `model` with an adapter that PEFT or `save_adapter` wrote.
 
     Dropout that the adapter was trained with is ignored: there is none here.
@@ -240,7 +241,7 @@ def _is_targeted(name: str, settings: dict[str, Any]) -> bool:
     full = module_name((name, "kernel"))
     # A model class without vision has no `language_model` in its names.
     keys = (full, full.replace("model.language_model.", "model.", 1))
-    layers = settings.get("layers_to_transform")
+    layers: Any = settings.get("layers_to_transform")
 
     def means(wanted: Any, key: str) -> bool:
         if isinstance(wanted, str):
@@ -299,7 +300,8 @@ def _read_config(directory: Path) -> LoraConfig:
     rank, alpha = settings.get("r"), settings.get("lora_alpha")
     if type(rank) is not int or rank < 1:
         raise ValueError(f"{file}: r: expected a whole number of at least 1, found {rank!r}")
-    if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
+    is_switch = isinstance(alpha, bool)
+    if is_switch or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
         raise ValueError(f"{file}: lora_alpha: expected a positive number, found {alpha!r}")
     saved = settings.get("modules_to_save")
     saved = saved if isinstance(saved, list) else ()
@@ -337,7 +339,7 @@ def _read_file(directory: Path) -> dict[str, StoredTensor]:
     return read_header(file)[0]
 
 
-def _read_tensors(model: nnx.Module, directory: Path) -> dict[str, StoredTensor]:
+def _read_tensors(model: Gemma4Model, directory: Path) -> dict[str, StoredTensor]:
     """The adapter's tensors, by the names that we write."""
     tensors, skipped = {}, []
     for name, tensor in _read_file(directory).items():
@@ -360,7 +362,7 @@ def _read_tensors(model: nnx.Module, directory: Path) -> dict[str, StoredTensor]
     return tensors
 
 
-def _is_never_computed(model: nnx.Module, name: str) -> bool:
+def _is_never_computed(model: Gemma4Model, name: str) -> bool:
     """Whether `name` adapts a `k_proj` or `v_proj` that some model classes keep but never run."""
     match = re.search(r"\.language_model\.layers\.(\d+)\.self_attn\.[kv]_proj\.", name)
     layers = model.config.layers

@@ -161,7 +161,8 @@ class _Group(NamedTuple):
 
 def alternatives(pattern: str) -> Iterator[tuple[str, str]]:
     """Each alternative of a regular expression, and the expression with no other in its place."""
-    flags = re.match(r"(?:\(\?[aiLmsux]+\))*", pattern).group()
+    found = re.match(r"(?:\(\?[aiLmsux]+\))*", pattern)
+    flags = found[0] if found else ""
     if "x" in flags:  # Comments might hold anything.
         return
     for group in _groups(pattern, len(flags)):
@@ -188,8 +189,7 @@ def _groups(pattern: str, start: int) -> list[_Group]:
             position = found.end()
             continue
         letter = pattern[position]
-        if letter == "(":
-            found = opening.match(pattern, position)
+        if letter == "(" and (found := opening.match(pattern, position)):
             kind = found.group(1) or ""
             open_.append((found.end(), [], kind.endswith(("=", "!")) or kind.startswith("?(")))
             position = found.end()

@@ -21,7 +21,7 @@ from ..config import ModelConfig
 from ..data.processor import Processor
 from ..extras import is_installed
 from ..lora import apply_lora, describe, merge_lora, save_adapter
-from ..model.gemma4 import num_parameters
+from ..model.gemma4 import Gemma4Model, num_parameters
 from ..model.scan import stack_layers, unstack_layers
 from ..plugin.optimizer import make_optimizer, make_schedule
 from ..plugin.training_config import TENSORBOARD
@@ -40,7 +40,7 @@ class Result:
         saved: directories that were written.
     """
 
-    model: nnx.Module
+    model: Gemma4Model
     processor: Processor
     trainer: Any
     saved: list[Path]
@@ -61,7 +61,7 @@ class Result:
 
 
 def device_mesh(
-    shape: MeshConfig, *, name: str = "mesh", devices: Sequence[jax.Device] | None = None
+    shape: MeshConfig, *, name: str = "mesh", devices: Sequence[Any] | None = None
 ) -> Mesh:
     """The first devices as fsdp x tp.
 
@@ -116,15 +116,15 @@ def say_of_long_images(config: TrainSettings, max_soft_tokens: int) -> None:
         )
 
 
-def load_base(config: TrainSettings, mesh: Mesh | None) -> nnx.Module:
+def load_base(config: TrainSettings, mesh: Mesh | None) -> Gemma4Model:
     """The checkpoint as it is."""
     settled = model_config(config, config.model)
     return load_checkpoint(config.model, mesh, config.text_only, config=settled)
 
 
 def trainable(
-    config: TrainSettings, model: nnx.Module, log: Callable[[str], None] | None = None
-) -> nnx.Module:
+    config: TrainSettings, model: Gemma4Model, log: Callable[[str], None] | None = None
+) -> Gemma4Model:
     """The model with adapters, sharing its arrays; or, to train all of it, in place in float32.
 
     Args:
@@ -146,7 +146,7 @@ def trainable(
     return model
 
 
-def cast(model: nnx.Module, dtype: Any) -> nnx.Module:
+def cast(model: Gemma4Model, dtype: Any) -> Gemma4Model:
     """Turns every parameter into `dtype`, in place; activations keep theirs."""
     state = nnx.state(model, nnx.Param)
     nnx.update(model, jax.tree.map(lambda leaf: leaf.astype(dtype), state))
@@ -201,12 +201,14 @@ def make_processor(config: TrainSettings) -> Processor:
     )
 
 
-def stacked(config: TrainSettings, model: nnx.Module) -> nnx.Module:
+def stacked(config: TrainSettings, model: Gemma4Model) -> Gemma4Model:
     """The model, in place, as it is trained: with its layers stacked, if the settings say so."""
-    return stack_layers(model) if config.scan_layers else model
+    if config.scan_layers:
+        stack_layers(model)
+    return model
 
 
-def save(config: TrainSettings, model: nnx.Module, output: Path) -> list[Path]:
+def save(config: TrainSettings, model: Gemma4Model, output: Path) -> list[Path]:
     """Writes adapter/, or model/, or both; leaves the model's layers unstacked."""
     unstack_layers(model)
     if config.lora is None:

@@ -68,7 +68,7 @@ def compilation_cache(directory: str | None) -> Iterator[None]:
         logging.warning("%s. This run keeps none.", message)
         yield
         return
-    changed = {_DIRECTORY: path}
+    changed: dict[str, Any] = {_DIRECTORY: path}
     if _LEAST_SECONDS.upper() not in os.environ:
         changed[_LEAST_SECONDS] = 0.0
     before = {name: settings[name] for name in changed}

@@ -20,6 +20,7 @@ from ..data.processor import Processor
 from ..data.prompts import CONTEXT, PromptBatches, PromptRows
 from ..data.road import checked_rows
 from ..lora import reference_model
+from ..model.gemma4 import Gemma4Model
 from ..plugin.progress import Progress, compiling
 from ..plugin.register import register
 from ..plugin.rl.cluster import (
@@ -102,7 +103,7 @@ def run(config: GrpoRunConfig, *, after_step: Callable[[Any], None] | None = Non
         log_completions=config.log_completions,
         after_step=after_step,
     )
-    trainer = cluster.actor_trainer
+    trainer: Any = cluster.actor_trainer
     if trainer.train_steps:
         resume(config, rows, trainer.train_steps, is_older=is_older)
     record.keep()
@@ -122,7 +123,8 @@ def train(
     learner = make_learner(cluster, config, reward_functions(config))
     trainer = cluster.actor_trainer
     with training(trainer):
-        learner.train(train_batches(config, rows, trainer.train_steps), eval_ds)
+        batches = train_batches(config, rows, trainer.train_steps)
+        learner.train(batches, eval_ds)  # pyright: ignore[reportArgumentType]
 
 
 def make_meshes(config: GrpoRunConfig) -> tuple[Mesh, Mesh | None]:
@@ -167,8 +169,8 @@ def prompt_rows(
         name for spec in config.reward_functions for name in signature(load_reward(spec)).parameters
     }
     before = None
-    if cache is not None and name == "train" and saved_steps(output):
-        before = checked_rows(cache)
+    if output is not None and name == "train" and saved_steps(output):
+        before = checked_rows(check_file(output, name))
     data = config.data
     rows = PromptRows(
         path,
@@ -308,8 +310,8 @@ def say_of_end(config: GrpoRunConfig, num_rows: int, steps: int) -> None:
 
 
 def prepare_models(
-    config: GrpoRunConfig, base: nnx.Module, log: Callable[[str], None] | None = None
-) -> tuple[nnx.Module, nnx.Module | None]:
+    config: GrpoRunConfig, base: Gemma4Model, log: Callable[[str], None] | None = None
+) -> tuple[Gemma4Model, Gemma4Model | None]:
     """The policy, and for the KL penalty the model it starts from: the checkpoint's, `base`.
 
     With adapters the reference is the base, quantised if the policy's is, and the two share its

@@ -178,7 +178,7 @@ class Record:
         try:
             for name, path in self._files.items():
                 status = path.stat()
-                entry = {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
+                entry: dict[str, Any] = {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
                 before = known.get(name, {})
                 same = all(before.get(key) == value for key, value in entry.items())
                 entry["sha256"] = before["sha256"] if same and before else sha256(path)
@@ -401,9 +401,9 @@ def _quieten() -> Callable[[], None]:
     Behind a failed run it stays, because they go on for a while.
     """
     loggers = [python_logging.getLogger(name) for name in ("absl", "asyncio")]
-    hooks = sys.excepthook, sys.unraisablehook
     # Those that an earlier failed run has left are taken off.
-    error_hook, unraisable_hook = (getattr(hook, "around", hook) for hook in hooks)
+    error_hook = getattr(sys.excepthook, "around", sys.excepthook)
+    unraisable_hook = getattr(sys.unraisablehook, "around", sys.unraisablehook)
 
     def excepthook(kind: type, error: BaseException, trace: Any) -> None:
         if not _comes_back(error):
@@ -413,7 +413,7 @@ def _quieten() -> Callable[[], None]:
         if not _comes_back(given.exc_value):
             unraisable_hook(given)
 
-    excepthook.around, unraisablehook.around = error_hook, unraisable_hook
+    vars(excepthook)["around"], vars(unraisablehook)["around"] = error_hook, unraisable_hook
     for logger in loggers:
         logger.addFilter(_is_raised_nowhere_else)
     sys.excepthook, sys.unraisablehook = excepthook, unraisablehook

@@ -10,11 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
-from flax import nnx
 from jax.sharding import Mesh
 
 from ..data import BatchDataset, make_dataset
 from ..data.processor import Processor
+from ..model.gemma4 import Gemma4Model
 from ..plugin.checkpoints import newest_metadata
 from ..plugin.progress import Progress, compiling
 from ..plugin.sft.trainer import POSITION, Gemma4Trainer
@@ -129,7 +129,7 @@ def check_datasets(
     """
     named = (("train", train_ds, config.data.path), ("eval", eval_ds, config.data.eval_path))
     for name, dataset, path in named:
-        if dataset is not None:
+        if dataset is not None and path is not None:
             file, key = check_file(output, name), check_key(config, path)
             dataset.check(config.data.check, log=say, cache=file, key=key)
 
@@ -142,15 +142,15 @@ def first_row(config: RunConfig, processor: Processor, train_ds: BatchDataset | 
 
 
 def prepare_model(
-    config: RunConfig, model: nnx.Module, log: Callable[[str], None] | None = None
-) -> nnx.Module:
+    config: RunConfig, model: Gemma4Model, log: Callable[[str], None] | None = None
+) -> Gemma4Model:
     """The checkpoint's model as it is trained; see `common.trainable`."""
     return common.stacked(config, common.trainable(config, model, log))
 
 
 def make_trainer(
     config: RunConfig,
-    model: nnx.Module,
+    model: Gemma4Model,
     num_rows: int,
     after_eval: Callable[[Gemma4Trainer], None] | None,
     *,

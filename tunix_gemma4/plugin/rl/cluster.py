@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from tunix.rl.trainer import Trainer
 
 from ...config.domains import require_fields
 from ...data.processor import Processor
+from ...rewards import RewardFn
 from ...settings.grpo import GrpoRunConfig
 from ..checkpoints import resume
 from ..optimizer import trained_kind
@@ -139,11 +140,12 @@ def checkpoint_directory(output_dir: str | Path) -> Path:
 
 
 def make_learner(
-    cluster: RLCluster, config: GrpoRunConfig, reward_fns: Sequence[Callable[..., list[float]]]
+    cluster: RLCluster, config: GrpoRunConfig, reward_fns: Sequence[RewardFn]
 ) -> GRPOLearner:
     """The host's learner of `config.loss_type`, whose rewards are added."""
     learner, algorithm = make_algorithm(config)
-    return learner(rl_cluster=cluster, algo_config=algorithm, reward_fns=list(reward_fns))
+    functions: list[Any] = list(reward_fns)
+    return learner(rl_cluster=cluster, algo_config=algorithm, reward_fns=functions)
 
 
 def make_algorithm(config: GrpoRunConfig) -> tuple[type[GRPOLearner], GRPOConfig]:
