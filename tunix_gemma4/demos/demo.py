@@ -95,8 +95,9 @@ def run(output_dir: str | Path = "outputs/demo", overrides: tuple[str, ...] = ()
     )
     adapter = output / MINUS.name / ADAPTER
     reloaded = load_adapter(load_checkpoint(trained, text_only=False), adapter)
-    processor = _processor(trained)
-    same = answers(reloaded, processor, data["nine_minus"].held_out) == second.answers
+    processor = Processor.from_pretrained(trained, max_soft_tokens=70)
+    asked = questions(processor, data["nine_minus"].held_out)
+    same = answers_to(asked, reloaded, processor) == second.answers
 
     _print_table([first, second])
     print(f"adapter: {adapter}; loaded again it gives the same answers: {'yes' if same else 'NO'}")
@@ -130,19 +131,20 @@ def _stage(
     settings = [f"{key}={value}" for key, value in paths.items()]
     config = load_run_config(path, [*settings, *overrides])
     with compilation_cache(config.compilation_cache_dir):
-        processor = _processor(model_directory)
+        processor = Processor.from_pretrained(model_directory, config.data.max_soft_tokens)
+        asked = questions(processor, data.held_out)
         base = load_checkpoint(model_directory, text_only=False)
-        before = accuracy(answers(base, processor, data.held_out), data.held_out)
+        before = accuracy(answers_to(asked, base, processor), data.held_out)
         curve = []
 
         def look(trainer: Any) -> None:
             rows = data.held_out[:NUM_CURVE]
-            right = accuracy(answers(trainer.model, processor, rows), rows)
+            right = accuracy(answers_to(asked[:1], trainer.model, processor), rows)
             curve.append((trainer.train_steps, right))
             print(f"      step {trainer.train_steps}  held-out accuracy {right:.3f}", flush=True)
 
         result = sft.run(config, after_eval=look)
-        given = answers(result.model, processor, data.held_out)
+        given = answers_to(asked, result.model, processor)
     return Stage(
         title=title,
         before=before,
@@ -153,15 +155,6 @@ def _stage(
         curve=curve,
         answers=given,
     )
-
-
-def _processor(directory: Path) -> Processor:
-    return Processor.from_pretrained(directory, max_soft_tokens=70)
-
-
-def answers(model: nnx.Module, processor: Processor, rows: list[dict]) -> list[str]:
-    """What the model says to the question of each row, greedily."""
-    return answers_to(questions(processor, rows), model, processor)
 
 
 def questions(processor: Processor, rows: list[dict]) -> list[Batch]:

@@ -76,8 +76,10 @@ def resolve(model: nnx.Module, targets: str | Sequence[str]) -> list[str]:
     reached: set[str] = set()
     for entry, pattern in check_targets(targets).items():
         _refuse_experts(model, entry, pattern)
-        spell = _tunix_names if is_tunix_pattern(entry) else _own_names
-        spellings = {name: spell(name, names) for name in names}
+        of_tunix = is_tunix_pattern(entry)
+        spellings = {
+            name: _tunix_names(name, names) if of_tunix else _own_names(name) for name in names
+        }
         require_reached(f"targets={entry!r}", pattern.pattern, spellings)
         reached |= {name for name in names if any(map(pattern.fullmatch, spellings[name]))}
     return [name for name in names if name in reached]
@@ -216,8 +218,7 @@ def with_head(model: nnx.Module, names: list[str]) -> list[str]:
     return list(dict.fromkeys([*names, SCORE])) if hasattr(model, SCORE) else names
 
 
-def _own_names(name: str, names: list[str]) -> list[str]:
-    del names
+def _own_names(name: str) -> list[str]:
     words = name.split(".")
     last = words[-2] if words[-1] == "linear" else words[-1]
     full = f"model.{name}"
@@ -240,7 +241,7 @@ def _refuse_experts(model: nnx.Module, targets: str, pattern: re.Pattern) -> Non
     experts = [name for name in experts if name.endswith(".experts")]
     if not experts:
         return
-    reached = [name for name in experts if any(map(pattern.fullmatch, _own_names(name, experts)))]
+    reached = [name for name in experts if any(map(pattern.fullmatch, _own_names(name)))]
     if reached or "experts" in targets:
         raise ValueError(
             f"targets={targets!r} reaches the experts (language_model.layers.*.experts), which "

@@ -24,7 +24,6 @@ from ..model.gemma4 import Gemma4Model
 from ..plugin.progress import Progress, compiling
 from ..plugin.register import register
 from ..plugin.rl.cluster import (
-    RLCluster,
     checkpoint_directory,
     make_algorithm,
     make_cluster,
@@ -109,22 +108,14 @@ def run(config: GrpoRunConfig, *, after_step: Callable[[Any], None] | None = Non
     record.keep()
     if trainer.train_steps < steps:
         say(compiling("sampling, log-probabilities and the training step"))
-        train(config, cluster, rows, eval_ds)
+        learner = make_learner(cluster, config, reward_functions(config))
+        batches = train_batches(config, rows, trainer.train_steps)
+        with training(trainer):
+            learner.train(batches, eval_ds)  # pyright: ignore[reportArgumentType]
 
     saved = common.save(config, trainer.model, output)
     common.say_done(config, trainer.train_steps, saved, rows.left_out)
     return Result(trainer.model, processor, trainer, saved)
-
-
-def train(
-    config: GrpoRunConfig, cluster: RLCluster, rows: PromptRows, eval_ds: PromptBatches | None
-) -> None:
-    """Trains the policy of `cluster` to the end."""
-    learner = make_learner(cluster, config, reward_functions(config))
-    trainer = cluster.actor_trainer
-    with training(trainer):
-        batches = train_batches(config, rows, trainer.train_steps)
-        learner.train(batches, eval_ds)  # pyright: ignore[reportArgumentType]
 
 
 def make_meshes(config: GrpoRunConfig) -> tuple[Mesh, Mesh | None]:
