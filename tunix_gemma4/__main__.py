@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import re
 import sys
@@ -76,6 +77,10 @@ def _message(error: BaseException, *, anew: bool = False) -> str:
     return "\n".join([said or "stopped", *notes])
 
 
+# Whose fields the help of a command explains.
+_SFT, _GRPO = "RunConfig", "GrpoRunConfig"
+
+
 class _Once(argparse.Action):
     """Stores what stands behind an option, or in its place, and refuses a second one."""
 
@@ -133,59 +138,53 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_training(commands: Any) -> None:
-    demo = commands.add_parser("demo", help="teach a tiny model to read digits, in minutes")
-    demo.add_argument("--output-dir", default="outputs/demo", help="a number is added if it exists")
-    demo.add_argument("words", nargs="*", metavar="KEY=VALUE", help="settings of both stages")
-    demo.set_defaults(run=_demo)
-    demo.kinds = ("RunConfig",)
-
-    demo_rl = commands.add_parser(
-        "demo-rl", help="let rewards teach a tiny model to read digits, in minutes"
-    )
-    demo_rl.add_argument(
-        "--output-dir", default="outputs/demo-rl", help="a number is added if it exists"
-    )
-    demo_rl.add_argument(
-        "words", nargs="*", metavar="KEY=VALUE", help="settings of the rewards' part"
-    )
-    demo_rl.set_defaults(run=_demo_rl)
-    demo_rl.kinds = ("GrpoRunConfig",)
-
-    sft = commands.add_parser(
-        "sft",
-        help="fine-tune on conversations",
-    )
-    _add_recipes(sft, "such as lora-image e2b v5e-8 lora.rank=32")
-    sft.set_defaults(run=_sft)
-    sft.kinds = ("RunConfig",)
-
-    grpo = commands.add_parser(
-        "grpo",
-        help="train with rewards (GRPO, GSPO, Dr.GRPO, DAPO)",
-    )
-    _add_recipes(grpo, "such as gsm8k e2b v5e-8 lora.rank=32")
-    grpo.set_defaults(run=_grpo)
-    grpo.kinds = ("GrpoRunConfig",)
+def _add(commands: Any, name: str, about: str, run: Any, *kinds: str, **words: Any) -> Any:
+    """A command that `run` runs; `words` say what argparse should know of recipes and settings."""
+    parser = commands.add_parser(name, help=about)
+    parser.set_defaults(run=run)
+    parser.kinds = kinds
+    parser.add_argument("words", **words)
+    return parser
 
 
-def _add_recipes(parser: argparse.ArgumentParser, such_as: str) -> None:
+def _recipes_and(such_as: str) -> dict[str, str]:
     """What a run is told: recipes from left to right, settings last."""
-    parser.add_argument(
-        *("words",),
-        nargs="+",
-        metavar="RECIPE|KEY=VALUE",
-        help=f"names of recipes, YAML files, and settings, which go before them; {such_as}",
+    about = f"names of recipes, YAML files, and settings, which go before them; {such_as}"
+    return {"nargs": "+", "metavar": "RECIPE|KEY=VALUE", "help": about}
+
+
+def _add_training(commands: Any) -> None:
+    for name, about, whose, kind in (
+        ("demo", "teach a tiny model to read digits", "both stages", _SFT),
+        ("demo-rl", "let rewards teach a tiny model to read digits", "the rewards' part", _GRPO),
+    ):
+        words = {"nargs": "*", "metavar": "KEY=VALUE", "help": f"settings of {whose}"}
+        demo = _add(commands, name, f"{about}, in minutes", _demo, kind, **words)
+        place = f"outputs/{name}"
+        demo.add_argument("--output-dir", default=place, help="a number is added if it exists")
+
+    such_as = _recipes_and("such as lora-image e2b v5e-8 lora.rank=32")
+    _add(commands, "sft", "fine-tune on conversations", _sft, _SFT, **such_as)
+    such_as = _recipes_and("such as gsm8k e2b v5e-8 lora.rank=32")
+    _add(
+        commands, "grpo", "train with rewards (GRPO, GSPO, Dr.GRPO, DAPO)", _grpo, _GRPO, **such_as
     )
 
 
 def _add_tools(commands: Any) -> None:
-    _add_plan(commands)
-    recipes = commands.add_parser("recipes", help="list the recipes of sft and grpo, or print some")
-    recipes.add_argument(
-        "words", nargs="*", metavar="RECIPE", help="such as lora-image e2b; prints what they say"
-    )
-    recipes.set_defaults(run=_recipes)
+    such_as = _recipes_and("and topology=v5e:2x4 (or h200:8, cpu:8), images=1 in a row")
+    about = "what a recipe takes on chips that are not here"
+    plan = _add(commands, "plan", about, _plan, _SFT, _GRPO, **such_as)
+    for option, about in (
+        ("--json", "print one JSON object"),
+        ("--search", "also seek the greatest length and rows that fit"),
+        ("--weights", "weights and optimizer alone: compiles nothing"),
+    ):
+        plan.add_argument(option, action="store_true", help=about)
+
+    about = "such as lora-image e2b; prints what they say"
+    words = {"nargs": "*", "metavar": "RECIPE", "help": about}
+    _add(commands, "recipes", "list the recipes of sft and grpo, or print some", _recipes, **words)
 
     program = commands.add_parser(
         "run",
@@ -215,30 +214,10 @@ def _add_tools(commands: Any) -> None:
     generate.set_defaults(run=_generate)
 
 
-def _add_plan(commands: Any) -> None:
-    plan = commands.add_parser("plan", help="what a recipe takes on chips that are not here")
-    _add_recipes(plan, "and topology=v5e:2x4 (or h200:8, cpu:8), images=1 in a row")
-    plan.add_argument("--json", action="store_true", help="print one JSON object")
-    plan.add_argument(
-        "--search", action="store_true", help="also seek the greatest length and rows that fit"
-    )
-    plan.add_argument(
-        "--weights", action="store_true", help="weights and optimizer alone: compiles nothing"
-    )
-    plan.set_defaults(run=_plan)
-    plan.kinds = ("RunConfig", "GrpoRunConfig")
-
-
 def _demo(options: argparse.Namespace) -> int:
-    from .demos import demo
-
-    return demo.run(options.output_dir, (*options.recipes, *options.overrides))
-
-
-def _demo_rl(options: argparse.Namespace) -> int:
-    from .demos import demo_rl
-
-    return demo_rl.run(options.output_dir, options.recipes + options.overrides)
+    name = f"{__package__}.demos.{options.command.replace('-', '_')}"
+    overrides = (*options.recipes, *options.overrides)
+    return importlib.import_module(name).run(options.output_dir, overrides)
 
 
 def _sft(options: argparse.Namespace) -> int:
