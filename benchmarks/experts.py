@@ -25,8 +25,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tunix_gemma4 import ModelConfig
-from tunix_gemma4.model.experts import expert_mix
 from tunix_gemma4.model.layers import gelu
+from tunix_gemma4.model.moe import expert_mix
 from tunix_gemma4.planning.hardware import hardware
 from tunix_gemma4.planning.measure import count_flops
 from tunix_gemma4.sharding import constrain

@@ -12,7 +12,7 @@ from flax import nnx
 from small_models import random_model
 from tunix.rl import algo_core, common
 
-from tunix_gemma4.model.scores import Gemma4ForTokenScores
+from tunix_gemma4.model.gemma4 import Gemma4ForTokenScores
 
 # The host's own, as long as this is imported before anything registers.
 PLAIN_LOGPS = common.compute_per_token_logps

@@ -17,7 +17,7 @@ from tunix_gemma4.checkpoint import load_checkpoint
 from tunix_gemma4.checkpoint.check import NonFiniteError
 from tunix_gemma4.data.processor import Processor
 from tunix_gemma4.lora import LoraConfig, apply_lora
-from tunix_gemma4.model.scores import Gemma4ForTokenScores
+from tunix_gemma4.model.gemma4 import Gemma4ForTokenScores
 from tunix_gemma4.plugin.rl import losses
 from tunix_gemma4.plugin.rl.learner import set_processor
 

@@ -14,8 +14,7 @@ from tunix.rl import common
 
 import tunix_gemma4
 from tunix_gemma4.lora import LoraConfig, apply_lora
-from tunix_gemma4.model.gemma4 import Gemma4ForConditionalGeneration
-from tunix_gemma4.model.scores import Gemma4ForTokenScores
+from tunix_gemma4.model.gemma4 import Gemma4ForConditionalGeneration, Gemma4ForTokenScores
 from tunix_gemma4.testing.tiny import tiny_config
 
 WORDS = 64

@@ -19,8 +19,7 @@ from tunix_gemma4.checkpoint import load_checkpoint, save_checkpoint
 from tunix_gemma4.checkpoint.names import SCORE
 from tunix_gemma4.lora import LoraConfig, apply_lora, load_adapter, merge_lora, save_adapter
 from tunix_gemma4.lora.adapters import adapted
-from tunix_gemma4.model.gemma4 import Gemma4ForConditionalGeneration
-from tunix_gemma4.model.scores import Gemma4ForTokenScores
+from tunix_gemma4.model.gemma4 import Gemma4ForConditionalGeneration, Gemma4ForTokenScores
 from tunix_gemma4.sharding import param_shardings, shard_model
 
 ROWS = ("t(iiii)ttttt", "tttt(iiii)tt")

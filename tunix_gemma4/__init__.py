@@ -16,7 +16,7 @@ __version__ = "0.1.0"
 _HOME = {
     "Batch": ".data",
     "Gemma4ForConditionalGeneration": ".model.gemma4",
-    "Gemma4ForTokenScores": ".model.scores",
+    "Gemma4ForTokenScores": ".model.gemma4",
     "Gemma4Trainer": ".plugin.sft.trainer",
     "HOOKS": ".plugin.register",
     "LayerSpec": ".config",

@@ -2,7 +2,7 @@
 """Log-probabilities and losses that never hold a [B, T, V] array.
 
 With 262,144 words one float32 copy of the logits costs 1 MiB per token. Here the head runs over a
-few columns of the batch at a time, forward and backward.
+chunk of the batch at a time, forward and backward.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from .config import ModelConfig
-from .model.chunks import over_columns
-from .model.head import hidden_gradient, soft_cap, uncapped_logits
+from .model.layers import over_chunks
+from .model.vocabulary import hidden_gradient, soft_cap, uncapped_logits
 
 if TYPE_CHECKING:
     from .model.gemma4 import Gemma4ForConditionalGeneration
@@ -101,7 +101,7 @@ def next_token_loss(
 
 @dataclasses.dataclass(frozen=True)
 class _Scores:
-    """Log-probabilities and entropies of a few columns: float32 [B, columns] each.
+    """Log-probabilities and entropies of a chunk: float32 [B, chunk] each.
 
     Attributes:
         config: of the model.
@@ -130,50 +130,50 @@ class _Scores:
         return self.of_logits(logits, targets, temperature)
 
     def and_slopes(self, table, temperature, hidden, targets):
-        """Also the gradient of each log-probability for its state: [B, columns, D]."""
+        """Also the gradient of each log-probability for its state: [B, chunk, D]."""
         logits = uncapped_logits(table, hidden, self.config)
         scores, pull = jax.vjp(lambda x: self.of_logits(x, targets, temperature), logits)
-        (gradient,) = pull((jnp.ones_like(scores[0]), jnp.zeros_like(scores[1])))
-        return *scores, hidden_gradient(table, gradient, self.config).astype(hidden.dtype)
+        (d_logits,) = pull((jnp.ones_like(scores[0]), jnp.zeros_like(scores[1])))
+        return *scores, hidden_gradient(table, d_logits, self.config).astype(hidden.dtype)
 
 
 def _chunked(model, hidden, targets, temperature, *, with_entropy, suppressed=()):
-    """Log-probabilities and, if asked for, entropies, a few columns at a time.
+    """Log-probabilities and, if asked for, entropies, a chunk at a time.
 
     Where the table is frozen, the forward pass also keeps the slopes of log-probabilities, and
     the backward pass needs no logits at all.
     """
     scores = _Scores(model.config, with_entropy, suppressed)
-    columns = max(1, CHUNK_TOKENS // hidden.shape[0])
+    size = max(1, CHUNK_TOKENS // hidden.shape[0])
 
     @jax.custom_vjp
     def scored(table, temperature, *rows):
         score = lambda _, *xs: (_, scores.of_states(table, temperature, *xs))  # noqa: E731
-        return over_columns(score, columns, *rows)[1]
+        return over_chunks(score, size, *rows)[1]
 
     def forward(*primals):
         table, temperature, *rows = inputs = [primal.value for primal in primals]
         if primals[0].perturbed:
             return scored(*inputs), (inputs, None)
         score = lambda _, *xs: (_, scores.and_slopes(table, temperature, *xs))  # noqa: E731
-        _, (*found, slopes) = over_columns(score, columns, *rows)
+        _, (*found, slopes) = over_chunks(score, size, *rows)
         return tuple(found), (inputs, slopes)
 
     def backward(residuals, cotangents):
         (table, temperature, *rows), slopes = residuals
         if slopes is not None and isinstance(cotangents[1], SymbolicZero):
-            of_hidden = _array(cotangents[0])[..., None] * slopes
-            return None, None, of_hidden.astype(slopes.dtype), None
+            d_hidden = _array(cotangents[0])[..., None] * slopes
+            return None, None, d_hidden.astype(slopes.dtype), None
 
-        def gradients(of_table, hidden, targets, *of_scores):
+        def gradients(d_table, hidden, targets, *d_scores):
             score = lambda *xs: scores.of_states(xs[0], temperature, xs[1], targets)  # noqa: E731
-            more, of_hidden = jax.vjp(score, table, hidden)[1](of_scores)
-            return of_table + more, of_hidden
+            d_more, d_hidden = jax.vjp(score, table, hidden)[1](d_scores)
+            return d_table + d_more, d_hidden
 
-        of_table, of_hidden = over_columns(
-            gradients, columns, *rows, *map(_array, cotangents), carry=jnp.zeros_like(table)
+        d_table, d_hidden = over_chunks(
+            gradients, size, *rows, *map(_array, cotangents), carry=jnp.zeros_like(table)
         )
-        return of_table, None, of_hidden, None
+        return d_table, None, d_hidden, None
 
     scored.defvjp(forward, backward, symbolic_zeros=True)
     table = model.language_model.embed_tokens.embedding[...]

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import Gemma4ForConditionalGeneration
 
 from tunix_gemma4.checkpoint import save_checkpoint
-from tunix_gemma4.model.scores import Gemma4ForTokenScores
+from tunix_gemma4.model.gemma4 import Gemma4ForTokenScores
 
 from . import oracle
 

@@ -12,7 +12,7 @@ _HOME = {
     "BACKEND_MAPPINGS": ".backend_names",
     "Gemma4": ".gemma4",
     "Gemma4ForConditionalGeneration": ".gemma4",
-    "Gemma4ForTokenScores": ".scores",
+    "Gemma4ForTokenScores": ".gemma4",
     "ModelConfig": "..config",
     "RematConfig": "..config",
     "VisionConfig": "..config",

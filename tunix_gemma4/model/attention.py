@@ -13,10 +13,9 @@ from ..sharding import constrain, platform
 from .blockwise import Tiles, attend_tiles, causal_tiles, sliding_tiles, whole_tiles
 from .cache import LayerCache, is_ring, store
 from .kernels.splash import LANES, splash_attend
-from .layers import RMSNorm, linear
+from .layers import RMSNorm, linear, rotate
 from .lora import project
 from .masks import Given, Visibility
-from .rope import rotate
 
 KeysValues = tuple[jax.Array, jax.Array]
 

@@ -1,16 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pieces every block is built of: norms, projections, MLPs and values that never train."""
+"""What blocks are built of: norms, projections, MLPs, rotary embeddings, values that never train.
+
+And two ways of holding less at once: `remat_call` and `over_chunks`.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from ..config import ModelConfig
-from ..sharding import metadata
+from ..sharding import constrain, metadata
 
 # Compiled, so that it is traced once for each shape and not for each layer.
 _init_kernel = jax.jit(nnx.initializers.lecun_normal(), static_argnums=(1, 2))
@@ -135,6 +141,49 @@ class ClippableLinear(nnx.Module, HasBuffers):
         return jnp.clip(y, self.output_min, self.output_max)
 
 
+def frequencies(
+    head_dim: int, theta: float, *, fraction: float = 1.0, factor: float = 1.0
+) -> np.ndarray:
+    """Angle per position of each rotated pair, float32 [head_dim / 2].
+
+    Only the first `fraction` of the pairs turn; the others have frequency 0. The exponent's
+    denominator stays the whole head ("proportional"), so the low frequencies are dropped, not
+    squeezed.
+
+    Source: transformers 5.12 `_compute_proportional_rope_parameters`.
+    """
+    turning = int(fraction * head_dim // 2)
+    exponents = np.arange(0, 2 * turning, 2, dtype=np.float32) / np.float32(head_dim)
+    result = np.zeros(head_dim // 2, np.float32)
+    result[:turning] = 1.0 / np.float32(theta) ** exponents
+    return result / np.float32(factor)
+
+
+def angles(positions: jax.Array, frequency: np.ndarray) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine for positions [..., T], float32 [..., T, head_dim / 2]."""
+    turned = positions[..., None].astype(jnp.float32) * frequency
+    return jnp.cos(turned), jnp.sin(turned)
+
+
+def rotate(x: jax.Array, cos_sin: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Turns the pairs (j, j + H/2) of each head of x [B, T, N, H], in float32.
+
+    The result has the dtype of x.
+    """
+    cos, sin = (part[..., None, :] for part in cos_sin)  # [B, T, 1, H/2]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+
+def rotate_2d(
+    x: jax.Array, x_angles: tuple[jax.Array, jax.Array], y_angles: tuple[jax.Array, jax.Array]
+) -> jax.Array:
+    """Turns the first half of each head of x [B, M, N, H] by column, the second by row."""
+    by_column, by_row = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([rotate(by_column, x_angles), rotate(by_row, y_angles)], axis=-1)
+
+
 def remat_call(module: nnx.Module, enabled: bool, *args):
     """`module(*args)`, recomputed in the backward pass where `enabled`.
 
@@ -153,3 +202,35 @@ def remat_call(module: nnx.Module, enabled: bool, *args):
         return nnx.merge(graphdef, adapters, weights)(*args)
 
     return jax.checkpoint(call)(adapters, weights, *args)
+
+
+def over_chunks(
+    function: Callable[..., tuple[Any, Any]], size: int, *rows: jax.Array, carry: Any = None
+) -> tuple[Any, Any]:
+    """`function(carry, *rows)` for a chunk of the positions of `rows`, [B, T, ...], at a time.
+
+    For what would fill a chip for all of them at once. Chunks are alike and have at most `size`
+    positions, the last with zeros where there are none left.
+
+    Returns:
+        The last carry, and what else `function` returned, joined to [B, T, ...].
+    """
+    batch, length = rows[0].shape[:2]
+    count = -(-length // size)
+    size = -(-length // count)
+    padding = count * size - length
+    if count == 1:
+        return function(carry, *rows)
+
+    def split(x):
+        x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(batch, count, size, *x.shape[2:]), 1, 0)
+
+    def join(x):
+        x = jnp.moveaxis(x, 0, 1).reshape(batch, count * size, *x.shape[3:])[:, :length]
+        return constrain(x, "batch", *(None,) * (x.ndim - 1))
+
+    carry, parts = jax.lax.scan(
+        lambda carry, xs: function(carry, *xs), carry, tuple(map(split, rows))
+    )
+    return carry, jax.tree.map(join, parts)

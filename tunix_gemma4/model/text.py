@@ -14,12 +14,11 @@ from ..config import LayerSpec, ModelConfig, RematConfig
 from ..sharding import constrain, metadata
 from .attention import Attention, KeysValues
 from .cache import Cache, LayerCache, cache_name
-from .chunks import lookup
-from .layers import MLP, HasBuffers, RMSNorm, gelu, linear, remat_call
+from .layers import MLP, HasBuffers, RMSNorm, angles, frequencies, gelu, linear, remat_call
 from .masks import Visibility
 from .moe import Experts, Router
-from .rope import angles, frequencies
 from .scan import LayerStack
+from .vocabulary import lookup
 
 
 class DecoderLayer(nnx.Module, HasBuffers):

@@ -13,8 +13,17 @@ from flax import nnx
 from ..config import ModelConfig, RematConfig
 from ..sharding import constrain, metadata
 from .attention import attend_given
-from .layers import ClippableLinear, HasBuffers, RMSNorm, gelu, linear, remat_call
-from .rope import angles, frequencies, rotate_2d
+from .layers import (
+    ClippableLinear,
+    HasBuffers,
+    RMSNorm,
+    angles,
+    frequencies,
+    gelu,
+    linear,
+    remat_call,
+    rotate_2d,
+)
 
 Angles = tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 

@@ -20,8 +20,7 @@ from tunix.rl import common
 from tunix.sft import sharding_utils
 
 from ...losses import per_token_logps
-from ...model.gemma4 import Gemma4ForConditionalGeneration
-from ...model.scores import Gemma4ForTokenScores
+from ...model.gemma4 import Gemma4ForConditionalGeneration, Gemma4ForTokenScores
 from ...sharding import active_mesh
 from ..hooks import around, call_of
 from .context import current

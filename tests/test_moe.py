@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from tunix_gemma4.model import experts
-from tunix_gemma4.model.experts import expert_mix
+from tunix_gemma4.model import moe
 from tunix_gemma4.model.layers import gelu
+from tunix_gemma4.model.moe import expert_mix
 from tunix_gemma4.planning.measure import count_flops
 
 B, T, D, F, E, TOP_K = 4, 21, 16, 8, 8, 2
@@ -65,7 +65,7 @@ def assert_close(found, expected):
 @pytest.mark.parametrize("mesh", [None, (1, 1), (4, 1), (2, 4), (3, 1), (3, 2)])
 def test_values_and_gradients_are_those_of_all_experts_for_all_tokens(routing, mesh, monkeypatch):
     """3 divides neither rows nor experts: a chip then has all of them, or the half of (3, 2)."""
-    monkeypatch.setattr(experts, "LARGEST_BLOCK", 16)
+    monkeypatch.setattr(moe, "LARGEST_BLOCK", 16)
     case = draw(routing)
     expected = value_and_gradients(dense, *case)
     context = contextlib.nullcontext()
@@ -79,7 +79,7 @@ def test_values_and_gradients_are_those_of_all_experts_for_all_tokens(routing, m
 @pytest.mark.parametrize("columns", [5, 1])
 def test_a_few_columns_at_a_time_give_the_same(columns, monkeypatch):
     case = draw()
-    monkeypatch.setattr(experts, "MIX_ELEMENTS", columns * B * D)
+    monkeypatch.setattr(moe, "MIX_ELEMENTS", columns * B * D)
     assert_close(value_and_gradients(expert_mix, *case), value_and_gradients(dense, *case))
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lookups in a table that is spread over a mesh, a few columns of the batch at a time."""
+"""Lookups in a table that is spread over a mesh, a chunk of the batch at a time."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from tunix_gemma4.model import chunks as columns
+from tunix_gemma4.model import vocabulary
 
 WORDS, FEATURES, B, T = 64, 16, 8, 50
 
@@ -27,7 +27,7 @@ def found(mesh, dtype=jnp.float32):
     graphdef, state = nnx.split(table)
 
     def loss(state, tokens, weights):
-        rows = columns.lookup(nnx.merge(graphdef, state), tokens)
+        rows = vocabulary.lookup(nnx.merge(graphdef, state), tokens)
         return (rows * weights).sum(), rows
 
     where = lambda *axes: NamedSharding(mesh, PartitionSpec(*axes))  # noqa: E731
@@ -45,7 +45,7 @@ def found(mesh, dtype=jnp.float32):
 @pytest.mark.parametrize("count", [7, 50, 1])
 def test_some_columns_at_a_time_give_the_rows_and_gradient_of_all(mesh, monkeypatch, count):
     rows, gradient, _ = found(mesh)
-    monkeypatch.setattr(columns, "LOOKUP_ELEMENTS", count * B * FEATURES)
+    monkeypatch.setattr(vocabulary, "LOOKUP_ELEMENTS", count * B * FEATURES)
     some, of_some, text = found(mesh)
     np.testing.assert_array_equal(some, rows)
     np.testing.assert_allclose(of_some, gradient, rtol=1e-5, atol=1e-6)
@@ -55,7 +55,7 @@ def test_some_columns_at_a_time_give_the_rows_and_gradient_of_all(mesh, monkeypa
 
 
 def test_rows_have_the_dtype_of_activations(mesh, monkeypatch):
-    monkeypatch.setattr(columns, "LOOKUP_ELEMENTS", 1)
+    monkeypatch.setattr(vocabulary, "LOOKUP_ELEMENTS", 1)
     rows, gradient, _ = found(mesh, jnp.bfloat16)
     assert (rows.dtype, gradient.dtype) == (jnp.bfloat16, jnp.float32)
     assert gradient.sharding.spec[0] == ("fsdp", "tp")
@@ -65,5 +65,5 @@ def test_gradients_add_up_in_the_tables_dtype():
     """In bfloat16 a sum of ones stays at 256."""
     table = nnx.Embed(WORDS, FEATURES, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     tokens = jnp.full((1, 1000), 3)
-    gradient = nnx.grad(lambda table: columns.lookup(table, tokens).sum())(table)
+    gradient = nnx.grad(lambda table: vocabulary.lookup(table, tokens).sum())(table)
     assert (gradient["embedding"][3] == 1000).all()
