@@ -40,9 +40,10 @@ from tunix_gemma4 import LoraConfig, ModelConfig, apply_lora, sharding
 from tunix_gemma4.config import LayerSpec
 from tunix_gemma4.losses import next_token_loss, per_token_logps
 from tunix_gemma4.model import attention
+from tunix_gemma4.model.blockwise import block_pairs
 from tunix_gemma4.model.gemma4 import Gemma4ForConditionalGeneration
 from tunix_gemma4.model.kernels import splash
-from tunix_gemma4.model.masks import Visibility
+from tunix_gemma4.model.masks import AttentionMask
 from tunix_gemma4.model.scan import stack_layers
 from tunix_gemma4.model.vision import VisionLayer
 from tunix_gemma4.planning.hardware import hardware
@@ -78,8 +79,8 @@ def lower_layer(config: ModelConfig, mesh: Mesh, length: int, spec: LayerSpec, *
     arrays = [rows(mesh, length, count, spec.head_dim) for count in heads]
 
     def forward(q, k, v, segments):
-        visibility = Visibility(None, segments, None)
-        return attention.attend_rows(config, q, k, v, visibility, spec.window)
+        mask = AttentionMask(segments=segments, window=spec.window, own=0)
+        return attention.attend(q, k, v, mask, config)
 
     def loss(*inputs):
         return jnp.square(forward(*inputs).astype(jnp.float32)).sum()
@@ -137,8 +138,9 @@ def pairs(spec: LayerSpec, length: int, implementation: str) -> float:
     """Pairs of tokens that meet, over all pairs; `length` is a multiple of the blocks'."""
     if implementation == "xla":
         block = 2 * attention.BLOCK if spec.window is None else attention.BLOCK
-        tiles = attention.row_tiles(length, block, spec.window, both_ways=False)
-        return tiles.queries * tiles.keys * len(tiles.starts) / length**2
+        mask = AttentionMask(window=spec.window, own=0)
+        found = block_pairs(mask, block, length, length)
+        return found.queries * found.keys * len(found.starts) / length**2
     kernel = splash.make_kernel(length, 1, spec.window, splash.BLOCKS[0])
     blocks = np.asarray(kernel.fwd_mask_info.block_mask)
     return np.count_nonzero(blocks) * (splash.BLOCKS[0] / length) ** 2

@@ -2,6 +2,7 @@
 """Attention a block of queries at a time: the same as all at once, at a cost that windows bound."""
 
 import contextlib
+import dataclasses
 import re
 
 import jax
@@ -15,9 +16,10 @@ from small_models import assert_logits_agree, draw_images, draw_tokens, forward,
 
 from tunix_gemma4.losses import next_token_loss
 from tunix_gemma4.model import attention
-from tunix_gemma4.model.attention import attend, attend_blocks, attend_given, attend_rows, row_tiles
+from tunix_gemma4.model.attention import attend, attend_at_once
+from tunix_gemma4.model.blockwise import block_pairs
 from tunix_gemma4.model.kernels import splash, triton
-from tunix_gemma4.model.masks import Visibility
+from tunix_gemma4.model.masks import AttentionMask
 from tunix_gemma4.model.scan import stack_layers
 from tunix_gemma4.sharding import shard_model
 from tunix_gemma4.testing.tiny import tiny_config
@@ -31,15 +33,17 @@ def _small_blocks(monkeypatch):
     monkeypatch.setattr(attention, "CPU_BLOCK", 16)
 
 
-def draw(length, *, padding=False, segments=False, images=False, kv_heads=K, head_dim=H):
-    """Queries, keys, values and a `Visibility`; and the weight of each output in a loss."""
+def draw(
+    length, window=None, *, padding=False, segments=False, images=False, kv_heads=K, head_dim=H
+):
+    """Queries, keys, values and the mask of whole rows; and the weight of each output in a loss."""
     rng = np.random.default_rng(0)
     q, k, v = (
         jnp.array(rng.normal(size=(B, length, n, head_dim)) * (H / head_dim) ** 0.25, jnp.float32)
         for n in (N, kv_heads, kv_heads)
     )
     weights = rng.normal(size=q.shape).astype(np.float32)
-    visible = segment_ids = blocks = None
+    visible = segment_ids = image_ids = None
     if padding:
         real = np.arange(length) >= np.array([[length // 4], [0]])
         visible = jnp.array(np.broadcast_to(real[:, None, :], (B, length, length)))
@@ -48,10 +52,16 @@ def draw(length, *, padding=False, segments=False, images=False, kv_heads=K, hea
     if segments:
         segment_ids = jnp.array(np.sort(rng.integers(1, 4, (B, length)), axis=1))
     if images:
-        blocks = np.zeros((B, length), np.int32)
-        blocks[0, 30:55], blocks[1, 5:15], blocks[1, 60:80] = 1, 1, 2
-        blocks = jnp.array(blocks)
-    return (q, k, v), Visibility(visible, segment_ids, blocks), jnp.array(weights)
+        image_ids = np.zeros((B, length), np.int32)
+        image_ids[0, 30:55], image_ids[1, 5:15], image_ids[1, 60:80] = 1, 1, 2
+        image_ids = jnp.array(image_ids)
+    ahead = images and window is not None
+    mask = AttentionMask(visible, segment_ids, image_ids, window, own=0, looks_ahead=ahead)
+    return (q, k, v), mask, jnp.array(weights)
+
+
+def at_once(q, k, v, mask):
+    return attend_at_once(q, k, v, mask.block((0, q.shape[1]), (0, k.shape[1])))
 
 
 @pytest.mark.parametrize("window", [None, 5, 16, 17, 40, 1000])
@@ -60,12 +70,8 @@ def draw(length, *, padding=False, segments=False, images=False, kv_heads=K, hea
     [(96, False, False, False), (100, True, False, True), (130, False, True, True)],
 )
 def test_blocks_equal_all_at_once(window, length, padding, segments, images):
-    inputs, visibility, weights = draw(length, padding=padding, segments=segments, images=images)
-
-    def whole(q, k, v):
-        return attend(q, k, v, visibility.tile(window, (0, length), (0, length)))
-
-    assert_equal(lambda q, k, v: attend_blocks(q, k, v, visibility, window), whole, inputs, weights)
+    inputs, mask, weights = draw(length, window, padding=padding, segments=segments, images=images)
+    assert_equal(lambda *x: attend(*x, mask), lambda *x: at_once(*x, mask), inputs, weights)
 
 
 def assert_equal(function, expected, inputs, weights):
@@ -102,8 +108,9 @@ def test_cost_follows_the_window():
     """Pairs of tokens that meet, over all pairs."""
 
     def share(length, window, both_ways=False):
-        tiles = row_tiles(length, 16, window, both_ways=both_ways)
-        return tiles.queries * tiles.keys * len(tiles.starts) / length**2
+        mask = AttentionMask(window=window, own=0, looks_ahead=both_ways)
+        pairs = block_pairs(mask, 16, length, length)
+        return pairs.queries * pairs.keys * len(pairs.starts) / length**2
 
     assert share(1600, None) == pytest.approx(1 / 2, abs=0.01)
     assert share(1600, 32) == 48 / 1600
@@ -114,17 +121,17 @@ def test_cost_follows_the_window():
 @pytest.mark.parametrize("window", [None, 32])
 def test_nothing_of_all_pairs_is_held(window):
     length = 512
-    inputs, visibility, _ = draw(length, segments=True)
-    loss = lambda *inputs: attend_blocks(*inputs, visibility, window).sum()  # noqa: E731
+    inputs, mask, _ = draw(length, window, segments=True)
+    loss = lambda *inputs: attend(*inputs, mask).sum()  # noqa: E731
     text = str(jax.make_jaxpr(jax.value_and_grad(loss, (0, 1, 2)))(*inputs))
     assert f"{length},{length}]" not in text
-    dense = str(jax.make_jaxpr(lambda q, k, v: attend(q, k, v, jnp.ones((1, 1, 1), bool)))(*inputs))
+    dense = str(jax.make_jaxpr(lambda *inputs: at_once(*inputs, mask))(*inputs))
     assert f"{length},{length}]" in dense
 
 
-def test_a_loop_over_layers_makes_each_tile_where_it_is_used(monkeypatch):
+def test_a_loop_over_layers_makes_each_block_where_it_is_used(monkeypatch):
     """Masks are those of every layer, and so are keys and values that are reused."""
-    length, tiles = 160, 55  # Ten blocks, each with itself and those before it.
+    length, pairs = 160, 55  # Ten blocks, each with itself and those before it.
     model = stack_layers(random_model("e2b", remat_config="decoder"))
     tokens = jnp.ones((1, length), jnp.int32)
 
@@ -132,7 +139,7 @@ def test_a_loop_over_layers_makes_each_tile_where_it_is_used(monkeypatch):
         loss = lambda model: next_token_loss(model, tokens, tokens, segment_ids=tokens)  # noqa: E731
         graphdef, state = nnx.split(model)
         traced = jax.make_jaxpr(jax.grad(lambda state: loss(nnx.merge(graphdef, state))))(state)
-        return set(re.findall(rf"\w+\[{tiles},[\d,]+\]", str(traced)))
+        return set(re.findall(rf"\w+\[{pairs},[\d,]+\]", str(traced)))
 
     assert not held()
     monkeypatch.setattr(jax.lax, "optimization_barrier", lambda arrays: arrays)
@@ -147,14 +154,9 @@ def test_patches_see_all_valid_ones_a_block_at_a_time(length):
     inputs, _, weights = draw(length, kv_heads=N)
     valid = jnp.arange(length) < jnp.array([[length], [length - 13]])
     weights = weights * valid[:, :, None, None]
-    mask = valid[:, None, :]
-    assert_equal(
-        lambda *inputs: attend_given(*inputs, mask),
-        lambda *inputs: attend(*inputs, mask),
-        inputs,
-        weights,
-    )
-    loss = lambda *inputs: attend_given(*inputs, mask).sum()  # noqa: E731
+    mask = AttentionMask(valid[:, None, :])
+    assert_equal(lambda *x: attend(*x, mask), lambda *x: at_once(*x, mask), inputs, weights)
+    loss = lambda *inputs: attend(*inputs, mask).sum()  # noqa: E731
     text = str(jax.make_jaxpr(jax.value_and_grad(loss, (0, 1, 2)))(*inputs))
     assert (f"{length},{length}]" in text) == (length <= 2 * attention.CPU_BLOCK)
 
@@ -216,17 +218,11 @@ def make_mesh(fsdp, tp):
     return Mesh(np.array(jax.devices()[: fsdp * tp]).reshape(fsdp, tp), ("fsdp", "tp"))
 
 
-def assert_kernel_equals(name, config, drawn, window, mesh):
+def assert_kernel_equals(name, config, drawn, mesh):
     """The kernel that has `name` in its program runs, and equals attention all at once."""
-    inputs, visibility, weights = drawn
-    length = inputs[0].shape[1]
-
-    def kernel(*inputs):
-        return attend_rows(config, *inputs, visibility, window)
-
-    def whole(*inputs):
-        return attend(*inputs, visibility.tile(window, (0, length), (0, length)))
-
+    inputs, mask, weights = drawn
+    kernel = lambda *inputs: attend(*inputs, mask, config)  # noqa: E731
+    whole = lambda *inputs: at_once(*inputs, mask)  # noqa: E731
     with jax.set_mesh(make_mesh(*mesh)) if mesh else contextlib.nullcontext():
         text = str(jax.make_jaxpr(kernel)(*inputs))
         assert name in text
@@ -249,8 +245,8 @@ def assert_kernel_equals(name, config, drawn, window, mesh):
 def test_the_kernel_equals_all_at_once(on_tpu, length, window, segments, kv_heads, mesh):
     """Also with heads that tp does not divide, and rows that fsdp does not."""
     config = tiny_config("e2b", attention_implementation="splash", flash_attention_block_size=128)
-    drawn = draw(length, segments=segments, kv_heads=kv_heads, head_dim=splash.LANES)
-    assert_kernel_equals("splash", config, drawn, window, mesh)
+    drawn = draw(length, window, segments=segments, kv_heads=kv_heads, head_dim=splash.LANES)
+    assert_kernel_equals("splash", config, drawn, mesh)
 
 
 # ---- The kernel for GPU, interpreted.
@@ -282,13 +278,14 @@ def test_the_gpu_kernel_equals_all_at_once(
 ):
     """Also with heads that tp does not divide, and rows that fsdp does not."""
     config = tiny_config("e2b", use_flash_attention=True)
-    drawn = draw(length, segments=segments, images=images, kv_heads=kv_heads, head_dim=16)
-    assert_kernel_equals("triton_attention", config, drawn, window, mesh)
+    shapes = {"kv_heads": kv_heads, "head_dim": 16}
+    drawn = draw(length, window, segments=segments, images=images, **shapes)
+    assert_kernel_equals("triton_attention", config, drawn, mesh)
 
 
 @pytest.mark.parametrize("row_bytes", [32, 512, 1024, 2048])
 def test_its_blocks_fit_the_memory_of_a_multiprocessor(on_gpu, row_bytes):
-    """Of an A100; and divide every row that `attend_blocks` hands on."""
+    """Of an A100; and divide every row that `attend` hands on."""
     queries, keys = triton.block_sizes(row_bytes)
     assert (queries + 2 * keys) * row_bytes <= 164 * 1024
     assert 256 % queries == 256 % keys == 0
@@ -332,15 +329,16 @@ def test_what_the_kernel_cannot_express_runs_in_blocks(on_tpu, monkeypatch, capl
     length = 40
     inputs, free, _ = draw(length, head_dim=splash.LANES)
     _, masked, _ = draw(length, padding=True)
-    _, with_images, _ = draw(length, segments=True)
-    with_images = with_images._replace(blocks=jnp.zeros((B, length), jnp.int32))
+    ids = jnp.zeros((B, length), jnp.int32)
+    with_images = AttentionMask(segments=ids, images=ids, own=0)
+    looking = dataclasses.replace(with_images, window=10, looks_ahead=True)
     config = tiny_config("e2b", attention_implementation="splash")
 
-    def path(config, inputs, visibility, window=None):
+    def path(config, inputs, mask):
         """Which path ran, and what the log says of it."""
         monkeypatch.setattr(logging, "_log_counter_per_token", {})
         caplog.clear()
-        call = lambda *inputs: attend_rows(config, *inputs, visibility, window)  # noqa: E731
+        call = lambda *inputs: attend(*inputs, mask, config)  # noqa: E731
         text = str(jax.make_jaxpr(call)(*inputs))
         found = [name for name in ("splash", "triton") if name in text]
         return (found or ["xla"])[0], caplog.text
@@ -350,7 +348,7 @@ def test_what_the_kernel_cannot_express_runs_in_blocks(on_tpu, monkeypatch, capl
     assert path(config, inputs, free) == ("splash", "")
     assert path(config, inputs, with_images) == ("splash", "")
     for case, why in (
-        ((inputs, with_images, 10), "tokens of an image look both ways"),
+        ((inputs, looking), "tokens of an image look both ways"),
         ((inputs, masked), "the caller gives a mask of all pairs"),
         ((narrow, free), "the head size is 64"),
         ((short, free), "rows of 20 tokens"),
@@ -367,6 +365,6 @@ def test_what_the_kernel_cannot_express_runs_in_blocks(on_tpu, monkeypatch, capl
     assert "compiled for gpu" in said
     config = tiny_config("e2b", attention_implementation="triton")
     odd, _, _ = draw(length, head_dim=24)
-    assert path(config, inputs, with_images, 10) == ("triton", "")
+    assert path(config, inputs, looking) == ("triton", "")
     assert path(config, inputs, masked)[0] == path(config, odd, free)[0] == "xla"
     assert "the head size is 24" in path(config, odd, free)[1]

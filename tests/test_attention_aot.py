@@ -14,8 +14,8 @@ _PROGRAM = """
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from tunix_gemma4 import ModelConfig
-from tunix_gemma4.model.attention import attend_rows
-from tunix_gemma4.model.masks import Visibility
+from tunix_gemma4.model.attention import attend
+from tunix_gemma4.model.masks import AttentionMask
 from tunix_gemma4.planning.hardware import hardware
 
 mesh = Mesh(np.array(hardware("{topology}").devices()).reshape(4, 2), ("fsdp", "tp"))
@@ -33,8 +33,10 @@ for spec in config.layers[:6]:
     segments = jax.ShapeDtypeStruct((4, 2048), jnp.int32, sharding=rows)
 
     def loss(q, k, v, segments):
-        visibility = Visibility(None, segments, segments if {images} else None)
-        out = attend_rows(config, q, k, v, visibility, spec.window)
+        ahead = {images} and spec.window is not None
+        images = segments if ahead else None
+        mask = AttentionMask(None, segments, images, spec.window, own=0, looks_ahead=ahead)
+        out = attend(q, k, v, mask, config)
         return jnp.square(out.astype(jnp.float32)).sum()
 
     with mesh:

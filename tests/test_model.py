@@ -290,19 +290,15 @@ def test_causal_mask_is_the_lower_triangle():
         1 1 1 0
         1 1 1 1
     """
-    slots = jnp.arange(4)
-    np.testing.assert_array_equal(masks.causal_mask(slots, slots), _matrix(expected))
+    slots = masks.Tokens(jnp.arange(4))
+    np.testing.assert_array_equal(masks.visible_pairs(slots, slots, None), _matrix(expected))
 
 
 def _sliding_and_full(config, drawn: str, **inputs) -> dict[str, np.ndarray]:
     tokens, _ = draw_tokens(config, drawn)
-    inputs = {"attention_mask": None, "segment_ids": None} | inputs
-    visibility = masks.Visibility.of(config, tokens, **inputs)
+    found = masks.attention_masks(config, tokens, **({"attention_mask": None} | inputs))
     whole = (0, len(drawn))
-    return {
-        kind: np.asarray(visibility.tile(window, whole, whole)[0], int)
-        for kind, window in (("sliding", config.sliding_window), ("full", None))
-    }
+    return {kind: np.asarray(mask.block(whole, whole)[0], int) for kind, mask in found.items()}
 
 
 def test_sliding_layers_see_one_window_themselves_included():

@@ -14,7 +14,7 @@ from small_models import draw_images, draw_tokens, random_model
 import tunix_gemma4
 from tunix_gemma4 import LoraConfig, ModelConfig, apply_lora
 from tunix_gemma4.losses import next_token_loss
-from tunix_gemma4.model.scan import runs, stack_layers, unstack_layers
+from tunix_gemma4.model.scan import block_patterns, stack_layers, unstack_layers
 from tunix_gemma4.sharding import shard_model
 
 # Kinds of layers as the presets have them, repeated so that there is something to stack.
@@ -76,13 +76,13 @@ def rounded(model):
 )
 def test_released_sizes_are_runs_of_blocks(size, expected):
     config = getattr(ModelConfig, f"gemma4_{size}")()
-    assert [tuple(run) for run in runs(config.layers)] == expected
+    assert [tuple(pattern) for pattern in block_patterns(config.layers)] == expected
 
 
 def test_layers_that_never_repeat_are_one_block():
     types = ["sliding_attention"] * 2 + ["full_attention"] * 3
     config = random_model("31b", num_hidden_layers=5, layer_types=types).config
-    assert [tuple(run) for run in runs(config.layers)] == [(0, (2, 3), 1)]
+    assert [tuple(pattern) for pattern in block_patterns(config.layers)] == [(0, (2, 3), 1)]
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_values_and_gradients_are_those_of_single_layers(preset, remat):
     expected_loss, expected = loss_and_gradients(single, inputs)
     moved = loss_and_gradients(rounded(single), inputs)[1]
     assert stack_layers(stacked) is stacked
-    assert len(stacked.language_model.stacks) == len(runs(single.config.layers))
+    assert len(stacked.language_model.stacks) == len(block_patterns(single.config.layers))
     loss, found = loss_and_gradients(stacked, inputs)
     assert loss == pytest.approx(expected_loss, rel=1e-6)
     assert found.keys() == expected.keys()

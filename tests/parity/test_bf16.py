@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tunix_gemma4.model import rope
+from tunix_gemma4.model import layers
 
 from . import oracle
 
@@ -65,10 +65,10 @@ def test_router_runs_in_float32_where_transformers_uses_bf16():
 def test_heads_are_rotated_in_float32_and_rounded_once():
     x = random(1, 9, 2, 16)
     positions = jnp.arange(1000, 1009)[None]
-    turning = rope.angles(positions, rope.frequencies(16, 10_000.0))
-    exact = rope.rotate(x.astype(jnp.float32), turning)
+    turning = layers.angles(positions, layers.frequencies(16, 10_000.0))
+    exact = layers.rotate(x.astype(jnp.float32), turning)
     np.testing.assert_array_equal(
-        np.asarray(rope.rotate(x, turning), np.float32),
+        np.asarray(layers.rotate(x, turning), np.float32),
         np.asarray(exact.astype(jnp.bfloat16), np.float32),
     )
 

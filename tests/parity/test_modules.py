@@ -11,8 +11,8 @@ import torch
 from transformers import Gemma4TextConfig
 from transformers.models.gemma4 import modeling_gemma4 as hf_code
 
-from tunix_gemma4.model import rope
-from tunix_gemma4.model.masks import Visibility
+from tunix_gemma4.model import layers
+from tunix_gemma4.model.masks import AttentionMask, attention_masks
 from tunix_gemma4.model.vision import pool
 
 from . import oracle
@@ -103,7 +103,7 @@ def test_released_rope_frequencies_equal_transformers(kind):
         oracle.SLIDING: (256, 10_000.0, 1.0),
         oracle.FULL: (512, 1_000_000.0, 0.25),
     }[kind]
-    ours = rope.frequencies(size, theta, fraction=fraction)
+    ours = layers.frequencies(size, theta, fraction=fraction)
     assert ours.shape == theirs.shape == (size // 2,)
     assert np.count_nonzero(ours) == {256: 128, 512: 64}[size]
     np.testing.assert_allclose(ours, theirs, rtol=2.4e-7, atol=0)
@@ -120,8 +120,8 @@ def test_text_rope_equals_transformers(pair, layer):
         torch.from_numpy(x), torch.from_numpy(positions), kind
     )
     theirs = hf_code.apply_rotary_pos_emb(torch.from_numpy(x), cos, sin, unsqueeze_dim=2)
-    frequency = rope.frequencies(spec.head_dim, spec.rope_theta, fraction=spec.rope_fraction)
-    ours = rope.rotate(jnp.asarray(x), rope.angles(jnp.asarray(positions), frequency))
+    frequency = layers.frequencies(spec.head_dim, spec.rope_theta, fraction=spec.rope_fraction)
+    ours = layers.rotate(jnp.asarray(x), layers.angles(jnp.asarray(positions), frequency))
     assert_close(ours, theirs)
 
 
@@ -136,9 +136,9 @@ def test_vision_rope_equals_transformers(pair, size):
     theirs = hf_code.apply_multidimensional_rope(
         torch.from_numpy(x), cos, sin, torch.from_numpy(places)
     )
-    frequency = rope.frequencies(tower.head_dim // 2, tower.rope_theta)
-    by_axis = [rope.angles(jnp.asarray(places[..., axis]), frequency) for axis in (0, 1)]
-    assert_close(rope.rotate_2d(jnp.asarray(x), *by_axis), theirs)
+    frequency = layers.frequencies(tower.head_dim // 2, tower.rope_theta)
+    by_axis = [layers.angles(jnp.asarray(places[..., axis]), frequency) for axis in (0, 1)]
+    assert_close(layers.rotate_2d(jnp.asarray(x), *by_axis), theirs)
 
 
 # ---- Masks, attention, layers.
@@ -150,11 +150,11 @@ def test_masks_equal_the_prepared_ones(pair, size):
     inputs = oracle.image_inputs()
     tokens = jnp.asarray(inputs.tokens)
     visible = ours.get_attention_mask(tokens, inputs_mask=jnp.asarray(inputs.mask))
-    visibility = Visibility.of(config, tokens, visible, None)
+    masks = attention_masks(config, tokens, visible)
     whole = (0, tokens.shape[1])
     expected = oracle.prepared_masks(config, inputs)
-    for name, window in ((oracle.SLIDING, config.sliding_window), (oracle.FULL, None)):
-        found = np.asarray(visibility.tile(window, whole, whole))
+    for name, kind in ((oracle.SLIDING, "sliding"), (oracle.FULL, "full")):
+        found = np.asarray(masks[kind].block(whole, whole))
         theirs = (expected[name] == 0).numpy()[:, 0]
         np.testing.assert_array_equal(found[inputs.real], theirs[inputs.real], err_msg=name)
 
@@ -169,7 +169,7 @@ def attention_inputs(config, hf, layer):
     window = config.sliding_window if kind == oracle.SLIDING else T
     visible = np.broadcast_to((apart >= 0) & (apart < window), (B, T, T))
     added = torch.where(torch.from_numpy(visible.copy())[:, None], 0.0, torch.finfo().min)
-    return x, cos_sin, added, half(cos_sin), jnp.asarray(visible)
+    return x, cos_sin, added, half(cos_sin), AttentionMask(jnp.asarray(visible))
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,12 @@ from flax import nnx
 
 from ..config import LayerSpec, ModelConfig
 from ..sharding import constrain, platform
-from .blockwise import Tiles, attend_tiles, causal_tiles, sliding_tiles, whole_tiles
-from .cache import LayerCache, is_ring, store
+from .blockwise import block_pairs, blockwise_attention
+from .cache import LayerCache, store
 from .kernels.splash import LANES, splash_attend
 from .layers import RMSNorm, linear, rotate
 from .lora import project
-from .masks import Given, Visibility
+from .masks import AttentionMask
 
 KeysValues = tuple[jax.Array, jax.Array]
 
@@ -23,59 +23,88 @@ KeysValues = tuple[jax.Array, jax.Array]
 BLOCK, CPU_BLOCK = 256, 128
 # From here on a full layer's blocks are twice as long.
 LONG = 2048
-# Kernels, by what they are for.
+# Experimental kernels, by what they are for.
 _PLATFORMS = {"splash": "tpu", "triton": "gpu"}
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """Softmax attention with scale 1, softmax in float32.
-
-    q [B, T, N, H], k and v [B, S, K, H] with N a multiple of K, mask bool [B, 1 or T, S].
-    A query that may see nothing gets the mean of all values, which is finite.
-    """
-    return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], scale=1.0)
-
-
-def attend_rows(
-    config: ModelConfig,
+def attend(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    visibility: Visibility,
-    window: int | None,
+    mask: AttentionMask,
+    config: ModelConfig | None = None,
 ) -> jax.Array:
-    """`attend` over whole rows of T tokens, by whatever fits the device, the config and the case.
+    """Softmax attention with scale 1, softmax in float32, by whatever fits device and case.
+
+    In long rows a block of queries meets a block of keys at a time, so that nothing [N, T, S]
+    exists: in a sliding layer the keys of their window alone, in a full one none behind them. A
+    kernel may take the place of that in whole rows.
 
     Args:
-        config: whose `attention` says what is wanted.
         q: [B, T, N, H].
-        k: [B, T, K, H] with N a multiple of K.
+        k: [B, S, K, H] with N a multiple of K.
         v: like k.
-        visibility: who may look at whom.
-        window: of a sliding layer; None in a full one.
+        mask: who may look at whom.
+        config: whose `attention_implementation` says which kernel is wanted; None: none.
+
+    Returns:
+        [B, T, N, H] in the dtype of q. A query that may see nothing gets a mean of values, which
+        is finite.
     """
-    if not config.wants_kernel:
+    kernel = None if config is None else _kernel(config, q, mask)
+    if kernel == "splash":
+        block = config.flash_attention_block_size
+        return splash_attend(q, k, v, mask.segments, mask.window, largest_block=block)
+    length = q.shape[1]
+    block = block_size(length if mask.of_whole_rows and mask.window is None else 0)
+    if length <= 2 * block:
+        return attend_at_once(q, k, v, mask.block((0, length), (0, k.shape[1])))
+    if padding := -length % block:
+        q = _pad(q, padding)
+        if mask.of_whole_rows:
+            k, v = _pad(k, padding), _pad(v, padding)
+        mask = mask.padded(padding)
+    pairs = block_pairs(mask, block, q.shape[1], k.shape[1])
+    return blockwise_attention(pairs, kernel == "triton", q, k, v, mask)[:, :length]
+
+
+def attend_at_once(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """`attend` by XLA for all pairs at once; mask bool [B, 1 or T, S]."""
+    return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], scale=1.0)
+
+
+def block_size(causal_length: int = 0) -> int:
+    """Queries handled at once: few for the caches of a CPU, more where causal blocks are many."""
+    if platform() == "cpu":
+        return CPU_BLOCK
+    return 2 * BLOCK if causal_length >= LONG else BLOCK
+
+
+def _pad(x: jax.Array, count: int) -> jax.Array:
+    return jnp.pad(x, ((0, 0), (0, count), (0, 0), (0, 0)))
+
+
+def _kernel(config: ModelConfig, q: jax.Array, mask: AttentionMask) -> str | None:
+    """The kernel that is wanted and can run, if there is one; says in the log why it cannot."""
+    if not (config.wants_kernel and mask.of_whole_rows):
         # "auto" as well: no kernel's speed was measured, and splash saves no memory.
-        return attend_blocks(q, k, v, visibility, window)
+        return None
     wanted = config.attention
     if wanted == "flash":
         wanted = "triton" if platform() == "gpu" else "splash"
-    obstacle = _obstacle(wanted, q, visibility, window)
-    if obstacle is not None:
-        logging.log_first_n(
-            logging.WARNING,
-            "attention_implementation=%r: %s, so XLA's attention runs there.",
-            3,
-            *(wanted, obstacle),
-        )
-        return attend_blocks(q, k, v, visibility, window)
-    if wanted == "triton":
-        return attend_blocks(q, k, v, visibility, window, kernel=True)
-    segments, block = visibility.segments, config.flash_attention_block_size
-    return splash_attend(q, k, v, segments, window, largest_block=block)
+    obstacle = _obstacle(wanted, q, mask)
+    if obstacle is None:
+        return wanted
+    logging.log_first_n(
+        logging.WARNING,
+        "attention_implementation=%r: %s, so XLA's attention runs there.",
+        3,
+        *(wanted, obstacle),
+    )
+    return None
 
 
-def _obstacle(kernel: str, q: jax.Array, visibility: Visibility, window: int | None) -> str | None:
+def _obstacle(kernel: str, q: jax.Array, mask: AttentionMask) -> str | None:
     """Why a kernel cannot run, or None."""
     length, head_dim = q.shape[1], q.shape[3]
     wanted, found = _PLATFORMS[kernel], platform()
@@ -83,91 +112,16 @@ def _obstacle(kernel: str, q: jax.Array, visibility: Visibility, window: int | N
         return f"the kernel is for {wanted.upper()}, and this is compiled for {found}"
     if length <= 2 * BLOCK:
         return f"rows of {length} tokens are no longer than {2 * BLOCK}"
-    if visibility.visible is not None:
+    if mask.visible is not None:
         return "the caller gives a mask of all pairs of tokens"
     if kernel == "triton":
         power = head_dim & (head_dim - 1) == 0 and head_dim >= 16
         return None if power else f"the head size is {head_dim}, which is no power of two from 16"
     if head_dim % LANES:
         return f"the head size is {head_dim}, which is no multiple of {LANES}"
-    if window is not None and visibility.blocks is not None:
+    if mask.looks_ahead:
         return "tokens of an image look both ways in sliding layers"
     return None
-
-
-def attend_blocks(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    visibility: Visibility,
-    window: int | None,
-    *,
-    kernel: bool = False,
-) -> jax.Array:
-    """`attend` over whole rows of T tokens, a block of queries and one of keys at a time.
-
-    A sliding layer's queries meet the keys of their window alone, so that cost grows with
-    T x window; a full layer's meet no block behind them. Nothing [N, T, T] exists. With `kernel`
-    the forward pass is `triton_forward`.
-    """
-    length = q.shape[1]
-    block = block_size(length if window is None else 0)
-    if length <= 2 * block:
-        return attend(q, k, v, visibility.tile(window, (0, length), (0, length)))
-    padding = -length % block
-    if padding:
-        q, k, v = (_pad(x, padding) for x in (q, k, v))
-        visibility = visibility.padded(padding)
-    tiles = row_tiles(q.shape[1], block, window, both_ways=visibility.blocks is not None)
-    return attend_tiles(tiles, window, kernel, q, k, v, visibility)[:, :length]
-
-
-def attend_given(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, tiles: Tiles | None = None
-) -> jax.Array:
-    """`attend` under any mask [B, 1 or T, S], a block of queries at a time in long rows.
-
-    `tiles` are known to hold every visible pair; None: each query meets all keys. Nothing
-    [N, T, S] exists.
-    """
-    length, block = q.shape[1], block_size()
-    if length <= 2 * block:
-        return attend(q, k, v, mask)
-    padding = -length % block
-    q = _pad(q, padding)
-    if mask.shape[1] > 1:
-        mask = jnp.pad(mask, ((0, 0), (0, padding), (0, 0)))
-    tiles = tiles or whole_tiles(q.shape[1], block, k.shape[1])
-    return attend_tiles(tiles, None, False, q, k, v, Given(mask))[:, :length]
-
-
-def block_size(causal_length: int = 0) -> int:
-    """Queries handled at once: few for the caches of a CPU, more where causal tiles are many."""
-    if platform() == "cpu":
-        return CPU_BLOCK
-    return 2 * BLOCK if causal_length >= LONG else BLOCK
-
-
-def row_tiles(length: int, block: int, window: int | None, *, both_ways: bool) -> Tiles:
-    """Of whole rows of `length` tokens, a multiple of `block`.
-
-    `both_ways` says that queries of a sliding layer may look forward too.
-    """
-    if window is not None:
-        ahead = window if both_ways else 0
-        tiles = sliding_tiles(length, block, length, back=_back(window, block), ahead=ahead)
-        if tiles.keys < length or both_ways:
-            return tiles
-    return causal_tiles(length, block)
-
-
-def _back(window: int, block: int) -> int:
-    """Whole blocks that reach to a query's first key, window - 1 before it."""
-    return block * -(-(window - 1) // block)
-
-
-def _pad(x: jax.Array, count: int) -> jax.Array:
-    return jnp.pad(x, ((0, 0), (0, count), (0, 0), (0, 0)))
 
 
 class Attention(nnx.Module):
@@ -199,7 +153,7 @@ class Attention(nnx.Module):
         self,
         x: jax.Array,
         cos_sin: tuple[jax.Array, jax.Array],
-        mask: jax.Array | Visibility,
+        mask: AttentionMask,
         cache: LayerCache | None,
         shared: KeysValues | None,
     ) -> tuple[jax.Array, KeysValues, LayerCache | None]:
@@ -211,20 +165,8 @@ class Attention(nnx.Module):
             k, v = shared
         else:
             k, v, cache = self._keys_values(raw, cos_sin, cache)
-        if isinstance(mask, Visibility):
-            out = attend_rows(self.config, q, k, v, mask, self.spec.window)
-        else:
-            out = attend_given(q, k, v, mask, self._ring_tiles(q.shape[1], k.shape[1]))
+        out = attend(q, k, v, mask, self.config)
         return self.o_proj(out.reshape(*x.shape[:2], -1)), (k, v), cache
-
-    def _ring_tiles(self, length: int, keys: int) -> Tiles | None:
-        """Of `length` new tokens and what a ring held before them; None where there is no ring."""
-        if not is_ring(self.config, self.spec.kind):
-            return None
-        window, block = self.spec.window, block_size()
-        ahead = window if self.config.image_blocks_attend_both_ways else 0
-        reach = {"back": _back(window, block), "ahead": ahead, "cached": keys - length}
-        return sliding_tiles(length + -length % block, block, keys, **reach)
 
     def _heads(self, x: jax.Array) -> jax.Array:
         return constrain(

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention a tile of queries and keys at a time: no array of all pairs, forward or backward.
+"""Blockwise attention: some queries and some keys at a time, no array of all pairs of tokens.
 
-One loop goes over the tiles, so a compiler sees one tile whatever the length. The softmax is the
-online one, and the backward pass makes each tile's probabilities again from the logarithm of their
-sum.
+One loop goes over pairs of blocks, so a compiler sees one pair whatever the length. The softmax is
+the online one, and the backward pass makes each pair's probabilities again from the logarithm of
+their sum.
 
 Source: Dao, FlashAttention-2, 2023, algorithms 1 and 2.
 """
@@ -11,26 +11,17 @@ Source: Dao, FlashAttention-2, 2023, algorithms 1 and 2.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from ..sharding import constrain
 from .kernels.triton import triton_forward
-from .masks import MASKED
+from .masks import MASKED, AttentionMask
 
 
-class Masks(Protocol):
-    """Says who may look at whom; a pytree of arrays."""
-
-    def tile(
-        self, window: int | None, rows: tuple[Any, int], columns: tuple[Any, int]
-    ) -> jax.Array:
-        """Bool [B or 1, queries, keys] of the given first slots and numbers."""
-
-
-class Tiles(NamedTuple):
+class BlockPairs(NamedTuple):
     """The pairs of a block of queries and a block of keys that meet.
 
     Attributes:
@@ -44,64 +35,59 @@ class Tiles(NamedTuple):
     starts: tuple[tuple[int, int], ...]
 
 
-def causal_tiles(length: int, block: int) -> Tiles:
-    """Those of a full layer over `length` tokens, a multiple of `block`."""
-    firsts = range(0, length, block)
-    return Tiles(block, block, tuple((q, k) for q in firsts for k in firsts if k <= q))
+def block_pairs(mask: AttentionMask, block: int, queries: int, keys: int) -> BlockPairs:
+    """Pairs of blocks that hold every pair of tokens that `mask` lets meet.
 
-
-def sliding_tiles(
-    length: int, block: int, keys: int, *, back: int, ahead: int = 0, cached: int = 0
-) -> Tiles:
-    """One for each block of queries, whose keys reach `back` before it and `ahead` behind it.
+    A sliding layer has one for each block of queries, with the keys of their window; a full layer
+    of whole rows one for each two blocks, none behind its queries; what may look anywhere one for
+    each block of queries, with all keys.
 
     Args:
-        length: of the queries, a multiple of `block`.
-        block: queries in a tile.
-        keys: how many there are.
-        back: how far before its first query a tile's keys reach.
-        ahead: how far behind its last one.
-        cached: keys before the first query's own, in any order: a query that reaches back to any
-            of them meets them all.
+        mask: of queries and keys.
+        block: queries in a block.
+        queries: their number, a multiple of `block`.
+        keys: their number; in whole rows that of queries.
     """
-    width = min(cached + back + block + ahead, keys)
-    firsts = range(0, length, block)
-    ends = (cached + first + block + ahead for first in firsts)
-    starts = (min(max(end - width, 0), keys - width) for end in ends)
-    return Tiles(block, width, tuple(zip(firsts, starts, strict=True)))
+    firsts = range(0, queries, block)
+    if mask.own is None:
+        return BlockPairs(block, keys, tuple((first, 0) for first in firsts))
+    if mask.window is not None:
+        # Whole blocks that reach to a query's first key, window - 1 before it.
+        back = block * -(-(mask.window - 1) // block)
+        ahead = mask.window if mask.looks_ahead else 0
+        # What a ring held is in any order: a query that reaches back to any of it meets it all.
+        width = min(mask.own + back + block + ahead, keys)
+        if width < keys or ahead or not mask.of_whole_rows:
+            ends = (mask.own + first + block + ahead for first in firsts)
+            starts = (min(max(end - width, 0), keys - width) for end in ends)
+            return BlockPairs(block, width, tuple(zip(firsts, starts, strict=True)))
+    return BlockPairs(block, block, tuple((q, k) for q in firsts for k in firsts if k <= q))
 
 
-def whole_tiles(length: int, block: int, keys: int) -> Tiles:
-    """One for each block of queries, with all keys; `length` is a multiple of `block`."""
-    return Tiles(block, keys, tuple((first, 0) for first in range(0, length, block)))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def attend_tiles(
-    tiles: Tiles,
-    window: int | None,
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def blockwise_attention(
+    pairs: BlockPairs,
     kernel: bool,
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    masks: Masks,
+    mask: AttentionMask,
 ) -> jax.Array:
-    """Softmax attention with scale 1 over `tiles`, softmax in float32.
+    """Softmax attention with scale 1, one of `pairs` at a time, softmax in float32.
 
     Args:
-        tiles: together they hold every pair that `masks` lets meet.
-        window: of a sliding layer; None in a full one.
-        kernel: forward by `triton_forward`, whose pairs `tiles` must hold.
+        pairs: together they hold every pair of tokens that `mask` lets meet.
+        kernel: forward by `triton_forward`, whose pairs of tokens `pairs` must hold.
         q: [B, T, N, H].
         k: [B, S, K, H] with N a multiple of K.
         v: like k.
-        masks: of queries and keys.
+        mask: of queries and keys.
 
     Returns:
         [B, T, N, H] in the dtype of q. A query that may see nothing gets the mean of the values in
-        its tiles.
+        its blocks.
     """
-    return _forward(tiles, window, kernel, q, k, v, masks)[0]
+    return _forward(pairs, kernel, q, k, v, mask)[0]
 
 
 def _slice(x: jax.Array, start: jax.Array, size: int, axis: int = 1) -> jax.Array:
@@ -133,11 +119,10 @@ def _over_queries(of_queries: jax.Array, of_pairs: jax.Array) -> jax.Array:
     return jnp.moveaxis(product, 3, 1)
 
 
-def _scores(tiles, window, q, k, masks, starts) -> jax.Array:
-    """Of one tile, masked: float32 [B, K, queries, N / K, keys]."""
-    scores = _of_pairs(q, k)
-    mask = masks.tile(window, (starts[0], tiles.queries), (starts[1], tiles.keys))
-    return jnp.where(mask[:, None, :, None, :], scores, MASKED)
+def _scores(pairs, q, k, mask, starts) -> jax.Array:
+    """Of one pair of blocks, masked: float32 [B, K, queries, N / K, keys]."""
+    visible = mask.block((starts[0], pairs.queries), (starts[1], pairs.keys))
+    return jnp.where(visible[:, None, :, None, :], _of_pairs(q, k), MASKED)
 
 
 def _grouped(x: jax.Array, kv_heads: int) -> jax.Array:
@@ -145,14 +130,14 @@ def _grouped(x: jax.Array, kv_heads: int) -> jax.Array:
     return x.reshape(*x.shape[:2], kv_heads, -1, x.shape[3])
 
 
-def _steps(tiles: Tiles, after: jax.Array) -> tuple[jax.Array, Any]:
-    """`after`, and of each tile the first query and key and whether it is the first of its queries.
+def _steps(pairs: BlockPairs, after: jax.Array) -> tuple[jax.Array, Any]:
+    """`after`, and of each pair the first query, the first key and whether its queries are new.
 
     They are not known before `after`: JAX would else make what all layers share (masks and, in
-    layers that reuse them, keys and values) tile by tile before its loop over the layers, and keep
-    that of all pairs of blocks.
+    layers that reuse them, keys and values) block by block before its loop over the layers, and
+    keep that of all pairs of blocks.
     """
-    queries, keys = zip(*tiles.starts, strict=True)
+    queries, keys = zip(*pairs.starts, strict=True)
     fresh = [i == 0 or queries[i] != queries[i - 1] for i in range(len(queries))]
     return jax.lax.optimization_barrier(
         (after, (jnp.array(queries), jnp.array(keys), jnp.array(fresh)))
@@ -163,22 +148,23 @@ def _loop(step, carry, steps):
     return jax.lax.scan(lambda carry, x: (step(carry, x[:2], x[2]), None), carry, steps)[0]
 
 
-def _forward(tiles, window, kernel, q, k, v, masks):
+def _forward(pairs, kernel, q, k, v, mask):
     """The output, and what the backward pass wants."""
     if kernel:
-        out, log_sums = triton_forward(window, q, k, v, masks)
+        out, log_sums = triton_forward(q, k, v, mask)
         log_sums = jnp.moveaxis(_grouped(log_sums[..., None], k.shape[2])[..., 0], 1, 2)
-        return out, (q, k, v, masks, out, log_sums)
-    q, steps = _steps(tiles, q)
+        return out, (q, k, v, mask, out, log_sums)
+    q, steps = _steps(pairs, q)
     batch, length, heads, size = q.shape
     groups = heads // k.shape[2]
-    online = len({first for first, _ in tiles.starts}) < len(tiles.starts)
+    # Where a block of queries has one block of keys, nothing runs on from pair to pair.
+    online = len({first for first, _ in pairs.starts}) < len(pairs.starts)
 
     def step(carry, starts, fresh):
         out, log_sums, running = carry
-        q_tile = _grouped(_slice(q, starts[0], tiles.queries), k.shape[2])
-        k_tile, v_tile = (_slice(x, starts[1], tiles.keys) for x in (k, v))
-        scores = _scores(tiles, window, q_tile, k_tile, masks, starts)
+        q_block = _grouped(_slice(q, starts[0], pairs.queries), k.shape[2])
+        k_block, v_block = (_slice(x, starts[1], pairs.keys) for x in (k, v))
+        scores = _scores(pairs, q_block, k_block, mask, starts)
         largest = scores.max(axis=-1)
         if online:
             before, total, mixed = (jnp.where(fresh, 0, x) for x in running)
@@ -186,59 +172,64 @@ def _forward(tiles, window, kernel, q, k, v, masks):
             largest = jnp.maximum(largest, before)
         weights = jnp.exp(scores - largest[..., None])
         sums = weights.sum(axis=-1)
-        values = _over_keys(weights.astype(v.dtype), v_tile)
+        values = _over_keys(weights.astype(v.dtype), v_block)
         if online:
+            # Earlier blocks were weighted by another largest score.
             shrink = jnp.exp(before - largest)
             sums, values = sums + shrink * total, values + shrink[..., None] * mixed
             running = largest, sums, values
-        tile = jnp.moveaxis(values / sums[..., None], 1, 2)
-        out = _write(out, tile.reshape(batch, tiles.queries, heads, size), starts[0])
+        # Written at every pair, and right at the last one of the same queries: a loop that wrote
+        # only there would have to branch.
+        block = jnp.moveaxis(values / sums[..., None], 1, 2)
+        out = _write(out, block.reshape(batch, pairs.queries, heads, size), starts[0])
         log_sums = _write(log_sums, largest + jnp.log(sums), starts[0], axis=2)
         return out, log_sums, running
 
-    small = (batch, k.shape[2], tiles.queries, groups)
+    small = (batch, k.shape[2], pairs.queries, groups)
     zeros = lambda shape: jnp.zeros(shape, jnp.float32)  # noqa: E731
     running = (zeros(small), zeros(small), zeros((*small, size))) if online else ()
     out = constrain(jnp.zeros(q.shape, q.dtype), "batch", None, "heads", None)
     log_sums = zeros((batch, k.shape[2], length, groups))
     out, log_sums, _ = _loop(step, (out, log_sums, running), steps)
-    return out, (q, k, v, masks, out, log_sums)
+    return out, (q, k, v, mask, out, log_sums)
 
 
-def _backward(tiles, window, kernel, saved, d_out):
+def _backward(pairs, kernel, saved, d_out):
     del kernel
-    q, k, v, masks, out, log_sums = saved
-    log_sums, steps = _steps(tiles, log_sums)
+    q, k, v, mask, out, log_sums = saved
+    log_sums, steps = _steps(pairs, log_sums)
     kv_heads, size = k.shape[2:]
+    # What each query's weights have in common: the gradient of a softmax takes its mean away.
     product = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1)  # [B, T, N]
     product = jnp.moveaxis(product.reshape(*q.shape[:2], kv_heads, -1), 1, 2)
 
     def add(total, part, start):
-        return _write(total, _slice(total, start, tiles.keys) + part, start)
+        # Blocks of keys overlap and come back, so their gradients are sums.
+        return _write(total, _slice(total, start, pairs.keys) + part, start)
 
     def step(carry, starts, fresh):
         d_q, d_k, d_v, running = carry
-        q_tile, d_out_tile = (
-            _grouped(_slice(x, starts[0], tiles.queries), kv_heads) for x in (q, d_out)
+        q_block, d_out_block = (
+            _grouped(_slice(x, starts[0], pairs.queries), kv_heads) for x in (q, d_out)
         )
-        k_tile, v_tile = (_slice(x, starts[1], tiles.keys) for x in (k, v))
-        of_queries = lambda x: _slice(x, starts[0], tiles.queries, axis=2)[..., None]  # noqa: E731
-        scores = _scores(tiles, window, q_tile, k_tile, masks, starts)
+        k_block, v_block = (_slice(x, starts[1], pairs.keys) for x in (k, v))
+        of_queries = lambda x: _slice(x, starts[0], pairs.queries, axis=2)[..., None]  # noqa: E731
+        scores = _scores(pairs, q_block, k_block, mask, starts)
         weights = jnp.exp(scores - of_queries(log_sums))
-        d_v = add(d_v, _over_queries(d_out_tile, weights.astype(q.dtype)), starts[1])
-        d_weights = _of_pairs(d_out_tile, v_tile)
+        d_v = add(d_v, _over_queries(d_out_block, weights.astype(q.dtype)), starts[1])
+        d_weights = _of_pairs(d_out_block, v_block)
         d_scores = (weights * (d_weights - of_queries(product))).astype(q.dtype)
-        d_k = add(d_k, _over_queries(q_tile, d_scores), starts[1])
-        running = _over_keys(d_scores, k_tile) + jnp.where(fresh, 0, running)
-        tile = jnp.moveaxis(running, 1, 2)
-        d_q = _write(d_q, tile.reshape(q.shape[0], tiles.queries, *q.shape[2:]), starts[0])
+        d_k = add(d_k, _over_queries(q_block, d_scores), starts[1])
+        running = _over_keys(d_scores, k_block) + jnp.where(fresh, 0, running)
+        block = jnp.moveaxis(running, 1, 2)
+        d_q = _write(d_q, block.reshape(q.shape[0], pairs.queries, *q.shape[2:]), starts[0])
         return d_q, d_k, d_v, running
 
     d_q = constrain(jnp.zeros(q.shape, q.dtype), "batch", None, "heads", None)
     d_k = constrain(jnp.zeros(k.shape, jnp.float32), "batch", None, "kv_heads", None)
-    running = jnp.zeros((q.shape[0], kv_heads, tiles.queries, q.shape[2] // kv_heads, size))
+    running = jnp.zeros((q.shape[0], kv_heads, pairs.queries, q.shape[2] // kv_heads, size))
     d_q, d_k, d_v, _ = _loop(step, (d_q, d_k, d_k, running), steps)
     return d_q, d_k.astype(k.dtype), d_v.astype(v.dtype), None
 
 
-attend_tiles.defvjp(_forward, _backward)
+blockwise_attention.defvjp(_forward, _backward)

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 
 from ..config import LayerSpec, ModelConfig
-from .masks import Keys
 
 LayerCache = dict[str, jax.Array]
 Cache = dict[str, LayerCache]
@@ -52,26 +51,33 @@ def _ring_slots(size: int, last: jax.Array) -> jax.Array:
     return last - (last - jnp.arange(size)) % size
 
 
-def cached_keys(config: ModelConfig, cache: Cache, length: int) -> dict[str, Keys]:
-    """The keys that `length` new tokens meet in layers of each kind, after storing them.
+def end_index(config: ModelConfig, cache: Cache) -> jax.Array:
+    """Slot of the next token: how many a cache holds."""
+    first = next(spec for spec in config.layers if not spec.shares_kv)
+    return cache[cache_name(first.index)]["end_index"][0]
+
+
+def cached_slots(config: ModelConfig, cache: Cache, length: int) -> dict[str, jax.Array]:
+    """Slots of the keys that `length` new tokens meet in layers of each kind; negative: nothing.
 
     In a ring, several tokens at once meet what the ring held and then themselves: the earlier
     of them need keys that the later ones push out.
     """
-    keys = {}
+    slots = {}
     for spec in config.layers:
-        if spec.kind in keys or spec.shares_kv:
+        if spec.kind in slots or spec.shares_kv:
             continue
         entry = cache[cache_name(spec.index)]
         size, end = entry["k"].shape[1], entry["end_index"][0]
         if not is_ring(config, spec.kind):
-            keys[spec.kind] = Keys(jnp.arange(size), True)
+            slots[spec.kind] = jnp.arange(size)
         elif length == 1:
-            keys[spec.kind] = Keys(_ring_slots(size, end), False)
+            slots[spec.kind] = _ring_slots(size, end)
         else:
-            old = _ring_slots(size, end - 1)
-            keys[spec.kind] = Keys(jnp.concatenate([old, end + jnp.arange(length)]), False)
-    return keys
+            slots[spec.kind] = jnp.concatenate(
+                [_ring_slots(size, end - 1), end + jnp.arange(length)]
+            )
+    return slots
 
 
 def store(
@@ -79,7 +85,7 @@ def store(
 ) -> tuple[jax.Array, jax.Array, LayerCache]:
     """Stores new keys and values [B, T, K, H]; returns those to attend to and the new cache.
 
-    What is returned stands in the order of `cached_keys`.
+    What is returned stands in the order of `cached_slots`.
     """
     length, size, end = k.shape[1], cache["k"].shape[1], cache["end_index"][0]
     k, v = (x.astype(cache["k"].dtype) for x in (k, v))

@@ -19,9 +19,9 @@ from jax.sharding import NamedSharding
 from ..config import ModelConfig, refuse_float16
 from ..sharding import constrain, eval_shape, metadata, shard_model
 from .backend_names import BackendNames
-from .cache import Cache, cache_name, cached_keys, init_cache
+from .cache import Cache, cache_name, end_index, init_cache
 from .layers import HasBuffers
-from .masks import Visibility, attention_masks, causal_mask, full_mask, segment_positions
+from .masks import Tokens, attention_masks, full_mask, segment_positions, visible_pairs
 from .soft_tokens import check_images, merge_soft_tokens
 from .text import TextModel
 from .vision import VisionProjector, VisionTower
@@ -67,20 +67,10 @@ class Gemma4Model(nnx.Module):
         config = self.config
         attention_mask = self._check_call(tokens, cache, attention_mask, segment_ids)
         check_images(config, tokens, images, image_repeats)
-        first_slot = 0 if cache is None else _end_index(config, cache)
+        first_slot = 0 if cache is None else end_index(config, cache)
         if positions is None:
             positions = self._positions(tokens, first_slot, segment_ids)
-        if cache is None:
-            visibility = Visibility.of(config, tokens, attention_mask, segment_ids)
-            masks = dict.fromkeys(("sliding", "full"), visibility)
-        else:
-            masks = attention_masks(
-                config,
-                tokens,
-                first_slot=first_slot,
-                keys=cached_keys(config, cache, tokens.shape[1]),
-                attention_mask=attention_mask,
-            )
+        masks = attention_masks(config, tokens, attention_mask, segment_ids, cache)
         x, text_tokens = self._embed(tokens, images, image_repeats)
         x = constrain(x, "batch", None, None)
         per_layer_inputs = self.language_model.per_layer_inputs(text_tokens, x)
@@ -167,8 +157,8 @@ class Gemma4Model(nnx.Module):
         """
         if inputs_mask is None:
             inputs_mask = tokens != self.config.pad_token_id
-        slots = jnp.arange(tokens.shape[1])
-        return causal_mask(slots, slots)[None] & inputs_mask.astype(bool)[:, None, :]
+        slots = Tokens(jnp.arange(tokens.shape[1]))
+        return visible_pairs(slots, slots, None)[None] & inputs_mask.astype(bool)[:, None, :]
 
     def init_cache(self, batch_size: int, max_seq_len: int, dtype: Any) -> Cache:
         """Fresh, empty caches; see `cache.init_cache`."""
@@ -353,12 +343,6 @@ def _score_head(config: ModelConfig) -> nnx.Linear:
         kernel_metadata=metadata("embed", None),
         rngs=nnx.Rngs(0),
     )
-
-
-def _end_index(config: ModelConfig, cache: Cache) -> jax.Array:
-    """Slot of the next token: how many a cache holds."""
-    first = next(spec for spec in config.layers if not spec.shares_kv)
-    return cache[cache_name(first.index)]["end_index"][0]
 
 
 def num_parameters(model: nnx.Module) -> int:

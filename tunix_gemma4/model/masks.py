@@ -10,40 +10,191 @@ measured in slots, so a left-padded row sees exactly what the unpadded one does.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from ..config import ModelConfig
+from .cache import Cache, cached_slots, end_index, is_ring
 
 # Score of a pair that does not meet; finite, so that a query that may see nothing gets no NaN.
 MASKED = -1e30
 
 
-class Keys(NamedTuple):
-    """The keys that the queries of one call meet.
+class Tokens(NamedTuple):
+    """What decides who sees whom, int [..., tokens] each.
 
     Attributes:
-        slots: slot of each key, int [S]; negative where nothing is stored yet.
-        in_order: the slots are 0, 1, ..., S - 1, as in the caller's mask.
+        slots: of the tokens.
+        segments: tokens see their own alone; None: there is one.
+        images: `image_ids` where tokens of an image see each other; None: they do not.
     """
 
     slots: jax.Array
-    in_order: bool
+    segments: jax.Array | None = None
+    images: jax.Array | None = None
 
 
-def causal_mask(q_slots: jax.Array, kv_slots: jax.Array) -> jax.Array:
-    """True where a query may look back, itself included: [T, S].
+def visible_pairs(
+    queries: Tokens, keys: Tokens, window: int | None, visible: jax.Array | None = None
+) -> jax.Array:
+    """The rule, for every layer and every way of computing it: bool [..., queries, keys].
 
-    Slots 0..3:
+        full    = causal and the caller's
+        sliding = (that, or the same image where `images` are given) and in the window
 
-        1 0 0 0
-        1 1 0 0
-        1 1 1 0
-        1 1 1 1
+    and the same segment in both. Slots 0..4, window 3; full and sliding:
+
+        1 0 0 0 0     1 0 0 0 0
+        1 1 0 0 0     1 1 0 0 0
+        1 1 1 0 0     1 1 1 0 0
+        1 1 1 1 0     0 1 1 1 0
+        1 1 1 1 1     0 0 1 1 1
+
+    Args:
+        queries: who looks.
+        keys: who is looked at.
+        window: of a sliding layer: fewer slots lie between, on either side. None in a full one.
+        visible: the caller's mask of these pairs.
     """
-    return q_slots[:, None] >= kv_slots[None, :]
+
+    def pairs(of_tokens: int) -> tuple[jax.Array, jax.Array]:
+        return queries[of_tokens][..., :, None], keys[of_tokens][..., None, :]
+
+    query, key = pairs(0)
+    result = query >= key
+    if visible is not None:
+        result = result & visible
+    if window is not None:
+        if queries.images is not None:
+            image, other = pairs(2)
+            result = result | ((image == other) & (image > 0))
+        result = result & (jnp.abs(query - key) < window)
+    if queries.segments is not None:
+        segment, other = pairs(1)
+        result = result & (segment == other)
+    return result
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AttentionMask:
+    """Which keys each query sees in layers of one kind, asked for by the block.
+
+    In whole rows no array of all pairs is made: a block's pairs follow from its own tokens. With a
+    cache, and for patches of images, `visible` says all.
+
+    Attributes:
+        visible: bool [B or 1, 1 or queries, keys] or None; of whole rows the caller's mask.
+        segments: int [B, T] of whole rows, or None; tokens see their own segment alone.
+        images: `image_ids` of whole rows where tokens of an image see each other, or None.
+        window: of a sliding layer; None in a full one.
+        own: where the queries' own keys begin, which are in their order: 0 in whole rows, behind
+            what a ring held before them. None: a query's own key may be anywhere.
+        looks_ahead: whether queries of a sliding layer may see later ones.
+    """
+
+    visible: jax.Array | None = None
+    segments: jax.Array | None = None
+    images: jax.Array | None = None
+    window: int | None = dataclasses.field(default=None, metadata={"static": True})
+    own: int | None = dataclasses.field(default=None, metadata={"static": True})
+    looks_ahead: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    @property
+    def of_whole_rows(self) -> bool:
+        """Whether a token's slot is its index, as a query and as a key."""
+        return self.own == 0
+
+    def block(self, queries: tuple[Any, int], keys: tuple[Any, int]) -> jax.Array:
+        """The pairs of some queries and some keys, bool [B or 1, 1 or queries, keys].
+
+        Args:
+            queries: index of the first one, which may be traced, and their number.
+            keys: likewise.
+        """
+        visible = self.visible
+        if visible is not None:
+            visible = _part(visible, *keys, axis=2)
+            if visible.shape[1] > 1:
+                visible = _part(visible, *queries, axis=1)
+        if not self.of_whole_rows:
+            return visible
+
+        def tokens(first: Any, count: int) -> Tokens:
+            marks = (_part(x, first, count, axis=1) for x in (self.segments, self.images))
+            return Tokens((first + jnp.arange(count))[None], *marks)
+
+        return visible_pairs(tokens(*queries), tokens(*keys), self.window, visible)
+
+    def padded(self, count: int) -> AttentionMask:
+        """With `count` more queries, and in whole rows as many keys, behind; in no image."""
+
+        def pad(x: jax.Array) -> jax.Array:
+            wide = [i > 0 and (self.of_whole_rows or i == 1 < x.shape[1]) for i in range(x.ndim)]
+            return jnp.pad(x, [(0, count * one) for one in wide])
+
+        return jax.tree.map(pad, self)
+
+
+def _part(x: jax.Array | None, first: Any, count: int, *, axis: int) -> jax.Array | None:
+    if x is None or x.shape[axis] == count:
+        return x
+    return jax.lax.dynamic_slice_in_dim(x, first, count, axis)
+
+
+def attention_masks(
+    config: ModelConfig,
+    tokens: jax.Array,
+    attention_mask: jax.Array | None,
+    segment_ids: jax.Array | None = None,
+    cache: Cache | None = None,
+) -> dict[str, AttentionMask]:
+    """Of each kind of layer, "sliding" and "full".
+
+    Args:
+        config: decides windows and image blocks.
+        tokens: int [B, T], the queries, and without a cache the keys.
+        attention_mask: bool [B, T, S], S = T or the slots of the cache; None for causal.
+        segment_ids: int [B, T] or None; not with a cache.
+        cache: what the tokens are to be stored behind.
+    """
+    both_ways = config.image_blocks_attend_both_ways
+    images = image_ids(tokens, config) if both_ways else None
+    window = config.sliding_window
+    if cache is None:
+        full = AttentionMask(attention_mask, segment_ids, own=0)
+        sliding = dataclasses.replace(full, images=images, window=window, looks_ahead=both_ways)
+        return {"sliding": sliding, "full": full}
+    length, first = tokens.shape[1], end_index(config, cache)
+    queries = Tokens(first + jnp.arange(length), images=images if length > 1 else None)
+    masks = {}
+    for kind, slots in cached_slots(config, cache, length).items():
+        ring, visible = is_ring(config, kind), attention_mask
+        if ring and visible is not None:
+            visible = jnp.take(visible, slots, axis=2, mode="clip")
+        keys = Tokens(slots, images=None if images is None else _images_at(images, slots - first))
+        of_kind = window if kind == "sliding" else None
+        # Made once here, because a step of decoding would else make it in every layer.
+        pairs = visible_pairs(queries, keys, of_kind, visible) & (slots >= 0)
+        masks[kind] = AttentionMask(
+            jnp.broadcast_to(pairs, (tokens.shape[0], length, slots.size)),
+            window=of_kind,
+            own=slots.size - length if ring else None,
+            looks_ahead=both_ways,
+        )
+    return masks
+
+
+def _images_at(images: jax.Array, index: jax.Array) -> jax.Array:
+    """`images` [B, T] at some indices [S], 0 where there is no such token: int [B, S].
+
+    Only keys among the new tokens count, so a chunked prefill must not split an image.
+    """
+    here = (index >= 0) & (index < images.shape[1])
+    return jnp.where(here, jnp.take(images, index, axis=1, mode="clip"), 0)
 
 
 def full_mask(mask: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
@@ -68,24 +219,10 @@ def full_mask(mask: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
     return jnp.broadcast_to(mask.astype(bool), shape)
 
 
-def window_mask(q_slots: jax.Array, kv_slots: jax.Array, window: int) -> jax.Array:
-    """True where fewer than `window` slots lie between, on either side: [T, S].
-
-    Slots 0..4, window 3; a sliding layer is this and `causal_mask`:
-
-        1 1 1 0 0
-        1 1 1 1 0
-        1 1 1 1 1
-        0 1 1 1 1
-        0 0 1 1 1
-    """
-    return jnp.abs(q_slots[:, None] - kv_slots[None, :]) < window
-
-
-def image_blocks(tokens: jax.Array, config: ModelConfig) -> jax.Array:
+def image_ids(tokens: jax.Array, config: ModelConfig) -> jax.Array:
     """Number of the run of image or video placeholders a token is in, from 1; else 0: int [B, T].
 
-    Two images are separate blocks because begin- and end-of-image tokens stand between them.
+    Two images are two runs because begin- and end-of-image tokens stand between them.
 
         t t i i i t i i   ->   0 0 1 1 1 0 2 2
     """
@@ -103,133 +240,3 @@ def segment_positions(segment_ids: jax.Array) -> jax.Array:
     changed = segment_ids[:, 1:] != segment_ids[:, :-1]
     starts = jnp.where(jnp.pad(changed, ((0, 0), (1, 0)), constant_values=True), slots, 0)
     return slots - jax.lax.cummax(starts, axis=1)
-
-
-class Visibility(NamedTuple):
-    """Who may look at whom in whole rows, computed tile by tile: no array of all pairs is made.
-
-    Attributes:
-        visible: the caller's mask, bool [B, T, T], or None.
-        segments: int [B, T] or None; tokens see their own segment alone.
-        blocks: `image_blocks` [B, T] where sliding layers look both ways in them, else None.
-    """
-
-    visible: jax.Array | None
-    segments: jax.Array | None
-    blocks: jax.Array | None
-
-    @classmethod
-    def of(
-        cls,
-        config: ModelConfig,
-        tokens: jax.Array,
-        attention_mask: jax.Array | None,
-        segment_ids: jax.Array | None,
-    ) -> Visibility:
-        """That of `tokens` [B, T], which are all there is: there is no cache.
-
-        The mask is bool or int [B, T, T].
-        """
-        both_ways = config.image_blocks_attend_both_ways
-        return cls(
-            None if attention_mask is None else attention_mask.astype(bool),
-            segment_ids,
-            image_blocks(tokens, config) if both_ways else None,
-        )
-
-    def padded(self, count: int) -> Visibility:
-        """With `count` more slots behind, in no image."""
-        return jax.tree.map(lambda x: jnp.pad(x, ((0, 0),) + ((0, count),) * (x.ndim - 1)), self)
-
-    def tile(
-        self, window: int | None, rows: tuple[Any, int], columns: tuple[Any, int]
-    ) -> jax.Array:
-        """The mask of some queries and some keys, bool [B or 1, queries, keys].
-
-        Args:
-            window: of a sliding layer; None in a full one.
-            rows: first slot of the queries and their number.
-            columns: first slot of the keys and their number.
-        """
-        q_slots, kv_slots = (start + jnp.arange(size) for start, size in (rows, columns))
-
-        def equal(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-            of_rows = jax.lax.dynamic_slice_in_dim(x, *rows, axis=1)
-            of_columns = jax.lax.dynamic_slice_in_dim(x, *columns, axis=1)
-            return of_rows[:, :, None] == of_columns[:, None, :], of_rows[:, :, None]
-
-        visible = causal_mask(q_slots, kv_slots)[None]
-        if self.visible is not None:
-            sizes = (self.visible.shape[0], rows[1], columns[1])
-            starts = (0, rows[0], columns[0])
-            visible = visible & jax.lax.dynamic_slice(self.visible, starts, sizes)
-        if window is not None:
-            if self.blocks is not None:
-                same, block = equal(self.blocks)
-                visible = visible | (same & (block > 0))
-            visible = visible & window_mask(q_slots, kv_slots, window)
-        if self.segments is not None:
-            visible = visible & equal(self.segments)[0]
-        return visible
-
-
-class Given(NamedTuple):
-    """A mask of queries and keys, bool [B, 1 or T, S]; `tile` is that of `Visibility`."""
-
-    visible: jax.Array
-
-    def tile(
-        self, window: int | None, rows: tuple[Any, int], columns: tuple[Any, int]
-    ) -> jax.Array:
-        mask = jax.lax.dynamic_slice_in_dim(self.visible, *columns, axis=2)
-        return mask if mask.shape[1] == 1 else jax.lax.dynamic_slice_in_dim(mask, *rows, axis=1)
-
-
-def attention_masks(
-    config: ModelConfig,
-    tokens: jax.Array,
-    *,
-    first_slot: jax.Array | int,
-    keys: dict[str, Keys],
-    attention_mask: jax.Array | None,
-) -> dict[str, jax.Array]:
-    """With a cache, the mask of each kind of layer, bool [B, T, S of that kind].
-
-        full    = caller's and causal
-        sliding = (that, or the same image block where the config asks for it) and in window
-
-    Args:
-        config: decides windows and image blocks.
-        tokens: int [B, T], the queries.
-        first_slot: slot of the first query.
-        keys: per kind, where the keys come from.
-        attention_mask: bool [B, T, slots], or None for causal.
-    """
-    q_slots = first_slot + jnp.arange(tokens.shape[1])
-    result = {}
-    for kind, (slots, in_order) in keys.items():
-        visible = causal_mask(q_slots, slots)[None]
-        if attention_mask is not None:
-            in_slots = jnp.take(attention_mask, slots, axis=2, mode="clip")
-            visible = visible & (attention_mask if in_order else in_slots)
-        if kind == "sliding":
-            if config.image_blocks_attend_both_ways and tokens.shape[1] > 1:
-                visible = visible | _same_block(config, tokens, first_slot, slots)
-            visible = visible & window_mask(q_slots, slots, config.sliding_window)
-        visible = visible & (slots >= 0)
-        result[kind] = jnp.broadcast_to(visible, (tokens.shape[0], *visible.shape[1:]))
-    return result
-
-
-def _same_block(
-    config: ModelConfig, tokens: jax.Array, first_slot: jax.Array | int, slots: jax.Array
-) -> jax.Array:
-    """True where query and key are soft tokens of one image: bool [B, T, S].
-
-    Only keys among `tokens` count, so a chunked prefill must not split an image.
-    """
-    blocks = image_blocks(tokens, config)
-    index = slots - first_slot
-    here = (index >= 0) & (index < tokens.shape[1])
-    of_keys = jnp.where(here, jnp.take(blocks, index, axis=1, mode="clip"), 0)
-    return (blocks[:, :, None] == of_keys[:, None, :]) & (blocks[:, :, None] > 0)

@@ -3,7 +3,7 @@
 
 A released decoder repeats one block: four or five sliding layers and a full one. Stacked, the
 sliding layers are one module and the full ones another, whose parameters have leading axes for the
-block and the place in it, and the decoder is a loop over blocks. So is the vision tower, whose
+block and the layer in it, and the decoder is a loop over blocks. So is the vision tower, whose
 layers are all alike. Equal layers are then compiled once: of E2B's 35 the compiler sees four.
 
 Checkpoints, adapters and LoRA targets speak of single layers, `layers.3.self_attn.q_proj`. They
@@ -28,72 +28,76 @@ from ..sharding import is_variable
 from .layers import HasBuffers
 
 
-class Run(NamedTuple):
-    """Consecutive layers that repeat a block of places; equal layers in a row share a place.
+class BlockPattern(NamedTuple):
+    """Consecutive layers that are equal blocks; a block is groups of equal layers in a row.
 
     Attributes:
         first: index of the first layer.
-        repeats: layers at each place of the block, in order.
-        count: blocks.
+        layers_per_block: of each group, in order.
+        blocks: how many there are.
     """
 
     first: int
-    repeats: tuple[int, ...]
-    count: int
+    layers_per_block: tuple[int, ...]
+    blocks: int
 
     @property
     def end(self) -> int:
         """Index behind the last layer."""
-        return self.first + sum(self.repeats) * self.count
+        return self.first + sum(self.layers_per_block) * self.blocks
 
-    def indices(self, place: int) -> list[int]:
-        """Layers at `place`, counted from the first, block by block."""
-        period, start = sum(self.repeats), sum(self.repeats[:place])
+    def indices(self, group: int) -> list[int]:
+        """Layers of a group, counted from the first, block by block."""
+        size, start = sum(self.layers_per_block), sum(self.layers_per_block[:group])
         return [
-            block * period + start + number
-            for block in range(self.count)
-            for number in range(self.repeats[place])
+            block * size + start + number
+            for block in range(self.blocks)
+            for number in range(self.layers_per_block[group])
         ]
 
 
-def runs(layers: tuple[LayerSpec, ...]) -> list[Run]:
-    """The fewest blocks that repeat to give `layers`: those with keys of their own, then others.
+def block_patterns(layers: tuple[LayerSpec, ...]) -> list[BlockPattern]:
+    """The smallest blocks that repeat to give `layers`: those with keys of their own, then others.
 
-    Layers that others read keys and values from are all in the last block of their run.
+    Layers that others read keys and values from are all in the last block of their pattern, since
+    a loop over blocks leaves what its last round made.
     """
     sources = {spec.kv_from for spec in layers if spec.shares_kv}
     own = sum(not spec.shares_kv for spec in layers)
     found = []
     for first, end in ((0, own), (own, len(layers))):
         part = [dataclasses.replace(spec, index=0, kv_from=0) for spec in layers[first:end]]
-        for period in range(1, len(part) + 1):
-            block = part[:period]
-            repeats = len(part) % period == 0 and part == block * (len(part) // period)
-            in_last = all(index >= end - period for index in sources if index >= first)
+        for size in range(1, len(part) + 1):
+            block = part[:size]
+            repeats = len(part) % size == 0 and part == block * (len(part) // size)
+            in_last = all(index >= end - size for index in sources if index >= first)
             if repeats and (in_last or first == own):
-                places = tuple(len(list(group)) for _, group in itertools.groupby(block))
-                found.append(Run(first, places, len(part) // period))
+                groups = tuple(len(list(group)) for _, group in itertools.groupby(block))
+                found.append(BlockPattern(first, groups, len(part) // size))
                 break
     return found
 
 
 class LayerStack(nnx.Module):
-    """The layers of a `Run`: one module for each place in the block.
+    """The layers of a `BlockPattern`: one module for each group of its block.
 
     Attributes:
-        run: which layers these are.
-        layers: one for each place; its parameters have [blocks, repeats] as leading axes.
-        buffers: of each place, the values of every buffer, layer by layer.
+        pattern: which layers these are.
+        layers: one for each group; its parameters have [blocks, layers of the group] as leading
+            axes.
+        buffers: of each group, the values of every buffer, layer by layer.
     """
 
-    def __init__(self, run: Run, layers: list[nnx.Module]):
-        self.run = run
-        groups = [[layers[i] for i in run.indices(place)] for place in range(len(run.repeats))]
+    def __init__(self, pattern: BlockPattern, layers: list[nnx.Module]):
+        self.pattern = pattern
+        count = len(pattern.layers_per_block)
+        groups = [[layers[i] for i in pattern.indices(group)] for group in range(count)]
+        # Whoever holds a single layer holds its arrays too: what is stacked must be let go.
         layers.clear()
         self.buffers = tuple(
             tuple(zip(*(_buffers(layer) for layer in group), strict=True)) for group in groups
         )
-        self.layers = nnx.List([_stack(run, place, group) for place, group in enumerate(groups)])
+        self.layers = nnx.List([_stack(pattern, *one) for one in enumerate(groups)])
 
     def scan(
         self,
@@ -105,49 +109,56 @@ class LayerStack(nnx.Module):
     ) -> Any:
         """`carry` after `body(layer, carry, extra)` gave the next for every layer in order.
 
+        Two loops, one in the other: over blocks, and in each group over its layers. A compiler
+        sees each group's layer once.
+
         Args:
             body: what to do with one layer.
             carry: the first one.
             extras: [layers, ...], of which each layer gets its own.
             dtype: of buffers.
         """
-        count, repeats = self.run.count, self.run.repeats
-        of_places = [None] * len(repeats)
+        blocks, counts = self.pattern.blocks, self.pattern.layers_per_block
+        of_groups = [None] * len(counts)
         if extras is not None:
-            extras = extras.reshape(count, -1, *extras.shape[1:])
-            ends = list(itertools.accumulate(repeats))
-            of_places = jnp.split(extras, ends[:-1], axis=1)
+            extras = extras.reshape(blocks, -1, *extras.shape[1:])
+            ends = list(itertools.accumulate(counts))
+            of_groups = jnp.split(extras, ends[:-1], axis=1)
+        # Numbers of Python in a single layer; in a loop each round has its own, so arrays.
         buffers = [
-            [jnp.array(values, dtype).reshape(count, -1) for values in place]
-            for place in self.buffers
+            [jnp.array(values, dtype).reshape(blocks, -1) for values in group]
+            for group in self.buffers
         ]
         states = [nnx.state(layer) for layer in self.layers]
 
         def block(carry: Any, of_block: Any) -> tuple[Any, None]:
-            for layer, of_place in zip(self.layers, of_block, strict=True):
+            for layer, of_group in zip(self.layers, of_block, strict=True):
 
                 def single(carry: Any, xs: Any, layer: nnx.Module = layer) -> tuple[Any, None]:
                     state, buffers, extra = xs
+                    # Merged anew in each round: a module that outlived it would leak tracers.
                     module = nnx.merge(nnx.graphdef(layer), state)
                     _set_buffers(module, buffers)
                     return body(module, carry, extra), None
 
-                carry, _ = jax.lax.scan(single, carry, of_place)
+                carry, _ = jax.lax.scan(single, carry, of_group)
             return carry, None
 
-        xs = list(zip(states, buffers, of_places, strict=True))
+        xs = list(zip(states, buffers, of_groups, strict=True))
         return jax.lax.scan(block, carry, xs)[0]
 
     def unstacked(self, specs: tuple[LayerSpec, ...] | None = None) -> list[nnx.Module]:
         """The layers one by one, with slices of the parameters; `specs` are the decoder's."""
         found: dict[int, nnx.Module] = {}
-        for place, (layer, repeat) in enumerate(zip(self.layers, self.run.repeats, strict=True)):
+        for group, (layer, count) in enumerate(
+            zip(self.layers, self.pattern.layers_per_block, strict=True)
+        ):
             graphdef, state = nnx.split(layer)
-            for number, index in enumerate(self.run.indices(place)):
-                single = nnx.merge(graphdef, _unstack(state, divmod(number, repeat)))
-                _set_buffers(single, [values[number] for values in self.buffers[place]])
+            for number, index in enumerate(self.pattern.indices(group)):
+                single = nnx.merge(graphdef, _unstack(state, divmod(number, count)))
+                _set_buffers(single, [values[number] for values in self.buffers[group]])
                 if specs is not None:
-                    _name(single, specs[self.run.first + index])
+                    _name(single, specs[self.pattern.first + index])
                 found[index] = single
         return [found[index] for index in sorted(found)]
 
@@ -157,7 +168,7 @@ def _name(layer: nnx.Module, spec: LayerSpec) -> None:
     layer.spec = layer.self_attn.spec = spec
 
 
-def _places(layer: nnx.Module) -> list[tuple[nnx.Module, str]]:
+def _buffer_names(layer: nnx.Module) -> list[tuple[nnx.Module, str]]:
     """Where the buffers of `layer` are, always in the same order."""
     return [
         (module, name)
@@ -168,31 +179,32 @@ def _places(layer: nnx.Module) -> list[tuple[nnx.Module, str]]:
 
 
 def _buffers(layer: nnx.Module) -> list[float]:
-    return [getattr(module, name) for module, name in _places(layer)]
+    return [getattr(module, name) for module, name in _buffer_names(layer)]
 
 
 def _set_buffers(layer: nnx.Module, values: list[Any]) -> None:
-    for (module, name), value in zip(_places(layer), values, strict=True):
+    for (module, name), value in zip(_buffer_names(layer), values, strict=True):
         setattr(module, name, value)
 
 
-def _stack(run: Run, place: int, layers: list[nnx.Module]) -> nnx.Module:
-    """One module from the equal ones of a place."""
+def _stack(pattern: BlockPattern, group: int, layers: list[nnx.Module]) -> nnx.Module:
+    """One module from the equal ones of a group."""
     buffers, spec = _buffers(layers[0]), getattr(layers[0], "spec", None)
     for layer in layers:
         _set_buffers(layer, buffers)
         if spec is not None:
             _name(layer, spec)
     graphdefs, states = zip(*(nnx.split(layer) for layer in layers), strict=True)
-    for index, graphdef in zip(run.indices(place), graphdefs, strict=True):
+    indices = [pattern.first + index for index in pattern.indices(group)]
+    for index, graphdef in zip(indices, graphdefs, strict=True):
         if graphdef != graphdefs[0]:
             raise ValueError(
-                f"layers {run.first + run.indices(place)[0]} and {run.first + index}: they cannot "
+                f"layers {indices[0]} and {index}: they cannot "
                 "be stacked, because they differ in more than their values, as adapters on some "
                 "layers alone make them. Leave the layers as they are (scan_layers: false)"
             )
     layers.clear()
-    axes = (run.count, run.repeats[place])
+    axes = (pattern.blocks, pattern.layers_per_block[group])
     stacked = _stack_values(axes, [jax.tree.leaves(state) for state in states])
     variables, structure = jax.tree.flatten(states[0], is_leaf=is_variable)
     variables = [
@@ -213,12 +225,12 @@ def _stack_values(axes: tuple[int, int], layers: list[list[Any]]) -> list[Any]:
 
     if isinstance(layers[0][0], jax.ShapeDtypeStruct):
         return jax.eval_shape(stack, layers)
-    places = [getattr(value, "sharding", None) for value in layers[0]]
+    shardings = [getattr(value, "sharding", None) for value in layers[0]]
     where = [
-        NamedSharding(place.mesh, PartitionSpec(None, None, *place.spec))
-        if isinstance(place, NamedSharding)
+        NamedSharding(one.mesh, PartitionSpec(None, None, *one.spec))
+        if isinstance(one, NamedSharding)
         else None
-        for place in places
+        for one in shardings
     ]
     traced = isinstance(layers[0][0], jax.core.Tracer)
     return stack(layers) if traced else jax.jit(stack, out_shardings=where)(layers)
@@ -259,7 +271,7 @@ def stack_layers(model: nnx.Module) -> nnx.Module:
         model: with adapters or without, of arrays or shapes.
 
     Raises:
-        ValueError: if layers at the same place of a block differ, as with adapters on some only.
+        ValueError: if equal layers of a block differ, as with adapters on some only.
     """
     if is_stacked(model):
         return model
@@ -267,14 +279,15 @@ def stack_layers(model: nnx.Module) -> nnx.Module:
     layers = list(text.layers)
     del text.layers
     text.stacks = nnx.List([])
-    for run in runs(model.config.layers):
-        text.stacks.append(LayerStack(run, layers[: run.end - run.first]))
-        del layers[: run.end - run.first]
+    for pattern in block_patterns(model.config.layers):
+        count = pattern.end - pattern.first
+        text.stacks.append(LayerStack(pattern, layers[:count]))
+        del layers[:count]
     if model.config.has_vision:
         encoder = model.vision_tower.encoder
         layers = list(encoder.layers)
         del encoder.layers
-        encoder.stack = LayerStack(Run(0, (len(layers),), 1), layers)
+        encoder.stack = LayerStack(BlockPattern(0, (len(layers),), 1), layers)
     return model
 
 

@@ -15,7 +15,7 @@ from ..sharding import constrain, metadata
 from .attention import Attention, KeysValues
 from .cache import Cache, LayerCache, cache_name
 from .layers import MLP, HasBuffers, RMSNorm, angles, frequencies, gelu, linear, remat_call
-from .masks import Visibility
+from .masks import AttentionMask
 from .moe import Experts, Router
 from .scan import LayerStack
 from .vocabulary import lookup
@@ -56,7 +56,7 @@ class DecoderLayer(nnx.Module, HasBuffers):
         x: jax.Array,
         per_layer_input: jax.Array | None,
         cos_sin: tuple[jax.Array, jax.Array],
-        mask: jax.Array,
+        mask: AttentionMask,
         cache: LayerCache | None,
         shared: KeysValues | None,
     ) -> tuple[jax.Array, KeysValues, LayerCache | None]:
@@ -148,7 +148,7 @@ class TextModel(nnx.Module):
         x: jax.Array,
         per_layer_inputs: jax.Array | None,
         positions: jax.Array,
-        masks: dict[str, jax.Array | Visibility],
+        masks: dict[str, AttentionMask],
         cache: Cache | None,
         *,
         keep_outputs: bool = False,
@@ -196,7 +196,7 @@ class TextModel(nnx.Module):
     ) -> jax.Array:
         """The layers of `stack`; leaves in `inputs` the keys and values that they kept."""
         if extras is not None:
-            extras = jnp.moveaxis(extras[:, :, stack.run.first : stack.run.end], 2, 0)
+            extras = jnp.moveaxis(extras[:, :, stack.pattern.first : stack.pattern.end], 2, 0)
         kept = {}
         for layer in stack.layers:
             spec = layer.spec
@@ -231,7 +231,7 @@ class _Inputs:
 
     remat: bool
     turned: dict[str, tuple[jax.Array, jax.Array]]
-    masks: dict[str, jax.Array | Visibility]
+    masks: dict[str, AttentionMask]
     shared: set[str]
     kept: dict[str, KeysValues]
 

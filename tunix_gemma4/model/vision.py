@@ -12,7 +12,7 @@ from flax import nnx
 
 from ..config import ModelConfig, RematConfig
 from ..sharding import constrain, metadata
-from .attention import attend_given
+from .attention import attend
 from .layers import (
     ClippableLinear,
     HasBuffers,
@@ -24,6 +24,7 @@ from .layers import (
     remat_call,
     rotate_2d,
 )
+from .masks import AttentionMask
 
 Angles = tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
@@ -75,7 +76,7 @@ class VisionAttention(nnx.Module):
         )  # [I, M, N, H]
         q = rotate_2d(self.q_norm(q), *by_axis)
         k = rotate_2d(self.k_norm(k), *by_axis)
-        out = attend_given(q, k, self.v_norm(v), valid[:, None, :])
+        out = attend(q, k, self.v_norm(v), AttentionMask(valid[:, None, :]))
         return self.o_proj(out.reshape(*x.shape[:2], -1))
 
 

@@ -26,7 +26,7 @@ from ..config import ModelConfig
 from ..data.chat_template import NO_CODE
 from ..data.processor import Batch, Processor
 from ..model.gemma4 import Gemma4ForConditionalGeneration
-from ..model.masks import Visibility
+from ..model.masks import attention_masks
 
 RELATIVE = 1e-4  # Of a row's largest value.
 _LAST = 64  # Logits are compared at the last tokens: over the whole text they fill the memory.
@@ -336,11 +336,10 @@ def _masks(torch: Any, config: ModelConfig, batch: Batch) -> dict[str, Any]:
     tokens = jnp.asarray(batch.tokens)
     slots = np.arange(tokens.shape[1])
     visible = (slots[:, None] >= slots[None, :])[None] & batch.padding_mask.astype(bool)[:, None, :]
-    visibility = Visibility.of(config, tokens, jnp.asarray(visible), None)
     whole = (0, tokens.shape[1])
     masks = {
-        kind: visibility.tile(window, whole, whole)
-        for kind, window in (("sliding", config.sliding_window), ("full", None))
+        kind: mask.block(whole, whole)
+        for kind, mask in attention_masks(config, tokens, jnp.asarray(visible)).items()
     }
     dtype = getattr(torch, config.dtype.name)
     lowest = torch.finfo(dtype).min

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention on TPU and GPU by kernels in the place of XLA."""
+"""Experimental: attention by kernels, where `attention_implementation` asks for one."""

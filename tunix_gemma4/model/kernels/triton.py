@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention of whole rows forward by one kernel for GPUs, through Pallas and Triton.
 
-Weights of pairs stay on the chip's own memory. The backward pass is that of `tiles`, which wants
-no more than the output and the logarithms of the sums.
+Experimental: it compiles for GPUs and is exact where it is interpreted, and nobody has measured its
+speed on one. Weights of pairs stay on the chip's own memory. The backward pass is that of
+`blockwise`, which wants no more than the output and the logarithms of the sums.
 
 Source: Dao, FlashAttention-2, 2023, algorithm 1.
 """
@@ -18,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as gpu
 
 from ...sharding import head_repeats, map_shards
-from ..masks import MASKED, Visibility
+from ..masks import MASKED, AttentionMask, Tokens, visible_pairs
 
 # Bytes of a block of keys, and of values. With one of queries they fit an A100's 164 KiB too.
 _KEY_BYTES = 2**15
@@ -32,7 +33,7 @@ def block_sizes(row_bytes: int) -> tuple[int, int]:
 
 
 def triton_forward(
-    window: int | None, q: jax.Array, k: jax.Array, v: jax.Array, visibility: Visibility
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask
 ) -> tuple[jax.Array, jax.Array]:
     """Attention with scale 1, softmax in float32.
 
@@ -40,11 +41,10 @@ def triton_forward(
     the mesh does not divide are repeated, so that every chip has those of its queries.
 
     Args:
-        window: of a sliding layer; None in a full one.
         q: [B, T, N, H], T a multiple of 64 and H a power of two.
         k: [B, T, K, H] with N a multiple of K.
         v: like k.
-        visibility: without a caller's mask.
+        mask: of whole rows, without a caller's.
 
     Returns:
         [B, T, N, H] in the dtype of q, and float32 [B, T, N]: logarithms of the sums of
@@ -52,12 +52,10 @@ def triton_forward(
     """
     repeats = head_repeats(q.shape[2], k.shape[2])
     k, v = (jnp.repeat(x, repeats, axis=2) for x in (k, v)) if repeats > 1 else (k, v)
-    marks = {name: getattr(visibility, name) for name in ("segments", "blocks")}
+    marks = {"segments": mask.segments, "images": mask.images}
     marks = {name: x.astype(jnp.int32) for name, x in marks.items() if x is not None}
-    if window is None:
-        marks.pop("blocks", None)
     axes = ("batch", None, "heads", None), *2 * [("batch", None, "kv_heads", None)]
-    of_chip = functools.partial(_on_chip, window, tuple(marks))
+    of_chip = functools.partial(_on_chip, mask.window, tuple(marks))
     arrays = [q, k, v, *marks.values()]
     out, log_sums = map_shards(of_chip, arrays, [*axes, *[("batch", None)] * len(marks)])
     return out, log_sums[..., 0]
@@ -101,32 +99,25 @@ def _kernel(window, names, keys, q_ref, k_ref, v_ref, *refs):
     queries, size = q_ref.shape
     first = pl.program_id(2) * queries
     q = q_ref[...]
-    q_slots = first + jnp.arange(queries)
-    of_queries = {name: ref[pl.ds(first, queries)] for name, ref in marks.items()}
+    tokens = Tokens(
+        first + jnp.arange(queries), **{n: ref[pl.ds(first, queries)] for n, ref in marks.items()}
+    )
     # Triton would else round float32 to 10 bits.
     dot = functools.partial(gpu.dot, precision=jax.lax.Precision.HIGHEST)
-
-    def visible(here: pl.Slice, slots: jax.Array) -> jax.Array:
-        """Of `Visibility.tile`; spelt out, because kernels read by reference."""
-        equal = {name: of_queries[name][:, None] == ref[here][None] for name, ref in marks.items()}
-        pairs = q_slots[:, None] >= slots[None]
-        if window is not None:
-            if "blocks" in equal:
-                pairs |= equal["blocks"] & (of_queries["blocks"] > 0)[:, None]
-            pairs &= jnp.abs(q_slots[:, None] - slots[None]) < window
-        return pairs & equal["segments"] if "segments" in equal else pairs
 
     def step(index, carry):
         mixed, total, before = carry
         here = pl.ds(index * keys, keys)
         scores = dot(q, k_ref[here, :], trans_b=True)
-        scores = jnp.where(visible(here, index * keys + jnp.arange(keys)), scores, MASKED)
+        slots = index * keys + jnp.arange(keys)
+        others = Tokens(slots, **{name: ref[here] for name, ref in marks.items()})
+        scores = jnp.where(visible_pairs(tokens, others, window), scores, MASKED)
         largest = jnp.maximum(before, scores.max(axis=1))
         weights, shrink = jnp.exp(scores - largest[:, None]), jnp.exp(before - largest)
         values = dot(weights.astype(v_ref.dtype), v_ref[here, :])
         return mixed * shrink[:, None] + values, total * shrink + weights.sum(axis=1), largest
 
-    back, ahead = (first, 0) if window is None else (window - 1, window if "blocks" in marks else 0)
+    back, ahead = (first, 0) if window is None else (window - 1, window if "images" in marks else 0)
     start = jnp.maximum(first - back, 0) // keys
     end = pl.cdiv(jnp.minimum(first + queries + ahead, k_ref.shape[0]), keys)
     nothing = jnp.zeros((queries, size), jnp.float32), jnp.zeros(queries, jnp.float32)
