@@ -41,10 +41,9 @@ from tunix_gemma4.config import LayerSpec
 from tunix_gemma4.losses import next_token_loss, per_token_logps
 from tunix_gemma4.model import attention
 from tunix_gemma4.model.blockwise import block_pairs
-from tunix_gemma4.model.gemma4 import Gemma4ForConditionalGeneration
+from tunix_gemma4.model.gemma4 import Gemma4ForConditionalGeneration, stack_layers
 from tunix_gemma4.model.kernels import splash
 from tunix_gemma4.model.masks import AttentionMask
-from tunix_gemma4.model.scan import stack_layers
 from tunix_gemma4.model.vision import VisionLayer
 from tunix_gemma4.planning.hardware import hardware
 
@@ -80,7 +79,7 @@ def lower_layer(config: ModelConfig, mesh: Mesh, length: int, spec: LayerSpec, *
 
     def forward(q, k, v, segments):
         mask = AttentionMask(segments=segments, window=spec.window, own=0)
-        return attention.attend(q, k, v, mask, config)
+        return attention.attend(config, q, k, v, mask)
 
     def loss(*inputs):
         return jnp.square(forward(*inputs).astype(jnp.float32)).sum()

@@ -43,8 +43,11 @@ from tunix.rl import common
 
 import tunix_gemma4
 from tunix_gemma4 import LoraConfig, ModelConfig, apply_lora, sharding
-from tunix_gemma4.model.gemma4 import Gemma4ForConditionalGeneration, Gemma4ForTokenScores
-from tunix_gemma4.model.scan import stack_layers
+from tunix_gemma4.model.gemma4 import (
+    Gemma4ForConditionalGeneration,
+    Gemma4ForTokenScores,
+    stack_layers,
+)
 from tunix_gemma4.planning.hardware import hardware
 from tunix_gemma4.plugin.rl import context as binding
 from tunix_gemma4.plugin.rl.cluster import example_shapes, make_algorithm, make_trainer

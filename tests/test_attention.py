@@ -18,13 +18,14 @@ from tunix_gemma4.losses import next_token_loss
 from tunix_gemma4.model import attention
 from tunix_gemma4.model.attention import attend, attend_at_once
 from tunix_gemma4.model.blockwise import block_pairs
+from tunix_gemma4.model.gemma4 import stack_layers
 from tunix_gemma4.model.kernels import splash, triton
 from tunix_gemma4.model.masks import AttentionMask
-from tunix_gemma4.model.scan import stack_layers
 from tunix_gemma4.sharding import shard_model
 from tunix_gemma4.testing.tiny import tiny_config
 
 B, N, K, H = 2, 4, 2, 8
+CONFIG = tiny_config("e2b")
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +72,7 @@ def at_once(q, k, v, mask):
 )
 def test_blocks_equal_all_at_once(window, length, padding, segments, images):
     inputs, mask, weights = draw(length, window, padding=padding, segments=segments, images=images)
-    assert_equal(lambda *x: attend(*x, mask), lambda *x: at_once(*x, mask), inputs, weights)
+    assert_equal(lambda *x: attend(CONFIG, *x, mask), lambda *x: at_once(*x, mask), inputs, weights)
 
 
 def assert_equal(function, expected, inputs, weights):
@@ -122,7 +123,7 @@ def test_cost_follows_the_window():
 def test_nothing_of_all_pairs_is_held(window):
     length = 512
     inputs, mask, _ = draw(length, window, segments=True)
-    loss = lambda *inputs: attend(*inputs, mask).sum()  # noqa: E731
+    loss = lambda *inputs: attend(CONFIG, *inputs, mask).sum()  # noqa: E731
     text = str(jax.make_jaxpr(jax.value_and_grad(loss, (0, 1, 2)))(*inputs))
     assert f"{length},{length}]" not in text
     dense = str(jax.make_jaxpr(lambda *inputs: at_once(*inputs, mask))(*inputs))
@@ -155,8 +156,8 @@ def test_patches_see_all_valid_ones_a_block_at_a_time(length):
     valid = jnp.arange(length) < jnp.array([[length], [length - 13]])
     weights = weights * valid[:, :, None, None]
     mask = AttentionMask(valid[:, None, :])
-    assert_equal(lambda *x: attend(*x, mask), lambda *x: at_once(*x, mask), inputs, weights)
-    loss = lambda *inputs: attend(*inputs, mask).sum()  # noqa: E731
+    assert_equal(lambda *x: attend(CONFIG, *x, mask), lambda *x: at_once(*x, mask), inputs, weights)
+    loss = lambda *inputs: attend(CONFIG, *inputs, mask).sum()  # noqa: E731
     text = str(jax.make_jaxpr(jax.value_and_grad(loss, (0, 1, 2)))(*inputs))
     assert (f"{length},{length}]" in text) == (length <= 2 * attention.CPU_BLOCK)
 
@@ -221,7 +222,7 @@ def make_mesh(fsdp, tp):
 def assert_kernel_equals(name, config, drawn, mesh):
     """The kernel that has `name` in its program runs, and equals attention all at once."""
     inputs, mask, weights = drawn
-    kernel = lambda *inputs: attend(*inputs, mask, config)  # noqa: E731
+    kernel = lambda *inputs: attend(config, *inputs, mask)  # noqa: E731
     whole = lambda *inputs: at_once(*inputs, mask)  # noqa: E731
     with jax.set_mesh(make_mesh(*mesh)) if mesh else contextlib.nullcontext():
         text = str(jax.make_jaxpr(kernel)(*inputs))
@@ -338,7 +339,7 @@ def test_what_the_kernel_cannot_express_runs_in_blocks(on_tpu, monkeypatch, capl
         """Which path ran, and what the log says of it."""
         monkeypatch.setattr(logging, "_log_counter_per_token", {})
         caplog.clear()
-        call = lambda *inputs: attend(*inputs, mask, config)  # noqa: E731
+        call = lambda *inputs: attend(config, *inputs, mask)  # noqa: E731
         text = str(jax.make_jaxpr(call)(*inputs))
         found = [name for name in ("splash", "triton") if name in text]
         return (found or ["xla"])[0], caplog.text

@@ -36,7 +36,7 @@ for spec in config.layers[:6]:
         ahead = {images} and spec.window is not None
         images = segments if ahead else None
         mask = AttentionMask(None, segments, images, spec.window, own=0, looks_ahead=ahead)
-        out = attend(q, k, v, mask, config)
+        out = attend(config, q, k, v, mask)
         return jnp.square(out.astype(jnp.float32)).sum()
 
     with mesh:

@@ -16,8 +16,7 @@ from small_models import draw_images, draw_tokens, forward, random_model
 from tunix_gemma4.lora import LoraConfig, apply_lora, describe
 from tunix_gemma4.lora.adapters import LoraLinear, adapted, count_parameters
 from tunix_gemma4.lora.targets import as_regex, linears, resolve
-from tunix_gemma4.model.gemma4 import Gemma4ForConditionalGeneration
-from tunix_gemma4.model.scan import stack_layers
+from tunix_gemma4.model.gemma4 import Gemma4ForConditionalGeneration, stack_layers
 from tunix_gemma4.planning.measure import count_flops
 from tunix_gemma4.sharding import shard_model
 from tunix_gemma4.testing.tiny import tiny_config

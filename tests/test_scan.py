@@ -14,7 +14,8 @@ from small_models import draw_images, draw_tokens, random_model
 import tunix_gemma4
 from tunix_gemma4 import LoraConfig, ModelConfig, apply_lora
 from tunix_gemma4.losses import next_token_loss
-from tunix_gemma4.model.scan import block_patterns, stack_layers, unstack_layers
+from tunix_gemma4.model.gemma4 import stack_layers, unstack_layers
+from tunix_gemma4.model.scan import block_patterns
 from tunix_gemma4.sharding import shard_model
 
 # Kinds of layers as the presets have them, repeated so that there is something to stack.

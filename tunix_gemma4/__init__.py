@@ -39,10 +39,10 @@ _HOME = {
     "save_adapter": ".lora",
     "save_checkpoint": ".checkpoint",
     "set_processor": ".plugin.rl.learner",
-    "stack_layers": ".model.scan",
+    "stack_layers": ".model.gemma4",
     "status": ".plugin.register",
     "unregister": ".plugin.register",
-    "unstack_layers": ".model.scan",
+    "unstack_layers": ".model.gemma4",
 }
 _MODULES = ("checkpoint", "config", "data", "losses", "lora", "rewards", "sampling", "sharding")
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from .config import ModelConfig
-from .model.layers import over_chunks
+from .model.layers import as_array, over_chunks
 from .model.vocabulary import hidden_gradient, soft_cap, uncapped_logits
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ def _chunked(model, hidden, targets, temperature, *, with_entropy, suppressed=()
     def backward(residuals, cotangents):
         (table, temperature, *rows), slopes = residuals
         if slopes is not None and isinstance(cotangents[1], SymbolicZero):
-            d_hidden = _array(cotangents[0])[..., None] * slopes
+            d_hidden = as_array(cotangents[0])[..., None] * slopes
             return None, None, d_hidden.astype(slopes.dtype), None
 
         def gradients(d_table, hidden, targets, *d_scores):
@@ -171,15 +171,10 @@ def _chunked(model, hidden, targets, temperature, *, with_entropy, suppressed=()
             return d_table + d_more, d_hidden
 
         d_table, d_hidden = over_chunks(
-            gradients, size, *rows, *map(_array, cotangents), carry=jnp.zeros_like(table)
+            gradients, size, *rows, *map(as_array, cotangents), carry=jnp.zeros_like(table)
         )
         return d_table, None, d_hidden, None
 
     scored.defvjp(forward, backward, symbolic_zeros=True)
     table = model.language_model.embed_tokens.embedding[...]
     return scored(table, jnp.asarray(temperature, jnp.float32), hidden, targets)
-
-
-def _array(cotangent: Any) -> jax.Array:
-    shape, dtype = cotangent.shape, cotangent.dtype
-    return jnp.zeros(shape, dtype) if isinstance(cotangent, SymbolicZero) else cotangent

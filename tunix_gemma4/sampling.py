@@ -22,7 +22,7 @@ from .checkpoint.check import NonFiniteError, nonfinite_variables, shown
 from .config import ModelConfig, refuse_ids_beyond
 from .config.domains import require
 from .data.processor import Batch
-from .model.scan import unstack_layers
+from .model.gemma4 import unstack_layers
 from .model.soft_tokens import check_images
 from .sharding import active_mesh, constrain, mesh_of
 

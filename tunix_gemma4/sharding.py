@@ -279,10 +279,10 @@ def head_repeats(heads: int, kv_heads: int) -> int:
 
 
 def map_shards(
-    function: Callable[..., jax.Array],
+    function: Callable[..., Any],
     arrays: Sequence[jax.Array],
     logical_axes: Sequence[tuple[str | None, ...]],
-) -> jax.Array:
+) -> Any:
     """`function` of every chip's own parts of `arrays`, for what the compiler cannot split itself.
 
     Args:

@@ -25,8 +25,13 @@ from jax.sharding import Mesh, NamedSharding
 
 from ..config import ModelConfig
 from ..config.domains import require
-from ..model.gemma4 import AnyModel, Gemma4ForConditionalGeneration, Gemma4Model, abstract_model
-from ..model.scan import require_single_layers
+from ..model.gemma4 import (
+    AnyModel,
+    Gemma4ForConditionalGeneration,
+    Gemma4Model,
+    abstract_model,
+    require_single_layers,
+)
 from ..sharding import param_shardings
 from . import files
 from . import names as weights

@@ -34,8 +34,7 @@ from ..checkpoint.files import (
 )
 from ..checkpoint.names import SCORE, module_name
 from ..config.source import read_json
-from ..model.gemma4 import Gemma4Model
-from ..model.scan import require_single_layers
+from ..model.gemma4 import Gemma4Model, require_single_layers
 from .adapters import LoraConfig, LoraLinear, adapted, add_adapters, describe
 from .targets import as_regex, linears
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from flax import nnx
 
 from ..checkpoint.names import SCORE
-from ..model.scan import require_single_layers
+from ..model.gemma4 import require_single_layers
 
 _SEVEN = r"(?:self_attn\.(?:q|k|v|o)_proj|mlp\.(?:gate|up|down)_proj)"
 _LANGUAGE = rf"language_model\.layers\.\d+\.{_SEVEN}"

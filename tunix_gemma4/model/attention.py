@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from absl import logging
@@ -28,11 +30,7 @@ _PLATFORMS = {"splash": "tpu", "triton": "gpu"}
 
 
 def attend(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    mask: AttentionMask,
-    config: ModelConfig | None = None,
+    config: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask
 ) -> jax.Array:
     """Softmax attention with scale 1, softmax in float32, by whatever fits device and case.
 
@@ -41,17 +39,17 @@ def attend(
     kernel may take the place of that in whole rows.
 
     Args:
+        config: whose `attention_implementation` says whether a kernel is wanted.
         q: [B, T, N, H].
         k: [B, S, K, H] with N a multiple of K.
         v: like k.
         mask: who may look at whom.
-        config: whose `attention_implementation` says which kernel is wanted; None: none.
 
     Returns:
         [B, T, N, H] in the dtype of q. A query that may see nothing gets a mean of values, which
         is finite.
     """
-    kernel = None if config is None else _kernel(config, q, mask)
+    kernel = _kernel(config, q, mask)
     if kernel == "splash":
         block = config.flash_attention_block_size
         return splash_attend(q, k, v, mask.segments, mask.window, largest_block=block)
@@ -65,7 +63,8 @@ def attend(
             k, v = _pad(k, padding), _pad(v, padding)
         mask = mask.padded(padding)
     pairs = block_pairs(mask, block, q.shape[1], k.shape[1])
-    return blockwise_attention(pairs, kernel == "triton", q, k, v, mask)[:, :length]
+    out: Any = blockwise_attention(pairs, kernel == "triton", q, k, v, mask)
+    return out[:, :length]
 
 
 def attend_at_once(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
@@ -158,14 +157,13 @@ class Attention(nnx.Module):
         shared: KeysValues | None,
     ) -> tuple[jax.Array, KeysValues, LayerCache | None]:
         """Returns the output [B, T, D], the keys and values attended to, and the new cache."""
-        own = () if self.spec.shares_kv else self._own()
-        q, *raw = map(self._heads, project(x, self.q_proj, *own))
+        q, *raw = map(self._heads, project(x, self.q_proj, *self._own()))
         q = rotate(self.q_norm(q), cos_sin)  # [B, T, N, H]
-        if self.spec.shares_kv:
-            k, v = shared
-        else:
+        if shared is None:
             k, v, cache = self._keys_values(raw, cos_sin, cache)
-        out = attend(q, k, v, mask, self.config)
+        else:
+            k, v = shared
+        out = attend(self.config, q, k, v, mask)
         return self.o_proj(out.reshape(*x.shape[:2], -1)), (k, v), cache
 
     def _heads(self, x: jax.Array) -> jax.Array:
@@ -175,6 +173,8 @@ class Attention(nnx.Module):
 
     def _own(self) -> tuple[nnx.Linear, ...]:
         """Projections to keys and, where they are not the keys' own, values."""
+        if self.spec.shares_kv:
+            return ()
         return (self.k_proj,) if self.spec.k_eq_v else (self.k_proj, self.v_proj)
 
     def _keys_values(self, raw, cos_sin, cache):

@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import NamedSharding
+from jax.core import Tracer
+from jax.sharding import Mesh, NamedSharding
 
 from ..config import ModelConfig, refuse_float16
 from ..sharding import constrain, eval_shape, metadata, shard_model
@@ -22,8 +23,9 @@ from .backend_names import BackendNames
 from .cache import Cache, cache_name, end_index, init_cache
 from .layers import HasBuffers
 from .masks import Tokens, attention_masks, full_mask, segment_positions, visible_pairs
+from .scan import BlockPattern, LayerStack, block_patterns
 from .soft_tokens import check_images, merge_soft_tokens
-from .text import TextModel
+from .text import DecoderLayer, TextModel
 from .vision import VisionProjector, VisionTower
 from .vocabulary import soft_cap, uncapped_logits
 
@@ -102,9 +104,10 @@ class Gemma4Model(nnx.Module):
         if config.has_vision and (tokens.shape[1] > 1 or images is not None):
             soft_tokens = None
             if images is not None and images.shape[1]:
-                soft_tokens = self.encode_images(images)
+                values, valid = self.encode_images(images)
                 if image_repeats > 1:
-                    soft_tokens = tuple(jnp.repeat(x, image_repeats, axis=0) for x in soft_tokens)
+                    values, valid = (jnp.repeat(x, image_repeats, axis=0) for x in (values, valid))
+                soft_tokens = values, valid
             x = merge_soft_tokens(x, tokens == config.image_token_id, soft_tokens)
         return x, text_tokens
 
@@ -155,10 +158,9 @@ class Gemma4Model(nnx.Module):
             tokens: int [B, T].
             inputs_mask: bool or int [B, T], true at real tokens; None: where not the pad token.
         """
-        if inputs_mask is None:
-            inputs_mask = tokens != self.config.pad_token_id
+        real = tokens != self.config.pad_token_id if inputs_mask is None else inputs_mask
         slots = Tokens(jnp.arange(tokens.shape[1]))
-        return visible_pairs(slots, slots, None)[None] & inputs_mask.astype(bool)[:, None, :]
+        return visible_pairs(slots, slots, None)[None] & jnp.asarray(real, bool)[:, None, :]
 
     def init_cache(self, batch_size: int, max_seq_len: int, dtype: Any) -> Cache:
         """Fresh, empty caches; see `cache.init_cache`."""
@@ -171,7 +173,7 @@ class Gemma4Model(nnx.Module):
         legal image, which is one soft token.
         """
         tokens = jnp.full((2, 4), self.config.bos_token_id, jnp.int32)
-        inputs = {"positions": None, "cache": None, "attention_mask": None}
+        inputs: dict[str, Any] = {"positions": None, "cache": None, "attention_mask": None}
         if self.config.has_vision:
             vision = self.config.vision_config
             tokens = tokens.at[:, 1].set(self.config.image_token_id)
@@ -307,9 +309,10 @@ class Gemma4ForTokenScores(Gemma4Model):
             if name in vars(body):
                 setattr(scores, name, getattr(body, name))
         scores.score = _score_head(policy.config)
-        placed = body.language_model.norm.weight.get_raw_value()
-        if not isinstance(placed, jax.core.Tracer) and isinstance(placed.sharding, NamedSharding):
-            shard_model(scores.score, placed.sharding.mesh)
+        placed = body.language_model.embed_tokens.embedding.get_raw_value()
+        where = None if isinstance(placed, Tracer) else placed.sharding
+        if isinstance(where, NamedSharding) and isinstance(where.mesh, Mesh):
+            shard_model(scores.score, where.mesh)
         return scores
 
     def __call__(
@@ -366,5 +369,66 @@ def abstract_model(
     """A model of shapes and dtypes only; costs no memory."""
     # Any key will do, and a real source of keys, which counts them, takes seconds to trace.
     key = jax.random.key(0)
-    rngs = types.SimpleNamespace(params=lambda: key)
+    rngs: Any = types.SimpleNamespace(params=lambda: key)
     return eval_shape(lambda: model_class(config, rngs=rngs))
+
+
+def is_stacked(model: nnx.Module) -> bool:
+    """Whether `model` is what `stack_layers` leaves."""
+    return hasattr(getattr(model, "language_model", None), "stacks")
+
+
+def stack_layers(model: AnyModel) -> AnyModel:
+    """Stacks the layers of the decoder and of the tower, in place, and returns the model.
+
+    `generate`, the losses and Tunix's trainers take either form. What names single layers wants
+    the other one: adapters, checkpoints in Hugging Face's format, rollouts with vLLM or SGLang.
+
+    Args:
+        model: with adapters or without, of arrays or shapes.
+
+    Raises:
+        ValueError: if equal layers of a block differ, as with adapters on some only.
+    """
+    if is_stacked(model):
+        return model
+    text = model.language_model
+    layers = list(text.layers)
+    del text.layers
+    text.stacks = nnx.List([])
+    for pattern in block_patterns(model.config.layers):
+        count = pattern.end - pattern.first
+        text.stacks.append(LayerStack(pattern, layers[:count]))
+        del layers[:count]
+    if model.config.has_vision:
+        encoder = model.vision_tower.encoder
+        layers = list(encoder.layers)
+        del encoder.layers
+        encoder.stack = LayerStack(BlockPattern(0, (len(layers),), 1), layers)
+    return model
+
+
+def unstack_layers(model: AnyModel) -> AnyModel:
+    """Undoes `stack_layers`, in place, and returns the model."""
+    if not is_stacked(model):
+        return model
+    text = model.language_model
+    layers: list[DecoderLayer] = []
+    while text.stacks:
+        layers += text.stacks.pop(0).unstacked(model.config.layers)
+    del text.stacks
+    text.layers = nnx.List(layers)
+    if model.config.has_vision:
+        encoder = model.vision_tower.encoder
+        encoder.layers = nnx.List(encoder.stack.unstacked())
+        del encoder.stack
+    return model
+
+
+def require_single_layers(model: nnx.Module) -> None:
+    """Raises ValueError if the layers of `model` are stacked, for what speaks of single ones."""
+    if is_stacked(model):
+        raise ValueError(
+            "the model's decoder layers are stacked, and this names single ones: call "
+            "unstack_layers(model) first"
+        )

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.custom_derivatives import SymbolicZero
 
 from ..config import ModelConfig
 from ..sharding import constrain, metadata
@@ -91,14 +92,23 @@ def gelu(x: jax.Array) -> jax.Array:
 
 
 class MLP(nnx.Module):
-    """`down(gelu(gate(x)) * up(x))`. Source: transformers 5.12 `Gemma4TextMLP`."""
+    """`down(gelu(gate(x)) * up(x))`, of projections that `make` makes.
 
-    def __init__(self, mlp_dim: int, *, config: ModelConfig, rngs: nnx.Rngs):
-        size = config.hidden_size
-        widen = {"axes": ("embed", "mlp"), "config": config, "rngs": rngs}
-        self.gate_proj = linear(size, mlp_dim, **widen)
-        self.up_proj = linear(size, mlp_dim, **widen)
-        self.down_proj = linear(mlp_dim, size, axes=("mlp", "embed"), config=config, rngs=rngs)
+    Source: transformers 5.12 `Gemma4TextMLP`, `Gemma4VisionMLP`.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        width: int,
+        *,
+        config: ModelConfig,
+        rngs: nnx.Rngs,
+        make: Callable[..., Any] = linear,
+    ):
+        self.gate_proj = make(size, width, axes=("embed", "mlp"), config=config, rngs=rngs)
+        self.up_proj = make(size, width, axes=("embed", "mlp"), config=config, rngs=rngs)
+        self.down_proj = make(width, size, axes=("mlp", "embed"), config=config, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.down_proj(gelu(self.gate_proj(x)) * self.up_proj(x))
@@ -113,19 +123,9 @@ class ClippableLinear(nnx.Module, HasBuffers):
     Source: transformers 5.12 `Gemma4ClippableLinear`.
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        axes: tuple[str | None, str | None],
-        config: ModelConfig,
-        rngs: nnx.Rngs,
-        heads: int | None = None,
-    ):
-        self.linear = linear(
-            in_features, out_features, axes=axes, config=config, rngs=rngs, heads=heads
-        )
+    def __init__(self, in_features: int, out_features: int, *, config: ModelConfig, **options: Any):
+        """As `linear`, which takes the `options`."""
+        self.linear = linear(in_features, out_features, config=config, **options)
         self.clipped = config.vision_config.use_clipped_linears
         self.input_min, self.input_max = -math.inf, math.inf
         self.output_min, self.output_max = -math.inf, math.inf
@@ -234,3 +234,11 @@ def over_chunks(
         lambda carry, xs: function(carry, *xs), carry, tuple(map(split, rows))
     )
     return carry, jax.tree.map(join, parts)
+
+
+def as_array(cotangent: jax.Array | SymbolicZero) -> jax.Array:
+    """A cotangent of a `custom_vjp` with symbolic zeros, zeros or not."""
+    if isinstance(cotangent, SymbolicZero):
+        shape: Any = cotangent.aval
+        return jnp.zeros(shape.shape, shape.dtype)
+    return cotangent

@@ -31,7 +31,7 @@ class LoraLinear(nnx.Linear):
         lora: what it was made by, for who saves it; a `LoraConfig`.
     """
 
-    kernel: nnx.Param | qwix.QArray  # pyright: ignore[reportIncompatibleVariableOverride]
+    kernel: nnx.Param | qwix.QArray
 
     def __init__(
         self, linear: nnx.Linear, a: nnx.LoRAParam, b: nnx.LoRAParam, *, scale: float, lora: Any

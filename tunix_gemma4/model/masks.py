@@ -60,21 +60,17 @@ def visible_pairs(
         visible: the caller's mask of these pairs.
     """
 
-    def pairs(of_tokens: int) -> tuple[jax.Array, jax.Array]:
-        return queries[of_tokens][..., :, None], keys[of_tokens][..., None, :]
-
-    query, key = pairs(0)
+    query, key = queries.slots[..., :, None], keys.slots[..., None, :]
     result = query >= key
     if visible is not None:
         result = result & visible
     if window is not None:
-        if queries.images is not None:
-            image, other = pairs(2)
-            result = result | ((image == other) & (image > 0))
+        if queries.images is not None and keys.images is not None:
+            image = queries.images[..., :, None]
+            result = result | ((image == keys.images[..., None, :]) & (image > 0))
         result = result & (jnp.abs(query - key) < window)
-    if queries.segments is not None:
-        segment, other = pairs(1)
-        result = result & (segment == other)
+    if queries.segments is not None and keys.segments is not None:
+        result = result & (queries.segments[..., :, None] == keys.segments[..., None, :])
     return result
 
 
@@ -115,18 +111,19 @@ class AttentionMask:
             queries: index of the first one, which may be traced, and their number.
             keys: likewise.
         """
+
+        def tokens(first: Any, count: int) -> Tokens:
+            marks = (
+                x if x is None else _part(x, first, count) for x in (self.segments, self.images)
+            )
+            return Tokens((first + jnp.arange(count))[None], *marks)
+
         visible = self.visible
         if visible is not None:
             visible = _part(visible, *keys, axis=2)
-            if visible.shape[1] > 1:
-                visible = _part(visible, *queries, axis=1)
-        if not self.of_whole_rows:
-            return visible
-
-        def tokens(first: Any, count: int) -> Tokens:
-            marks = (_part(x, first, count, axis=1) for x in (self.segments, self.images))
-            return Tokens((first + jnp.arange(count))[None], *marks)
-
+            visible = _part(visible, *queries) if visible.shape[1] > 1 else visible
+            if not self.of_whole_rows:
+                return visible
         return visible_pairs(tokens(*queries), tokens(*keys), self.window, visible)
 
     def padded(self, count: int) -> AttentionMask:
@@ -139,10 +136,8 @@ class AttentionMask:
         return jax.tree.map(pad, self)
 
 
-def _part(x: jax.Array | None, first: Any, count: int, *, axis: int) -> jax.Array | None:
-    if x is None or x.shape[axis] == count:
-        return x
-    return jax.lax.dynamic_slice_in_dim(x, first, count, axis)
+def _part(x: jax.Array, first: Any, count: int, axis: int = 1) -> jax.Array:
+    return x if x.shape[axis] == count else jax.lax.dynamic_slice_in_dim(x, first, count, axis)
 
 
 def attention_masks(

@@ -17,12 +17,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.custom_derivatives import SymbolicZero
 from jax.experimental.xla_metadata import set_xla_metadata
 
 from ..config import ModelConfig
 from ..sharding import constrain, map_shards, metadata
-from .layers import RMSNorm, gelu, linear, over_chunks
+from .layers import RMSNorm, as_array, gelu, linear, over_chunks
 
 # Pairs in a block; fewer where experts have fewer.
 LARGEST_BLOCK, SMALLEST_BLOCK = 512, 8
@@ -72,10 +71,13 @@ class Experts(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         size, width, experts = config.hidden_size, config.moe_intermediate_size, config.num_experts
         init = nnx.initializers.lecun_normal(batch_axis=(0,))
-        shapes = {"gate_up_proj": (experts, size, 2 * width), "down_proj": (experts, width, size)}
-        for name, shape in shapes.items():
+
+        def make(*shape: int) -> nnx.Param:
             value = init(rngs.params(), shape, config.param_dtype)
-            setattr(self, name, nnx.Param(value, **metadata("experts", None, None)))
+            return nnx.Param(value, **metadata("experts", None, None))
+
+        self.gate_up_proj = make(experts, size, 2 * width)
+        self.down_proj = make(experts, width, size)
 
     def __call__(self, x: jax.Array, weights: jax.Array, indices: jax.Array) -> jax.Array:
         """x [B, T, D], weights and indices [B, T, top_k] to [B, T, D]."""
@@ -120,15 +122,13 @@ def _mix_forward(*primals):
 
 def _mix_backward(saved, d_out):
     (x, weights, indices, gate_up, down), trained = saved
-    if isinstance(d_out, SymbolicZero):
-        d_out = jnp.zeros(d_out.shape, d_out.dtype)
 
     def some(d_experts, *rows):
         d_x, d_weights, *d_experts = _on_chips(_backward, rows, (gate_up, down), d_experts)
         return tuple(d_experts), (d_x.astype(x.dtype), d_weights)
 
     d_experts = () if trained is None else (jnp.zeros_like(gate_up), jnp.zeros_like(down))
-    rows = (x, weights, indices, d_out)
+    rows = (x, weights, indices, as_array(d_out))
     d_experts, (d_x, d_weights) = over_chunks(some, _chunk_size(x), *rows, carry=d_experts)
     return d_x, d_weights, None, *(d_experts or (None, None))
 
@@ -239,14 +239,18 @@ def _one(stacked: jax.Array, expert: jax.Array, dtype: Any) -> jax.Array:
     return jax.lax.dynamic_index_in_dim(stacked, expert, keepdims=False).astype(dtype)
 
 
+def _gated(x: jax.Array) -> jax.Array:
+    gate, up = jnp.split(x, 2, axis=-1)
+    return gelu(gate) * up
+
+
 def _forward(plan, rows, experts, carry):
     x, weights, _ = rows
 
     def step(index, out):
         expert, pairs, tokens = plan.pairs(index, x.shape[0])
         gate_up, down = (_one(matrix, expert, x.dtype) for matrix in experts)
-        gate, up = jnp.split(_dot(_read(x, tokens), gate_up).astype(x.dtype), 2, axis=-1)
-        values = _dot(gelu(gate) * up, down)
+        values = _dot(_gated(_dot(_read(x, tokens), gate_up).astype(x.dtype)), down)
         return _add(out, tokens, weights.reshape(-1)[pairs][:, None] * values)
 
     return (plan.loop(step, jnp.zeros(x.shape, jnp.float32)),)
@@ -261,10 +265,7 @@ def _backward(plan, rows, experts, carry):
         gate_up, down = (_one(matrix, expert, x.dtype) for matrix in experts)
         inputs, d_out = _read(x, tokens), _read(d_rows, tokens)
         weight = weights.reshape(-1)[pairs][:, None]
-        inner, pull = jax.vjp(
-            lambda x: (lambda gate, up: gelu(gate) * up)(*jnp.split(x, 2, axis=-1)),
-            _dot(inputs, gate_up).astype(x.dtype),
-        )
+        inner, pull = jax.vjp(_gated, _dot(inputs, gate_up).astype(x.dtype))
         d_inner = _dot(d_out, down.T)
         d_weight = (d_inner * inner).sum(axis=-1)
         (d_gate_up,) = pull((weight * d_inner).astype(x.dtype))

@@ -7,8 +7,8 @@ block and the layer in it, and the decoder is a loop over blocks. So is the visi
 layers are all alike. Equal layers are then compiled once: of E2B's 35 the compiler sees four.
 
 Checkpoints, adapters and LoRA targets speak of single layers, `layers.3.self_attn.q_proj`. They
-are loaded, added and saved on a model that is not stacked; `stack_layers` and `unstack_layers`
-lead from one form to the other.
+are loaded, added and saved on a model that is not stacked; `gemma4.stack_layers` and
+`unstack_layers` lead from one form to the other.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ..config import LayerSpec
@@ -88,7 +89,7 @@ class LayerStack(nnx.Module):
         buffers: of each group, the values of every buffer, layer by layer.
     """
 
-    def __init__(self, pattern: BlockPattern, layers: list[nnx.Module]):
+    def __init__(self, pattern: BlockPattern, layers: list[Any]):
         self.pattern = pattern
         count = len(pattern.layers_per_block)
         groups = [[layers[i] for i in pattern.indices(group)] for group in range(count)]
@@ -97,11 +98,11 @@ class LayerStack(nnx.Module):
         self.buffers = tuple(
             tuple(zip(*(_buffers(layer) for layer in group), strict=True)) for group in groups
         )
-        self.layers = nnx.List([_stack(pattern, *one) for one in enumerate(groups)])
+        self.layers: Any = nnx.List([_stack(pattern, *one) for one in enumerate(groups)])
 
     def scan(
         self,
-        body: Callable[[nnx.Module, Any, Any], Any],
+        body: Callable[[Any, Any, Any], Any],
         carry: Any,
         extras: jax.Array | None = None,
         *,
@@ -147,9 +148,9 @@ class LayerStack(nnx.Module):
         xs = list(zip(states, buffers, of_groups, strict=True))
         return jax.lax.scan(block, carry, xs)[0]
 
-    def unstacked(self, specs: tuple[LayerSpec, ...] | None = None) -> list[nnx.Module]:
+    def unstacked(self, specs: tuple[LayerSpec, ...] | None = None) -> list[Any]:
         """The layers one by one, with slices of the parameters; `specs` are the decoder's."""
-        found: dict[int, nnx.Module] = {}
+        found: dict[int, Any] = {}
         for group, (layer, count) in enumerate(
             zip(self.layers, self.pattern.layers_per_block, strict=True)
         ):
@@ -163,7 +164,7 @@ class LayerStack(nnx.Module):
         return [found[index] for index in sorted(found)]
 
 
-def _name(layer: nnx.Module, spec: LayerSpec) -> None:
+def _name(layer: Any, spec: LayerSpec) -> None:
     """Tells a decoder layer which one it is."""
     layer.spec = layer.self_attn.spec = spec
 
@@ -187,7 +188,7 @@ def _set_buffers(layer: nnx.Module, values: list[Any]) -> None:
         setattr(module, name, value)
 
 
-def _stack(pattern: BlockPattern, group: int, layers: list[nnx.Module]) -> nnx.Module:
+def _stack(pattern: BlockPattern, group: int, layers: list[Any]) -> nnx.Module:
     """One module from the equal ones of a group."""
     buffers, spec = _buffers(layers[0]), getattr(layers[0], "spec", None)
     for layer in layers:
@@ -232,7 +233,7 @@ def _stack_values(axes: tuple[int, int], layers: list[list[Any]]) -> list[Any]:
         else None
         for one in shardings
     ]
-    traced = isinstance(layers[0][0], jax.core.Tracer)
+    traced = isinstance(layers[0][0], Tracer)
     return stack(layers) if traced else jax.jit(stack, out_shardings=where)(layers)
 
 
@@ -256,68 +257,6 @@ def _with_axes(variable: nnx.Variable, value: Any, change: Callable) -> nnx.Vari
     return type(variable)(value, **metadata)
 
 
-def is_stacked(model: nnx.Module) -> bool:
-    """Whether `model` is what `stack_layers` leaves."""
-    return hasattr(getattr(model, "language_model", None), "stacks")
-
-
-def stack_layers(model: nnx.Module) -> nnx.Module:
-    """Stacks the layers of the decoder and of the tower, in place, and returns the model.
-
-    `generate`, the losses and Tunix's trainers take either form. What names single layers wants
-    the other one: adapters, checkpoints in Hugging Face's format, rollouts with vLLM or SGLang.
-
-    Args:
-        model: with adapters or without, of arrays or shapes.
-
-    Raises:
-        ValueError: if equal layers of a block differ, as with adapters on some only.
-    """
-    if is_stacked(model):
-        return model
-    text = model.language_model
-    layers = list(text.layers)
-    del text.layers
-    text.stacks = nnx.List([])
-    for pattern in block_patterns(model.config.layers):
-        count = pattern.end - pattern.first
-        text.stacks.append(LayerStack(pattern, layers[:count]))
-        del layers[:count]
-    if model.config.has_vision:
-        encoder = model.vision_tower.encoder
-        layers = list(encoder.layers)
-        del encoder.layers
-        encoder.stack = LayerStack(BlockPattern(0, (len(layers),), 1), layers)
-    return model
-
-
-def unstack_layers(model: nnx.Module) -> nnx.Module:
-    """Undoes `stack_layers`, in place, and returns the model."""
-    if not is_stacked(model):
-        return model
-    text = model.language_model
-    layers: list[nnx.Module] = []
-    while text.stacks:
-        layers += text.stacks.pop(0).unstacked(model.config.layers)
-    del text.stacks
-    text.layers = nnx.List(layers)
-    if model.config.has_vision:
-        encoder = model.vision_tower.encoder
-        layers = encoder.stack.unstacked()
-        del encoder.stack
-        encoder.layers = nnx.List(layers)
-    return model
-
-
 def stacked_axes(path: tuple[Any, ...]) -> int:
     """How many axes stacking has put before those of the parameter at `path` of a state."""
     return 2 * any(getattr(key, "key", None) in ("stack", "stacks") for key in path)
-
-
-def require_single_layers(model: nnx.Module) -> None:
-    """Raises ValueError if the layers of `model` are stacked, for what speaks of single ones."""
-    if is_stacked(model):
-        raise ValueError(
-            "the model's decoder layers are stacked, and this names single ones: call "
-            "unstack_layers(model) first"
-        )

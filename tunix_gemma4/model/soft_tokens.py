@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from ..config import ModelConfig
 
@@ -65,7 +66,7 @@ def merge_soft_tokens(
     expected = placeholders.sum(axis=1)
     found = jnp.zeros_like(expected) if soft_tokens is None else soft_tokens[1].sum(axis=1)
     agree = expected == found
-    if not isinstance(agree, jax.core.Tracer) and not agree.all():
+    if not isinstance(agree, Tracer) and not agree.all():
         row = int(jnp.argmin(agree))
         raise ValueError(
             f"images: row {row} has {int(expected[row])} image placeholders in its tokens but "

@@ -29,7 +29,7 @@ class DecoderLayer(nnx.Module, HasBuffers):
         size = config.hidden_size
         norm = lambda: RMSNorm(size, config=config)  # noqa: E731
         self.self_attn = Attention(config, spec, rngs=rngs)
-        self.mlp = MLP(spec.mlp_dim, config=config, rngs=rngs)
+        self.mlp = MLP(size, spec.mlp_dim, config=config, rngs=rngs)
         self.input_layernorm = norm()
         self.post_attention_layernorm = norm()
         self.pre_feedforward_layernorm = norm()
@@ -97,6 +97,8 @@ def _embed(num: int, features: int, config: ModelConfig, rngs: nnx.Rngs) -> nnx.
 
 class TextModel(nnx.Module):
     """Embeddings, decoder layers and the final norm."""
+
+    stacks: nnx.List[LayerStack]  # In place of `layers`, once they are stacked.
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config

@@ -14,17 +14,18 @@ from ..config import ModelConfig, RematConfig
 from ..sharding import constrain, metadata
 from .attention import attend
 from .layers import (
+    MLP,
     ClippableLinear,
     HasBuffers,
     RMSNorm,
     angles,
     frequencies,
-    gelu,
     linear,
     remat_call,
     rotate_2d,
 )
 from .masks import AttentionMask
+from .scan import LayerStack
 
 Angles = tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
@@ -56,13 +57,13 @@ class VisionAttention(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         vision = config.vision_config
-        self.head_dim = vision.head_dim
+        self.config, self.head_dim = config, vision.head_dim
         size, heads = vision.hidden_size, vision.num_attention_heads
         inner = heads * vision.head_dim
         make = {"config": config, "rngs": rngs, "heads": heads}
-        for name in ("q_proj", "k_proj", "v_proj"):
-            projection = ClippableLinear(size, inner, axes=("embed", "vision_heads"), **make)
-            setattr(self, name, projection)
+        self.q_proj, self.k_proj, self.v_proj = (
+            ClippableLinear(size, inner, axes=("embed", "vision_heads"), **make) for _ in range(3)
+        )
         self.o_proj = ClippableLinear(inner, size, axes=("vision_heads", "embed"), **make)
         self.q_norm, self.k_norm = (
             RMSNorm(self.head_dim, config=config, eps=vision.rms_norm_eps) for _ in range(2)
@@ -76,25 +77,8 @@ class VisionAttention(nnx.Module):
         )  # [I, M, N, H]
         q = rotate_2d(self.q_norm(q), *by_axis)
         k = rotate_2d(self.k_norm(k), *by_axis)
-        out = attend(q, k, self.v_norm(v), AttentionMask(valid[:, None, :]))
+        out = attend(self.config, q, k, self.v_norm(v), AttentionMask(valid[:, None, :]))
         return self.o_proj(out.reshape(*x.shape[:2], -1))
-
-
-class VisionMLP(nnx.Module):
-    """The decoder's gated MLP with clippable projections."""
-
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        vision = config.vision_config
-        size, width = vision.hidden_size, vision.intermediate_size
-        widen = {"axes": ("embed", "mlp"), "config": config, "rngs": rngs}
-        self.gate_proj = ClippableLinear(size, width, **widen)
-        self.up_proj = ClippableLinear(size, width, **widen)
-        self.down_proj = ClippableLinear(
-            width, size, axes=("mlp", "embed"), config=config, rngs=rngs
-        )
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down_proj(gelu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class VisionLayer(nnx.Module):
@@ -103,10 +87,13 @@ class VisionLayer(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         vision = config.vision_config
         self.self_attn = VisionAttention(config, rngs=rngs)
-        self.mlp = VisionMLP(config, rngs=rngs)
-        for name in ("input", "post_attention", "pre_feedforward", "post_feedforward"):
-            norm = RMSNorm(vision.hidden_size, config=config, eps=vision.rms_norm_eps)
-            setattr(self, f"{name}_layernorm", norm)
+        size, width = vision.hidden_size, vision.intermediate_size
+        self.mlp = MLP(size, width, make=ClippableLinear, config=config, rngs=rngs)
+        norm = lambda: RMSNorm(size, config=config, eps=vision.rms_norm_eps)  # noqa: E731
+        self.input_layernorm = norm()
+        self.post_attention_layernorm = norm()
+        self.pre_feedforward_layernorm = norm()
+        self.post_feedforward_layernorm = norm()
 
     def __call__(self, x: jax.Array, by_axis: Angles, valid: jax.Array) -> jax.Array:
         attended = self.self_attn(self.input_layernorm(x), by_axis, valid)
@@ -116,7 +103,9 @@ class VisionLayer(nnx.Module):
 
 
 class VisionEncoder(nnx.Module):
-    """The stack of vision layers."""
+    """The vision layers, one by one or stacked."""
+
+    stack: LayerStack  # In place of `layers`.
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config

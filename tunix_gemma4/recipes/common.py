@@ -21,8 +21,7 @@ from ..config import ModelConfig
 from ..data.processor import Processor
 from ..extras import is_installed
 from ..lora import apply_lora, describe, merge_lora, save_adapter
-from ..model.gemma4 import Gemma4Model, num_parameters
-from ..model.scan import stack_layers, unstack_layers
+from ..model.gemma4 import Gemma4Model, num_parameters, stack_layers, unstack_layers
 from ..plugin.optimizer import make_optimizer, make_schedule
 from ..plugin.training_config import TENSORBOARD
 from ..settings.common import MeshConfig, TrainSettings

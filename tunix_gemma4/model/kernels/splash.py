@@ -8,6 +8,8 @@ so padding is a segment of its own. No mask of all pairs can be given to it.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import (
@@ -60,7 +62,7 @@ def splash_attend(
     axes = ("batch", None, "heads", None), *2 * [("batch", None, "kv_heads", None)], ("batch",)
 
     def of_chip(q, k, v, *segments):
-        kernel = make_kernel(q.shape[1], q.shape[2], window, largest_block)
+        kernel: Any = make_kernel(q.shape[1], q.shape[2], window, largest_block)
         q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
         out = jax.vmap(kernel)(q, k, v, *(kernels.SegmentIds(x, x) for x in segments))
         return jnp.swapaxes(out, 1, 2)
