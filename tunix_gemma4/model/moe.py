@@ -84,6 +84,7 @@ class Experts(nnx.Module):
         return expert_mix(x, weights, indices, self.gate_up_proj[...], self.down_proj[...])
 
 
+@jax.custom_vjp
 def expert_mix(
     x: jax.Array, weights: jax.Array, indices: jax.Array, gate_up: jax.Array, down: jax.Array
 ) -> jax.Array:
@@ -93,7 +94,7 @@ def expert_mix(
 
     Args:
         x: [B, T, D].
-        weights: [B, T, top_k].
+        weights: float32 [B, T, top_k].
         indices: int [B, T, top_k], an expert once at most for each token.
         gate_up: [E, D, 2F], gate first.
         down: [E, F, D].
@@ -101,11 +102,7 @@ def expert_mix(
     Returns:
         [B, T, D] in the dtype of x.
     """
-    return _mix(x, weights.astype(jnp.float32), indices, gate_up, down)
 
-
-@jax.custom_vjp
-def _mix(x, weights, indices, gate_up, down):
     def some(_, *rows):
         (out,) = _on_chips(_forward, rows, (gate_up, down), ())
         return None, out.astype(x.dtype)
@@ -117,7 +114,7 @@ def _mix_forward(*primals):
     inputs = [primal.value for primal in primals]
     # A frozen expert gets no gradient.
     trained = () if primals[3].perturbed or primals[4].perturbed else None
-    return _mix(*inputs), (inputs, trained)
+    return expert_mix(*inputs), (inputs, trained)
 
 
 def _mix_backward(saved, d_out):
@@ -133,7 +130,7 @@ def _mix_backward(saved, d_out):
     return d_x, d_weights, None, *(d_experts or (None, None))
 
 
-_mix.defvjp(_mix_forward, _mix_backward, symbolic_zeros=True)
+expert_mix.defvjp(_mix_forward, _mix_backward, symbolic_zeros=True)
 
 
 def _chunk_size(x: jax.Array) -> int:
@@ -159,6 +156,7 @@ def _on_chips(function, rows, experts, carry) -> list[jax.Array]:
         plan = _Plan.of(rows[2], ids, num_experts)
         results = function(plan, rows, matrices[: len(experts)], matrices[len(experts) :])
         ends = len(results) - len(carry)
+        # A leading axis, split over chips: the sum over it is what brings chips' parts together.
         return *(x[None] for x in results[:ends]), *results[ends:]
 
     axes = [("experts",), *[("experts", None, None)] * len(matrices), *[(None, None)] * len(flat)]
@@ -197,8 +195,10 @@ class _Plan(NamedTuple):
         block = 2 ** math.ceil(math.log2(max(mean, 1)))
         block = min(max(block, SMALLEST_BLOCK), LARGEST_BLOCK)
         own = indices.reshape(-1) - ids[0]
+        # Pairs with other chips' experts sort behind all of this chip's, where no loop gets.
         own = jnp.where((own >= 0) & (own < count), own, count)
         sizes = jnp.bincount(own, length=count + 1)[:count].astype(jnp.int32)
+        # Padded, so that the last block's slice does not start earlier than it should.
         order = jnp.pad(jnp.argsort(own, stable=True), (0, block))
         blocks = -(-sizes // block)
         trips = count * math.ceil(mean / block)
@@ -207,6 +207,7 @@ class _Plan(NamedTuple):
 
     def pairs(self, index: jax.Array, tokens: int) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Expert of a block, its pairs and their tokens; a pair that is none has no token."""
+        # The first one whose blocks end behind this one.
         expert = (self.last <= index).sum()
         end, size = self.ends[expert], self.sizes[expert]
         before = self.last[expert] - -(-size // self.block)
@@ -266,10 +267,13 @@ def _backward(plan, rows, experts, carry):
         inputs, d_out = _read(x, tokens), _read(d_rows, tokens)
         weight = weights.reshape(-1)[pairs][:, None]
         inner, pull = jax.vjp(_gated, _dot(inputs, gate_up).astype(x.dtype))
+        # An expert's answer is `inner @ down`; with `d_out` it makes the weight's gradient, which
+        # is the same sum as `d_inner` with `inner`, so the answer is not made again.
         d_inner = _dot(d_out, down.T)
         d_weight = (d_inner * inner).sum(axis=-1)
         (d_gate_up,) = pull((weight * d_inner).astype(x.dtype))
         d_x = _add(d_x, tokens, _dot(d_gate_up, gate_up.T))
+        # A weight belongs to one pair, so each is written once; none of them beyond all.
         pair_rows = jnp.where(tokens < x.shape[0], pairs, d_weights.size + tokens)
         d_weights = _add(d_weights, pair_rows, d_weight)
         if d_experts:

@@ -208,6 +208,7 @@ class TextModel(nnx.Module):
                 kept[spec.kind] = (constrain(empty, "batch", None, "kv_heads", None),) * 2
 
         def call(layer, carry, extra):
+            # A loop may hand on what it carries alone, so what layers keep is carried too.
             x, kept = carry
             here = dataclasses.replace(inputs, kept=inputs.kept | kept)
             x, _ = here.call(layer, x, extra, None)
