@@ -29,8 +29,8 @@ from flax import nnx
 
 from ..checkpoint.names import SCORE
 from ..config.domains import require_fields
-from ..model.lora import LoraLinear, plain_linear, unboxed
 from ..model.gemma4 import require_single_layers
+from ..model.lora import LoraLinear, plain_linear, unboxed
 from ..sharding import eval_shape, is_variable, param_shardings, spread
 from .targets import check_targets, grouped, linears, resolve, with_head
 
