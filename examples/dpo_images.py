@@ -70,6 +70,7 @@ def main(argv: list[str]) -> None:
     reference = g4.load_checkpoint(_MODEL.value, text_only=False, config=config)
     lora = g4.LoraConfig(rank=_RANK.value, alpha=2 * _RANK.value, targets=_TARGETS.value)
     policy = g4.apply_lora(reference, lora)
+    print(g4.lora.describe(policy))
 
     warmup, rate = _STEPS.value // 20, _LEARNING_RATE.value
     schedule = g4.make_schedule(

@@ -58,6 +58,7 @@ def main(argv: list[str]) -> None:
     model = g4.load_checkpoint(_MODEL.value, text_only=not _IMAGE.value, dtype=_DTYPE.value)
     if _ADAPTER.value:
         model = g4.load_adapter(model, _ADAPTER.value)
+        print(g4.lora.describe(model))
     batch = processor(conversations(_PROMPT.value, _IMAGE.value), add_generation_prompt=True)
     answers = g4.generate(
         model,

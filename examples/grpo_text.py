@@ -65,6 +65,7 @@ def main(argv: list[str]) -> None:
     mesh = device_mesh(MeshConfig(fsdp=1, tp=1))
     reference = g4.load_checkpoint(directory, mesh)
     policy = g4.apply_lora(reference, g4.LoraConfig(rank=16, alpha=32))
+    print(g4.lora.describe(policy))
     cluster = RLCluster(
         actor=policy,
         reference=reference,

@@ -66,6 +66,7 @@ def main(argv: list[str]) -> None:
     mesh = recipes.device_mesh(recipes.MeshConfig(fsdp=1, tp=1))
     model = g4.load_checkpoint(directory, mesh, text_only=False)
     policy = g4.apply_lora(model, g4.LoraConfig(rank=16, alpha=32))
+    print(g4.lora.describe(policy))
     settings = recipes.GrpoRunConfig(
         output_dir=str(output),
         data=recipes.PromptConfig(max_prompt_length=256),

@@ -58,6 +58,7 @@ def main(argv: list[str]) -> None:
         rank=_RANK.value, alpha=2 * _RANK.value, targets=_TARGETS.value, quantize=_QUANTIZE.value
     )
     model = g4.apply_lora(model, lora)
+    print(g4.lora.describe(model))
 
     # Tunix trains; checkpoints and TensorBoard files go below the output directory.
     schedule = g4.make_schedule(

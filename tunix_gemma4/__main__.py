@@ -268,7 +268,7 @@ def _generate(options: argparse.Namespace) -> int:
     from .checkpoint import load_checkpoint
     from .config.domains import require
     from .data.processor import Processor
-    from .lora import load_adapter
+    from .lora import describe, load_adapter
     from .lora.peft import check_adapter
     from .sampling import check_settings, generate, refuse_nonfinite
 
@@ -288,6 +288,7 @@ def _generate(options: argparse.Namespace) -> int:
     model = load_checkpoint(options.model, text_only=text_only)
     if options.adapter is not None:
         model = load_adapter(model, options.adapter)
+        print(describe(model))
     said = generate(
         model,
         prompt,

@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -29,7 +28,7 @@ _UNREAD = ("data.path=unread", "output_dir=unread")
 
 def run(options: argparse.Namespace) -> int:
     """Prints the plan; 1 where it does not fit."""
-    if jax.config.jax_platforms is None:
+    if jax.config.values["jax_platforms"] is None:
         # Nothing runs, so the chips that are here stay free; CUDA's plug-in wants a driver else.
         jax.config.update("jax_platforms", "cpu")
     topology, images, overrides = _split(options.overrides)
@@ -96,24 +95,23 @@ def _advice(
 
 def _print_weights(config: RunConfig | GrpoRunConfig, topology: str | None, as_json: bool) -> None:
     model_config = common.model_config(config, model_source(config.model))
-    sizes, axes = (config.mesh.fsdp, config.mesh.tp), ("fsdp", "tp")
     chips = None if topology is None else hardware(topology)
-    used = math.prod(sizes)
-    if used < 0:
+    if config.mesh.fsdp < 0:
         raise ValueError("mesh.fsdp: -1 takes all devices, and no topology says how many")
-    if chips is not None and used > chips.chips:
-        raise ValueError(
-            f"mesh: fsdp {sizes[0]} x tp {sizes[1]} is {used} chips, and {topology} has "
-            f"{chips.chips}"
-        )
-    rollout = getattr(config, "rollout_mesh", None)
-    more = 0 if rollout is None else rollout.fsdp * rollout.tp
-    if chips is not None and used + more > chips.chips:
-        raise ValueError(
-            f"rollout_mesh: fsdp {rollout.fsdp} x tp {rollout.tp} is {more} chips beside the "
-            f"{used} of mesh, and {topology} has {chips.chips}"
-        )
-    mesh = AbstractMesh(sizes, axes, axis_types=(AxisType.Auto,) * 2)
+    used = 0
+    for name in ("mesh", "rollout_mesh"):
+        shape = getattr(config, name, None)
+        if shape is None or chips is None:
+            continue
+        count, beside = shape.fsdp * shape.tp, f" beside the {used} of mesh" if used else ""
+        used += count
+        if used > chips.chips:
+            raise ValueError(
+                f"{name}: fsdp {shape.fsdp} x tp {shape.tp} is {count} chips{beside}, and "
+                f"{topology} has {chips.chips}"
+            )
+    sizes, kinds = (config.mesh.fsdp, config.mesh.tp), (AxisType.Auto, AxisType.Auto)
+    mesh = AbstractMesh(sizes, ("fsdp", "tp"), axis_types=kinds)
     parts = dataclasses.asdict(resident_of(config, Shapes(model_config, mesh)))
     parts["total"] = sum(parts.values())
     parts["capacity"] = None if chips is None else chips.capacity

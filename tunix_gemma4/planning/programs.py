@@ -30,9 +30,8 @@ from ..plugin.sft.trainer import Gemma4Trainer
 from ..plugin.train_step import TrainStep
 from ..plugin.training_config import make_training_config
 from ..recipes import common, grpo, sft
-from ..settings.common import TrainSettings
-from ..settings.grpo import GrpoRunConfig
-from ..settings.sft import RunConfig
+from ..settings.grpo import GrpoRunConfig, PromptConfig
+from ..settings.sft import DataConfig, RunConfig
 from ..sharding import eval_shape, shapes_on
 from .measure import bits, bytes_per_chip
 
@@ -94,22 +93,22 @@ class Shapes:
 
     Attributes:
         config: of the model.
-        mesh: where they lie.
+        mesh: where they lie; an abstract one will do.
     """
 
-    def __init__(self, config: ModelConfig, mesh: Mesh):
+    def __init__(self, config: ModelConfig, mesh: Any):
         self.config, self.mesh = config, mesh
 
     def build(
-        self, make: Callable[[nnx.Module], tuple[Any, tuple[nnx.Module, ...]]]
-    ) -> tuple[Any, tuple[nnx.Module, ...]]:
+        self, make: Callable[[Gemma4ForConditionalGeneration], tuple[Any, tuple]]
+    ) -> tuple[Any, tuple]:
         """What `make` gives for the checkpoint's model: anything, and modules.
 
         The modules' variables become shapes, each where its sharding says.
         """
         made = []
 
-        def build() -> tuple[nnx.Module, ...]:
+        def build() -> tuple:
             base = Gemma4ForConditionalGeneration(self.config, rngs=nnx.Rngs(0))
             result, modules = make(base)
             made.append(result)
@@ -130,12 +129,12 @@ class Shapes:
         where = NamedSharding(self.mesh, PartitionSpec())
         return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
-    def images(self, rows: int, count: int, soft_tokens: int) -> jax.ShapeDtypeStruct | None:
-        """`count` images of a row; None for none."""
-        if not count:
+    def images(self, rows: int, count: int, data: DataConfig | PromptConfig) -> Any:
+        """`count` images of a row, of the budget that `plan` has settled; None for none."""
+        if not count or data.max_soft_tokens is None:
             return None
         vision = self.config.vision_config
-        patches = soft_tokens * vision.pooling_kernel_size**2
+        patches = data.max_soft_tokens * vision.pooling_kernel_size**2
         return self.rows(rows, count, patches, vision.patch_dim + 2, dtype=jnp.float32)
 
     def logits(self, tokens: int) -> int:
@@ -154,19 +153,21 @@ class Shapes:
 
 def resident_of(config: RunConfig | GrpoRunConfig, shapes: Shapes) -> Resident:
     """What a recipe keeps in memory on its training mesh."""
-    build = _grpo_trainer if isinstance(config, GrpoRunConfig) else _sft_trainer
-    return _resident(*build(config, shapes)[1])
+    if isinstance(config, GrpoRunConfig):
+        return _resident(*_grpo_trainer(config, shapes)[1])
+    return _resident(*_sft_trainer(config, shapes)[1])
 
 
-def _sft_trainer(config: RunConfig, shapes: Shapes) -> tuple[Gemma4Trainer, tuple]:
+def _sft_trainer(
+    config: RunConfig, shapes: Shapes
+) -> tuple[Gemma4Trainer, tuple[nnx.Module, nnx.Optimizer]]:
     """The trainer, its model and its optimizer."""
     quiet = dataclasses.replace(config, report_to="none")
     training = make_training_config(quiet, max_steps=None, checkpoint_root_directory=None)
 
-    def make(base: nnx.Module) -> tuple[Gemma4Trainer, tuple[nnx.Module, nnx.Module]]:
-        trainer = Gemma4Trainer(
-            sft.prepare_model(config, base, logging.debug), _optimizer(config), training
-        )
+    def make(base: Gemma4ForConditionalGeneration) -> tuple[Gemma4Trainer, tuple]:
+        model = sft.prepare_model(config, base, logging.debug)
+        trainer = Gemma4Trainer(model, _optimizer(config), training)
         return trainer, (trainer.model, trainer.optimizer)
 
     return shapes.build(make)
@@ -182,26 +183,23 @@ def sft_programs(config: RunConfig, shapes: Shapes, images: int) -> list[Program
     """
     trainer, (model, optimizer) = _sft_trainer(config, shapes)
     count, length = config.batch_size, config.data.max_length
-    tokens = shapes.rows(count, length)
-    batch = Batch(
-        tokens=tokens,
-        loss_mask=tokens,
-        padding_mask=tokens,
-        images=shapes.images(count, images, config.data.max_soft_tokens),
-        loss_denominator=shapes.rows(count, dtype=jnp.float32),
-        rows=shapes.rows(count),
+    fields: dict[str, Any] = dict.fromkeys(
+        ("tokens", "loss_mask", "padding_mask"), shapes.rows(count, length)
     )
-    step = _step(trainer.create_train_step_fn(), model, optimizer, batch)
+    fields["images"] = shapes.images(count, images, config.data)
+    fields["loss_denominator"] = shapes.rows(count, dtype=jnp.float32)
+    fields["rows"] = shapes.rows(count)
+    step = _step(trainer.create_train_step_fn(), model, optimizer, Batch(**fields))
     runs, logits = config.gradient_accumulation_steps, shapes.logits(count * length)
     return [Program("step", shapes.mesh, _resident(model, optimizer), step, runs, logits)]
 
 
-def _optimizer(config: TrainSettings) -> Any:
+def _optimizer(config: RunConfig | GrpoRunConfig) -> Any:
     return common.optimizer_of(config, total_steps=config.max_steps or 1)
 
 
 def _step(
-    function: Callable, model: nnx.Module, optimizer: nnx.Module, batch: Any
+    function: Callable, model: nnx.Module, optimizer: nnx.Optimizer, batch: Any
 ) -> Callable[[], jax.stages.Traced]:
     """Traces a trainer's step on `batch`."""
 
@@ -213,14 +211,12 @@ def _step(
 
 
 def _resident(
-    model: nnx.Module, optimizer: nnx.Module | None = None, reference: nnx.Module | None = None
+    model: nnx.Module, optimizer: Any = None, reference: nnx.Module | None = None
 ) -> Resident:
     _, adapters, weights = nnx.split(model, nnx.LoRAParam, ...)
     return Resident(
-        weights=bytes_per_chip(weights),
-        adapters=bytes_per_chip(adapters),
-        optimizer=0 if optimizer is None else bytes_per_chip(nnx.state(optimizer)),
-        reference=0 if reference is None else bytes_per_chip(nnx.state(reference)),
+        *map(bytes_per_chip, (weights, adapters)),
+        *(0 if x is None else bytes_per_chip(nnx.state(x)) for x in (optimizer, reference)),
     )
 
 
@@ -228,9 +224,10 @@ def _grpo_trainer(config: GrpoRunConfig, shapes: Shapes) -> tuple[Any, tuple]:
     """The policy's trainer, the policy, its optimizer and, where it has its own weights, the
     reference."""
     _, algorithm = make_algorithm(config)
-    algorithm.temperature = config.temperature
+    # The loss reads it, and the host's dataclass does not have it.
+    vars(algorithm)["temperature"] = config.temperature
 
-    def make(base: nnx.Module) -> tuple[Any, tuple[nnx.Module, ...]]:
+    def make(base: Gemma4ForConditionalGeneration) -> tuple[Any, tuple]:
         policy, reference = grpo.prepare_models(config, base, logging.debug)
         trainer = make_trainer(
             policy,
@@ -265,7 +262,7 @@ def grpo_programs(
         shapes.rows,
         (rows, config.data.max_prompt_length, config.max_completion_length),
         RolloutContext(
-            images=shapes.images(rows, images, config.data.max_soft_tokens),
+            images=shapes.images(rows, images, config.data),
             image_repeats=config.num_generations,
             temperature=config.temperature,
             suppressed=suppressed,
@@ -283,73 +280,79 @@ def grpo_programs(
     if sampler is not None:
         # It has a copy of the policy, and nothing else.
         _, (model,) = sampler.build(
-            lambda base: (None, (grpo.prepare_models(config, base, logging.debug)[0],))
+            lambda base: (None, grpo.prepare_models(config, base, logging.debug)[:1])
         )
         shapes, resident = sampler, _resident(model)
     found.append(_rollout(config, shapes, model, resident, images))
     return found
 
 
-def _logps(config, shapes, model, resident, images, suppressed) -> Program:
+def _rows(
+    config: GrpoRunConfig, shapes: Shapes, images: int, prompts: int
+) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct, Any, int]:
+    """Prompts and completions of a pass over so many `prompts`, images, and repeats of these."""
+    rows = prompts * config.num_generations
+    pictures = shapes.images(prompts, images, config.data)
+    return (
+        shapes.rows(rows, config.data.max_prompt_length),
+        shapes.rows(rows, config.max_completion_length),
+        pictures,
+        1 if pictures is None else config.num_generations,
+    )
+
+
+def _logps(
+    config: GrpoRunConfig,
+    shapes: Shapes,
+    model: nnx.Module,
+    resident: Resident,
+    images: int,
+    suppressed: tuple[int, ...],
+) -> Program:
     """Log-probabilities of the reference."""
     prompts = config.compute_logps_micro_batch_size or config.micro
-    rows, repeats = prompts * config.num_generations, config.num_generations
-    pictures = shapes.images(prompts, images, config.data.max_soft_tokens)
+    asked, answers, pictures, repeats = _rows(config, shapes, images, prompts)
 
     def trace() -> jax.stages.Traced:
         return chunked_logps.trace(
             *nnx.split(model),
-            shapes.rows(rows, config.data.max_prompt_length),
-            shapes.rows(rows, config.max_completion_length),
-            pictures,
-            None,
-            None,
-            shapes.whole(dtype=jnp.float32),
+            *(asked, answers, pictures, None, None, shapes.whole(dtype=jnp.float32)),
             pad_id=shapes.config.pad_token_id,
             eos_id=_EOS,
             suppressed=suppressed,
-            image_repeats=1 if pictures is None else repeats,
+            image_repeats=repeats,
         )
 
-    return Program(
-        "log-probs",
-        shapes.mesh,
-        resident,
-        trace,
-        config.mini / prompts / config.num_iterations,
-        shapes.logits(rows * config.max_completion_length),
-        beside=resident.optimizer + resident.reference,
-    )
+    runs = config.mini / prompts / config.num_iterations
+    logits, beside = shapes.logits(answers.size), resident.optimizer + resident.reference
+    return Program("log-probs", shapes.mesh, resident, trace, runs, logits, beside=beside)
 
 
-def _rollout(config, shapes, model, resident, images) -> Program:
+def _rollout(
+    config: GrpoRunConfig, shapes: Shapes, model: nnx.Module, resident: Resident, images: int
+) -> Program:
     """Sampling, prefill and decoding in one program."""
     prompts = config.rollout_micro_batch_size or config.micro
-    rows, repeats = prompts * config.num_generations, config.num_generations
-    pictures = shapes.images(prompts, images, config.data.max_soft_tokens)
-    tokens = shapes.rows(rows, config.data.max_prompt_length)
-    length = config.data.max_prompt_length + config.max_completion_length
+    asked, _, pictures, repeats = _rows(config, shapes, images, prompts)
+    rows, length = asked.shape
 
     def trace() -> jax.stages.Traced:
         return sampling.trace_generate(
             model,
-            tokens,
+            asked,
             pictures,
             place=shapes.whole,
             max_new_tokens=config.max_completion_length,
-            image_repeats=1 if pictures is None else repeats,
+            image_repeats=repeats,
             top_k=config.top_k,
             top_p=config.top_p,
         )
 
     return Program(
-        "rollout",
-        shapes.mesh,
-        resident,
-        trace,
+        *("rollout", shapes.mesh, resident, trace),
         config.mini / prompts / config.num_iterations,
         rows * shapes.config.vocab_size * 4 // shapes.mesh.size,
-        caches=shapes.caches(rows, length - 1),
+        caches=shapes.caches(rows, length + config.max_completion_length - 1),
         beside=resident.optimizer + resident.reference,
         while_trips=config.max_completion_length - 1,
     )

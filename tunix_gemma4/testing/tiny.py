@@ -7,15 +7,17 @@ keys that double as values, ...) with everything small. `demo` is a plain one th
 
 from __future__ import annotations
 
+import json
 import zlib
 from collections.abc import Iterator
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..config import ModelConfig
-from .tokenizer import VOCAB_SIZE, token_ids, write_json, write_tokenizer
+from .tokenizer import token_ids, write_json, write_tokenizer
 
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
 
@@ -25,120 +27,13 @@ _BLOCK_NORMS = (
 )
 _BOUNDS = ("input_min", "input_max", "output_min", "output_max")
 
-_S, _F = "sliding_attention", "full_attention"
-
-_TEXT: dict[str, Any] = {
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_global_key_value_heads": None,
-    "head_dim": 8,
-    "global_head_dim": 16,
-    "sliding_window": 8,
-    "layer_types": [_S, _S, _F, _S, _F],
-    "rope_parameters": {
-        _S: {"rope_type": "default", "rope_theta": 10_000.0},
-        _F: {
-            "rope_type": "proportional",
-            "partial_rotary_factor": 0.25,
-            "rope_theta": 1_000_000.0,
-        },
-    },
-    "rms_norm_eps": 1e-6,
-    "final_logit_softcapping": 30.0,
-    "attention_k_eq_v": False,
-    "num_kv_shared_layers": 0,
-    "use_double_wide_mlp": False,
-    "hidden_size_per_layer_input": 0,
-    "vocab_size_per_layer_input": VOCAB_SIZE,
-    "enable_moe_block": False,
-    "num_experts": None,
-    "top_k_experts": None,
-    "moe_intermediate_size": None,
-    "use_bidirectional_attention": None,
-    "max_position_embeddings": 2048,
-    "hidden_activation": "gelu_pytorch_tanh",
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "tie_word_embeddings": True,
-    "use_cache": True,
-}
-_LARGE = {
-    "attention_k_eq_v": True,
-    "num_global_key_value_heads": 1,
-    "use_bidirectional_attention": "vision",
-}
-# The sharing layers read from a layer of either kind; E4B's pattern puts both sources apart.
-_TEXT_CHANGES: dict[str, dict[str, Any]] = {
-    "e2b": {
-        "num_key_value_heads": 1,
-        "layer_types": [_S, _S, _F, _S, _S, _F],
-        "num_kv_shared_layers": 3,
-        "use_double_wide_mlp": True,
-        "hidden_size_per_layer_input": 8,
-    },
-    "e4b": {
-        "layer_types": [_S, _S, _F, _S, _S, _S, _F],
-        "num_kv_shared_layers": 3,
-        "hidden_size_per_layer_input": 8,
-    },
-    "12b": _LARGE,
-    "26b_a4b": _LARGE
-    | {
-        "enable_moe_block": True,
-        "num_experts": 8,
-        "top_k_experts": 2,
-        "moe_intermediate_size": 16,
-    },
-    "31b": _LARGE | {"intermediate_size": 96},
-    "demo": {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "head_dim": 16,
-        "global_head_dim": 32,
-        "sliding_window": 64,
-        "layer_types": [_S, _F],
-    },
-}
-PRESETS = tuple(_TEXT_CHANGES)
-
-_VISION: dict[str, Any] = {
-    "model_type": "gemma4_vision",
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "patch_size": 4,
-    "pooling_kernel_size": 3,
-    # Holds the longest side of an image at the smallest budget: 3 * 70 patches.
-    "position_embedding_size": 256,
-    "rms_norm_eps": 1e-6,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
-    "use_clipped_linears": False,
-    "standardize": False,
-    "hidden_activation": "gelu_pytorch_tanh",
-}
-_VISION_CHANGES: dict[str, dict[str, Any]] = {
-    "e2b": {"use_clipped_linears": True},
-    "e4b": {"use_clipped_linears": True},
-    "26b_a4b": {"standardize": True},
-    "31b": {"standardize": True},
-    "demo": {"intermediate_size": 64, "pooling_kernel_size": 2},
-}
-_AUDIO = {
-    "model_type": "gemma4_audio",
-    "hidden_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "subsampling_conv_channels": [128, 4],
-    "conv_kernel_size": 5,
-    "output_proj_dims": 24,
-    "use_clipped_linears": True,
-}
+# What all have in common and what each has of its own. Sharing layers read from a layer of either
+# kind, whose sources E4B's pattern puts apart; the table of positions holds the longest side of an
+# image at the smallest budget, 3 * 70 patches.
+_TINY: dict[str, Any] = json.loads(
+    resources.files("tunix_gemma4").joinpath("presets/tiny.json").read_text("utf-8")
+)
+PRESETS = tuple(_TINY["sizes"])
 
 
 def tiny_hf_config(
@@ -158,12 +53,13 @@ def tiny_hf_config(
         raise ValueError(f"audio=True: only e2b and e4b have an audio tower, not {preset!r}")
     ids = token_ids()
     model_type = "gemma4_unified" if preset == "12b" else "gemma4"
-    text = _TEXT | _TEXT_CHANGES[preset] | {"model_type": f"{model_type}_text"}
+    own = _TINY["sizes"][preset]
+    text = _TINY["text"] | own["text"] | {"model_type": f"{model_type}_text"}
     text |= {"num_hidden_layers": len(text["layer_types"]), "dtype": "float32"}
     text |= {f"{name}_token_id": ids[f"<{name}>"] for name in ("pad", "eos", "bos")}
     vision = None
-    if preset in _VISION_CHANGES:
-        vision = _VISION | _VISION_CHANGES[preset]
+    if "vision" in own:
+        vision = _TINY["vision"] | own["vision"]
         vision["pooling_kernel_size"] = pooling_kernel_size or vision["pooling_kernel_size"]
     unified = "Unified" if preset == "12b" else ""
     return {
@@ -172,7 +68,7 @@ def tiny_hf_config(
         "dtype": "float32",
         "text_config": text,
         "vision_config": vision,
-        "audio_config": _AUDIO if audio else None,
+        "audio_config": _TINY["audio"] if audio else None,
         "image_token_id": ids["<|image|>"],
         "video_token_id": ids["<|video|>"],
         "audio_token_id": ids["<|audio|>"],
@@ -259,27 +155,11 @@ def _generation_config() -> dict[str, Any]:
 
 def _processor_config(config: dict[str, Any]) -> dict[str, Any]:
     """What transformers 5.12 writes for `Gemma4Processor`; defaults of audio and video left out."""
-    result = {
-        "processor_class": "Gemma4Processor",
-        "image_seq_length": 70,
-        "audio_seq_length": 750,
-        "audio_ms_per_token": 40,
-        "feature_extractor": {"feature_extractor_type": "Gemma4AudioFeatureExtractor"},
-    }
+    result = dict(_TINY["processor"])
     vision = config["vision_config"]
     if vision is not None:
         sizes = {name: vision[name] for name in ("patch_size", "pooling_kernel_size")}
-        pixels = sizes | {
-            "max_soft_tokens": 70,
-            "do_convert_rgb": True,
-            "do_resize": True,
-            "resample": 3,
-            "do_rescale": True,
-            "rescale_factor": 1 / 255,
-            "do_normalize": False,
-            "image_mean": [0.0, 0.0, 0.0],
-            "image_std": [1.0, 1.0, 1.0],
-        }
+        pixels = sizes | _TINY["pixels"]
         result["image_processor"] = {"image_processor_type": "Gemma4ImageProcessor"} | pixels
         video = {"video_processor_type": "Gemma4VideoProcessor", "do_normalize": True}
         result["video_processor"] = pixels | video | {"num_frames": 32}
