@@ -10,7 +10,7 @@ model: rewards compare with it. Without --model and --data a tiny checkpoint wit
 looks at handwritten digits, which shows every part in a minute; `make demo-rl` teaches it them.
 
 Run it again with the same --output after a crash: it goes on from the last checkpoint. The same
-settings in a YAML are `tunix-gemma4 grpo`; see configs/grpo/.
+settings from recipes are `tunix-gemma4 grpo`; see docs/how-to/recipes.md.
 """
 
 from __future__ import annotations
