@@ -106,6 +106,8 @@ def test_unknown_recipe_is_answered_with_near_ones(tmp_path, monkeypatch, capsys
         find_recipe(tmp_path)
     with pytest.raises(ValueError, match="there is no such file"):
         find_recipe(tmp_path / "lora-image.yaml")
+    with pytest.raises(ValueError, match="there is no such file"):
+        find_recipe("runs/e2b_lora_image.yaml")
 
 
 def test_recipes_are_listed_and_printed(tmp_path, capsys):

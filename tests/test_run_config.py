@@ -143,6 +143,8 @@ def test_what_must_be_given_is_named(write):
 def test_recipe_of_another_command_is_named():
     with pytest.raises(ValueError, match="gsm8k is a recipe of `grpo`, and this is `sft`"):
         load_run_config(["e2b", "gsm8k"])
+    with pytest.raises(ValueError, match="gsm8k is a recipe of `grpo`, and this is `sft`"):
+        load_run_config(["lora-text", "e2b", "gsm8k"])
 
 
 def test_recipes_are_read_from_left_to_right_and_overrides_last(write):

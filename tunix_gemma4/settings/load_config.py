@@ -97,13 +97,14 @@ def load_config(
     """
     paths = find_recipes(recipes)
     said = " ".join(name_of(path) for path in paths)
-    own = command_of(paths)
-    if command is not None and own not in (None, command):
-        name = next(name_of(path) for path in paths if path.parent.name == own)
-        raise ValueError(f"{name} is a recipe of `{own}`, and this is `{command}`")
+    command = command or command_of(paths)
+    for path in paths:
+        own = command_of([path])
+        if own not in (None, command):
+            raise ValueError(f"{path.stem} is a recipe of `{own}`, and this is `{command}`")
     config = OmegaConf.structured(kind)
     sources: dict[str, str] = {}
-    for given, texts, source in (*_layers(paths, command or own), _assigned(overrides)):
+    for given, texts, source in (*_layers(paths, command), _assigned(overrides)):
         config = _merge(kind, config, _literal(kind, given, texts, source), source)
         sources |= dict.fromkeys(_flat(given), source)
     missing = sorted(OmegaConf.missing_keys(config))
@@ -210,7 +211,7 @@ def find_recipe(where: str | Path) -> Path:
         return given
     if given.is_dir():
         raise ValueError(f"{where}: expected a YAML file, found a folder")
-    words = _words_in(asked)
+    words = _words_in(asked) if Path(asked).parent.name in ("", *_COMMANDS) else None
     if words is not None:
         raise ValueError(
             f"{where}: recipes are composed, write {' '.join(words)}; a run of the former recipe "
