@@ -193,6 +193,13 @@ def test_every_source_file_opens_with_its_license():
     assert not [path for path in files if not path.read_text().startswith(header)]
 
 
+def test_what_pyright_must_not_look_at_names_its_rule():
+    text = "".join(path.read_text() for path in sources(NAME))
+    ignored = re.findall(r"# (?:pyright|type): ?ignore.*", text)
+    assert len(ignored) <= 20
+    assert all(re.match(r"# pyright: ignore\[\w+(, \w+)*\]", comment) for comment in ignored)
+
+
 def test_no_file_names_a_path_of_one_machine():
     # Spelled so that this file does not match itself.
     path = re.compile(r"(?:^|[^A-Za-z0-9_.])/(?:work|root|tmp|home)(?=/[a-z])", re.MULTILINE)

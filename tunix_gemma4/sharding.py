@@ -214,7 +214,7 @@ def eval_shape(function: Callable[..., Made], *args: Any) -> Made:
 def mesh_of(tree: Any) -> Any | None:
     """The mesh that arrays or shapes of `tree` lie on, those that do; None if none does."""
     for leaf in jax.tree.leaves(tree):
-        where = None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
+        where = None if isinstance(leaf, Tracer) else getattr(leaf, "sharding", None)
         if isinstance(where, NamedSharding):
             return where.mesh
     return None

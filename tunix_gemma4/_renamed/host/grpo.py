@@ -8,7 +8,9 @@ from tunix.rl.rollout.base_rollout import RolloutConfig
 from tunix_gemma4._renamed import warn
 from tunix_gemma4.config.domains import require
 from tunix_gemma4.plugin.rl import cluster as _now
-from tunix_gemma4.plugin.rl.cluster import *  # noqa: F403
+
+# What follows takes the place of some of these.
+from tunix_gemma4.plugin.rl.cluster import *  # noqa: F403  # pyright: ignore[reportAssignmentType]
 from tunix_gemma4.settings.grpo import GrpoRunConfig as _GrpoRunConfig
 from tunix_gemma4.settings.grpo import PromptConfig as _PromptConfig
 

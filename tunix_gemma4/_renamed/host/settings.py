@@ -3,7 +3,9 @@
 
 from tunix_gemma4._renamed import warn
 from tunix_gemma4.plugin import training_config as _now
-from tunix_gemma4.plugin.training_config import *  # noqa: F403
+
+# What follows takes the place of some of these.
+from tunix_gemma4.plugin.training_config import *  # noqa: F403  # pyright: ignore[reportAssignmentType]
 from tunix_gemma4.settings.sft import RunConfig as _RunConfig
 
 _SHARED = (
