@@ -31,7 +31,7 @@ from ..checkpoint.names import SCORE
 from ..config.domains import require_fields
 from ..model.gemma4 import require_single_layers
 from ..model.lora import LoraLinear, plain_linear, unboxed
-from ..sharding import eval_shape, is_variable, param_shardings, spread
+from ..sharding import eval_shape, is_variable, mesh_of, param_shardings, spread
 from .targets import check_targets, grouped, linears, resolve, with_head
 
 Kind = TypeVar("Kind", bound=nnx.Variable)
@@ -132,7 +132,7 @@ def adapt(linear: nnx.Linear, *, name: str, config: LoraConfig, key: jax.Array) 
     metadata = kernel.get_metadata()
     rows, columns = metadata.get("out_sharding") or (None, None)
     in_features, out_features = kernel.shape
-    mesh = _mesh_of(kernel.get_raw_value())
+    mesh = mesh_of(kernel.get_raw_value())
 
     def boxed(kind: type[Kind], value: jax.Array, axes: tuple) -> Kind:
         return _placed(
@@ -164,7 +164,7 @@ def merged(linear: LoraLinear) -> nnx.Linear:
         scale=linear.scale,
         dtype=linear.kernel_dtype,
     )
-    mesh = _mesh_of(main.get_raw_value())
+    mesh = mesh_of(main.get_raw_value())
     return plain_linear(linear, _placed(nnx.Param(value, **main.get_metadata()), mesh))
 
 
@@ -176,14 +176,6 @@ def replace_modules(model: nnx.Module, modules: Mapping[str, nnx.Module]) -> Non
         for word in words[:-1]:
             parent = parent[int(word)] if word.isdigit() else getattr(parent, word)
         setattr(parent, words[-1], module)
-
-
-def _mesh_of(value: Any) -> jax.sharding.Mesh | None:
-    """The mesh that a concrete array lies on."""
-    if isinstance(value, jax.core.Tracer) or not isinstance(value, jax.Array):
-        return None
-    sharding = value.sharding
-    return sharding.mesh if isinstance(sharding, jax.sharding.NamedSharding) else None
 
 
 def _placed(variable: Kind, mesh: jax.sharding.Mesh | None) -> Kind:
