@@ -14,11 +14,9 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.core import Tracer
-from jax.sharding import Mesh, NamedSharding
 
 from ..config import ModelConfig, refuse_float16
-from ..sharding import constrain, eval_shape, metadata, shard_model
+from ..sharding import constrain, eval_shape, mesh_of, metadata, shard_model
 from .backend_names import BackendNames
 from .cache import Cache, cache_name, end_index, init_cache
 from .layers import HasBuffers
@@ -309,10 +307,9 @@ class Gemma4ForTokenScores(Gemma4Model):
             if name in vars(body):
                 setattr(scores, name, getattr(body, name))
         scores.score = _score_head(policy.config)
-        placed = body.language_model.embed_tokens.embedding.get_raw_value()
-        where = None if isinstance(placed, Tracer) else placed.sharding
-        if isinstance(where, NamedSharding) and isinstance(where.mesh, Mesh):
-            shard_model(scores.score, where.mesh)
+        mesh = mesh_of(body.language_model.embed_tokens.embedding.get_raw_value())
+        if mesh is not None:
+            shard_model(scores.score, mesh)
         return scores
 
     def __call__(
