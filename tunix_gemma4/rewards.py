@@ -22,7 +22,9 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-RewardFn = Callable[..., list[float | None]]
+RewardFn = Callable[..., Sequence[float | None]]
+Column = Sequence[Any]
+Answers = Column | None
 
 _DIGITS = r"(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)"
 _POWER = r"(?:[eE][-+]?[0-9]{1,3}(?!\.?[0-9]))?"
@@ -38,13 +40,11 @@ def completion_text(completion: str | Sequence[Mapping[str, Any]]) -> str:
     return "".join(message["content"] for message in completion)
 
 
-def _texts(completions: Sequence[Any]) -> list[str]:
+def _texts(completions: Column) -> list[str]:
     return [completion_text(completion) for completion in completions]
 
 
-def _scores(
-    completions: Sequence[Any], read: Callable[[str], Any], wanted: Sequence[Any]
-) -> list[float]:
+def _scores(completions: Column, read: Callable[[str], Any], wanted: Column) -> list[float]:
     """1 where what is read of a completion is what is wanted."""
     pairs = zip(_texts(completions), wanted, strict=True)
     return [float(read(said) == right) for said, right in pairs]
@@ -54,10 +54,7 @@ def _scores(
 
 
 def exact_answer(
-    prompts: Sequence[Any],
-    completions: Sequence[Any],
-    answer: Sequence[Any] | None = None,
-    solution: Sequence[Any] | None = None,
+    prompts: Column, completions: Column, answer: Answers = None, solution: Answers = None
 ) -> list[float]:
     """1 where the completion is the answer to the letter, but for space around it."""
     wanted = _wanted(answer, solution, lambda right: str(right).strip())
@@ -65,10 +62,7 @@ def exact_answer(
 
 
 def numeric_answer(
-    prompts: Sequence[Any],
-    completions: Sequence[Any],
-    answer: Sequence[Any] | None = None,
-    solution: Sequence[Any] | None = None,
+    prompts: Column, completions: Column, answer: Answers = None, solution: Answers = None
 ) -> list[float]:
     """1 where the completion's number equals the answer's.
 
@@ -117,10 +111,7 @@ def _separated(text: str) -> str:
 
 
 def multiple_choice(
-    prompts: Sequence[Any],
-    completions: Sequence[Any],
-    answer: Sequence[Any] | None = None,
-    solution: Sequence[Any] | None = None,
+    prompts: Column, completions: Column, answer: Answers = None, solution: Answers = None
 ) -> list[float]:
     """1 where the completion chooses the answer's letter.
 
@@ -149,9 +140,7 @@ def read_choice(text: str) -> str | None:
     return None
 
 
-def _wanted(
-    answer: Sequence[Any] | None, solution: Sequence[Any] | None, read: Callable[[Any], Any]
-) -> list[Any]:
+def _wanted(answer: Answers, solution: Answers, read: Callable[[Any], Any]) -> list[Any]:
     """What `read` makes of each answer, which is a text or a number; all rewards take theirs here.
 
     Raises:
@@ -178,7 +167,7 @@ def _wanted(
 # ---- How the answer is written.
 
 
-def final_answer_format(prompts: Sequence[Any], completions: Sequence[Any]) -> list[float]:
+def final_answer_format(prompts: Column, completions: Column) -> list[float]:
     """1 where the last line is `####` and a number."""
     pattern = re.compile(r"(?:^|\n)#### ?\$?[-+]?[\d.,]*\d(?:[eE][-+]?\d+)?(?:/\d+)?\s*$")
     return [float(pattern.search(said) is not None) for said in _texts(completions)]
@@ -191,7 +180,7 @@ def matches(pattern: str) -> RewardFn:
     except re.error as error:
         raise ValueError(f"pattern={pattern!r}: not a regular expression ({error})") from error
 
-    def matches(prompts: Sequence[Any], completions: Sequence[Any]) -> list[float]:
+    def matches(prompts: Column, completions: Column) -> list[float]:
         return [float(compiled.fullmatch(said.strip()) is not None) for said in _texts(completions)]
 
     return matches
@@ -210,7 +199,7 @@ def soft_overlong(max_length: int, buffer: int) -> RewardFn:
             f"max_length={max_length}"
         )
 
-    def soft_overlong(prompts: Sequence[Any], completions: Sequence[Any]) -> list[float]:
+    def soft_overlong(prompts: Column, completions: Column) -> list[float]:
         over = [len(said) - (max_length - buffer) for said in _texts(completions)]
         return [-min(max(excess / buffer, 0.0), 1.0) for excess in over]
 
@@ -249,11 +238,11 @@ def load_reward(spec: str) -> RewardFn:
             f"{', '.join(WITH_ARGUMENTS)} with arguments, and your own as package.module:function "
             "or path/to/file.py:function"
         )
-    module = _module(place)
+    module: Any = _module(place)
     if name not in vars(module):
         functions = [key for key, value in vars(module).items() if inspect.isfunction(value)]
         raise ValueError(f"{place}: it has no {name!r}; its functions are {', '.join(functions)}")
-    function = vars(module)[name]
+    function: RewardFn = getattr(module, name)
     if not callable(function) or inspect.isclass(function):
         kind = "a class" if inspect.isclass(function) else type(function).__name__
         raise ValueError(
@@ -280,10 +269,11 @@ def _called(spec: str) -> RewardFn:
     """`name(key=value, ...)`, with literal values."""
     try:
         call = ast.parse(spec, mode="eval").body
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
+            raise ValueError("no call of a name")
         name = call.func.id
-        arguments = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
-        positional = len(call.args)
-    except (SyntaxError, ValueError, AttributeError) as error:
+        arguments = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+    except (SyntaxError, ValueError) as error:
         raise ValueError(f"{spec!r}: expected name(key=value, ...)") from error
     if name not in WITH_ARGUMENTS:
         raise ValueError(
@@ -291,7 +281,7 @@ def _called(spec: str) -> RewardFn:
             f"{', '.join(WITH_ARGUMENTS)}"
         )
     maker = WITH_ARGUMENTS[name]
-    if positional or arguments.keys() != inspect.signature(maker).parameters.keys():
+    if call.args or arguments.keys() != inspect.signature(maker).parameters.keys():
         raise ValueError(f"{spec!r}: expected {_form(name)}")
     try:
         return maker(**arguments)
@@ -312,6 +302,8 @@ def _module(place: str) -> Any:
         if not place.endswith(".py"):
             return importlib.import_module(place)
         module_spec = importlib.util.spec_from_file_location(path.stem, path)
+        if module_spec is None or module_spec.loader is None:
+            raise ImportError("nothing loads it")
         module = importlib.util.module_from_spec(module_spec)
         module_spec.loader.exec_module(module)
         return module

@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from .checkpoint.check import NonFiniteError, nonfinite_variables, shown
 from .config import ModelConfig, refuse_ids_beyond
 from .config.domains import require
 from .data.processor import Batch
-from .model.gemma4 import unstack_layers
+from .model.gemma4 import Gemma4Model, unstack_layers
 from .model.soft_tokens import check_images
 from .sharding import active_mesh, constrain, mesh_of
 
@@ -50,7 +50,7 @@ class Generated:
 
 
 def generate(
-    model: nnx.Module,
+    model: Gemma4Model,
     batch: Batch,
     *,
     max_new_tokens: int,
@@ -127,7 +127,7 @@ def refuse_nonfinite(model: nnx.Module, said: Generated, name: str) -> None:
 
 
 def trace_generate(
-    model: nnx.Module,
+    model: Gemma4Model,
     tokens: jax.ShapeDtypeStruct,
     images: jax.ShapeDtypeStruct | None,
     *,
@@ -146,18 +146,18 @@ def trace_generate(
         max_new_tokens, image_repeats, top_k, top_p: as in `generate`.
     """
     number = place(dtype=jnp.float32)
-    rules = _Rules(
-        stop_ids=place(1),
-        pad_id=place(),
-        suppressed=place(len(media_ids(model.config)) + 1),
-        key=place(dtype=jax.random.key(0).dtype),
-        places=place(len(tokens), dtype=jnp.uint32),
-        temperature=number,
-        top_p=None if top_p is None else number,
-    )
+    shapes: dict[str, Any] = {
+        "stop_ids": place(1),
+        "pad_id": place(),
+        "suppressed": place(len(media_ids(model.config)) + 1),
+        "key": place(dtype=jax.random.key(0).dtype),
+        "places": place(len(tokens), dtype=jnp.uint32),
+        "temperature": number,
+        "top_p": None if top_p is None else number,
+    }
     padding = jax.ShapeDtypeStruct(tokens.shape, jnp.bool, sharding=tokens.sharding)
     return _generate.trace(
-        *(*nnx.split(model), tokens, padding, images, rules),
+        *(*nnx.split(model), tokens, padding, images, _Rules(**shapes)),
         top_k=None if top_k is None else min(top_k, model.config.vocab_size),
         max_new_tokens=max_new_tokens,
         image_repeats=image_repeats,
@@ -184,19 +184,20 @@ def _check_prompts(config: ModelConfig, batch: Batch, image_repeats: int) -> Non
     The model itself would answer an image that does not fit with NaN, since it is compiled here.
     """
     require(image_repeats=image_repeats)
-    last = jnp.asarray(batch.padding_mask)[:, -1] != 0
+    tokens, last = jnp.asarray(batch.tokens), jnp.asarray(batch.padding_mask)[:, -1] != 0
+    images = None if batch.images is None else jnp.asarray(batch.images)
     if not last.all():
         raise ValueError(
             "batch: expected left-padded rows, found padding in the last column of row "
             f"{int(jnp.argmin(last))}; collate with side='left'"
         )
-    largest = int(jnp.max(jnp.asarray(batch.tokens)))
+    largest = int(jnp.max(tokens))
     refuse_ids_beyond("batch", {str(largest): largest}, config)
-    check_images(config, batch.tokens, batch.images, image_repeats)
-    expected = (jnp.asarray(batch.tokens) == config.image_token_id).sum(axis=1)
+    check_images(config, tokens, images, image_repeats)
+    expected = (tokens == config.image_token_id).sum(axis=1)
     found = jnp.zeros_like(expected)
-    if batch.images is not None:
-        patches = (jnp.asarray(batch.images)[..., -1] >= 0).sum(axis=(1, 2))
+    if images is not None:
+        patches = (images[..., -1] >= 0).sum(axis=(1, 2))
         found = jnp.repeat(patches // config.vision_config.pooling_kernel_size**2, image_repeats)
     if (expected != found).any():
         row = int(jnp.argmax(expected != found))

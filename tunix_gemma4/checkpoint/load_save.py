@@ -56,7 +56,7 @@ def load_checkpoint(
     dtype: Any = None,
     *,
     param_dtype: Any = None,
-    config: ModelConfig | None = None,
+    config: ModelConfig | None = None,  # pyright: ignore[reportGeneralTypeIssues]
     model_class: type[AnyModel] = Gemma4ForConditionalGeneration,
 ) -> AnyModel:
     """Reads a checkpoint directory as transformers writes it.
@@ -102,7 +102,10 @@ def load_checkpoint(
 
 
 def _settle_config(
-    directory: Path, text_only: bool, config: ModelConfig | None, **changes: Any
+    directory: Path,
+    text_only: bool,
+    config: ModelConfig | None,  # pyright: ignore[reportGeneralTypeIssues]
+    **changes: Any,
 ) -> ModelConfig:
     """The config to build: from `directory`, or the caller's with the directory's remembered."""
     if config is None:

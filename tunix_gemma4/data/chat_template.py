@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A directory's chat template, and which stretches of what it writes are the model's answers.
+"""A directory's tokenizer and chat template, and what of its writing is the model's answers.
 
 Nothing of the turn grammar is assumed: the tokens that open and close a turn, the header of a
 model turn and what a generation prompt puts before the answer are found by rendering probes.
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..config.source import read_json
-from .conversation import Conversation, Turn, model_turns
+from .conversation import Conversation, Turn, model_turns, without_thought
 
 # What a model writes itself. In its turns these stay tokens; all other special tokens, and in
 # other turns these too, are taken as the text that somebody typed.
@@ -63,16 +63,17 @@ class ChatFormat:
             raise ValueError("'chat_template_kwargs': enable_thinking is off, and thinking on")
         self._special = _any_of(special_tokens)
         self._special_in_answer = _any_of([t for t in special_tokens if t not in _GRAMMAR])
+        self._in_grammar = _any_of([t for t in special_tokens if t in _GRAMMAR])
         self._prefixes: dict[str, list[Segment]] = {}
-        self._has_tool_turns: bool | None = None
-        self._has_tools: bool | None = None
         self._learn_turns()
 
     def _learn_turns(self) -> None:
         before, pieces = self._opening({})
         answered = self.render([*_QUESTION, {"role": "assistant", "content": "answer"}])
         closing = [
-            piece.text for piece in self._split(answered.rpartition("answer")[2]) if piece.special
+            piece.text
+            for piece in _split(answered.rpartition("answer")[2], self._special)
+            if piece.special
         ]
         well_formed = (
             before is not None
@@ -94,7 +95,7 @@ class ChatFormat:
         """A question, and what the generation prompt puts behind it; None if it changes both."""
         before = self.render(_QUESTION, arguments=arguments)
         prompt = self.render(_QUESTION, add_generation_prompt=True, arguments=arguments)
-        pieces = list(self._split(prompt.removeprefix(before)))
+        pieces = list(_split(prompt.removeprefix(before), self._special))
         return (before if prompt.startswith(before) else None), pieces
 
     def _prefix(self, arguments: Mapping[str, Any]) -> list[Segment]:
@@ -143,8 +144,8 @@ class ChatFormat:
         """
         self._check_arguments(conversation.arguments)
         turns = model_turns(conversation)
-        given = [_without_thought(message) for message in conversation.messages]
-        if any(message["role"] == "tool" for message in given) and not self._knows_tool_turns():
+        given = [without_thought(message) for message in conversation.messages]
+        if any(message["role"] == "tool" for message in given) and not self._knows_tool_turns:
             given = _with_results_inside(given)
         (messages, tools), restore = self._hide(given, conversation.tools)
         rendered = self.render(
@@ -155,9 +156,9 @@ class ChatFormat:
         )
         pieces = [
             piece if piece.special else piece._replace(text=restore(piece.text))
-            for piece in self._split(rendered)
+            for piece in _split(rendered, self._special)
         ]
-        if tools is not None and not self._writes_tools():
+        if tools is not None and not self._writes_tools:
             raise ValueError("the chat template writes no definitions of tools; remove 'tools'")
         _check_results(conversation, "".join(piece.text for piece in pieces))
         if add_generation_prompt and not any(turn.thoughts for turn in turns):
@@ -168,14 +169,7 @@ class ChatFormat:
     def answer(self, message: Mapping[str, Any]) -> list[Segment]:
         """An answer by itself, all of it supervised, with the token that ends its turn."""
         text = message["content"].rstrip().removesuffix(self.turn_end)
-        pieces: list[Segment] = []
-        end = 0
-        for match in self._special.finditer(text):
-            if match[0] in _GRAMMAR:
-                before = text[end : match.start()]
-                pieces += [Segment(before, False)] * bool(before) + [Segment(match[0], True)]
-                end = match.end()
-        pieces += [Segment(text[end:], False)] * bool(text[end:]) + [Segment(self.turn_end, True)]
+        pieces = [*_split(text, self._in_grammar), Segment(self.turn_end, True)]
         if message.get("reasoning_content"):
             pieces = [*_thought(message["reasoning_content"]), *pieces]
         return _learnt(pieces)
@@ -224,28 +218,24 @@ class ChatFormat:
         )
         return on - off
 
+    @functools.cached_property
     def _writes_tools(self) -> bool:
         """Whether the template writes definitions of tools."""
-        if self._has_tools is None:
-            name = "tool_of_a_probe"
-            tool = {"type": "function", "function": {"name": name, "description": ""}}
-            tool["function"]["parameters"] = {"type": "object", "properties": {}}
-            self._has_tools = name in self.render(_QUESTION, tools=[tool])
-        return self._has_tools
+        name, nothing = "tool_of_a_probe", {"type": "object", "properties": {}}
+        function = {"name": name, "description": "", "parameters": nothing}
+        return name in self.render(_QUESTION, tools=[{"type": "function", "function": function}])
 
+    @functools.cached_property
     def _knows_tool_turns(self) -> bool:
         """Whether the template takes what a tool answered as a message, or inside the call's."""
-        if self._has_tool_turns is None:
-            call = {"type": "function", "function": {"name": "probe", "arguments": {}}}
-            asked = [*_QUESTION, {"role": "assistant", "content": "", "tool_calls": [call]}]
-            result = {"role": "tool", "name": "probe", "content": "result"}
-            try:
-                rendered = self.render([*asked, result])
-            except ValueError:
-                rendered = ""
-            before, found, _ = rendered.partition("result")
-            self._has_tool_turns = bool(found) and _TOOL_RESPONSE[0] in before
-        return self._has_tool_turns
+        call = {"type": "function", "function": {"name": "probe", "arguments": {}}}
+        asked = [*_QUESTION, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        try:
+            rendered = self.render([*asked, {"role": "tool", "name": "probe", "content": "result"}])
+        except ValueError:
+            return False
+        before, found, _ = rendered.partition("result")
+        return bool(found) and _TOOL_RESPONSE[0] in before
 
     def _hide(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None
@@ -281,17 +271,6 @@ class ChatFormat:
                 }
             )
         return (result, hide(tools, self._special)), restore
-
-    def _split(self, rendered: str) -> Iterator[Segment]:
-        """Special tokens and the text between them."""
-        end = 0
-        for match in self._special.finditer(rendered):
-            if match.start() > end:
-                yield Segment(rendered[end : match.start()], False)
-            yield Segment(match[0], True)
-            end = match.end()
-        if end < len(rendered):
-            yield Segment(rendered[end:], False)
 
     def _supervise(
         self, pieces: list[Segment], turns: list[Turn], prefix: list[Segment], *, prompt: bool
@@ -403,10 +382,6 @@ def _with_thoughts(body: list[Segment], turn: Turn) -> list[Segment]:
     return result
 
 
-def _without_thought(message: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in message.items() if key != "reasoning_content"}
-
-
 def _with_results_inside(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What tools answered in the message of the call, as Gemma 4's first template takes it.
 
@@ -451,8 +426,20 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def _any_of(tokens: Sequence[str]) -> re.Pattern:
-    # The longest first, should one begin another.
-    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
+    # The longest first, should one begin another; without any it matches nothing.
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
+
+
+def _split(text: str, special: re.Pattern) -> Iterator[Segment]:
+    """Special tokens and the text between them."""
+    end = 0
+    for match in special.finditer(text):
+        if match.start() > end:
+            yield Segment(text[end : match.start()], False)
+        yield Segment(match[0], True)
+        end = match.end()
+    if end < len(text):
+        yield Segment(text[end:], False)
 
 
 def special_tokens(tokenizer: Any) -> set[str]:
@@ -483,6 +470,7 @@ def text_tokenizer(tokenizer: Any, special: set[str]) -> Any:
 
 # For every `from_pretrained` of transformers; left out, some of them ask on the terminal.
 NO_CODE = {"trust_remote_code": False}
+_ENDS = ("bos_token", "eos_token")
 _SMALL = (
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     "chat_template.json",
@@ -525,7 +513,14 @@ def load_tokenizer(directory: Path) -> Any:
             f"{directory}: the tokenizer cannot be loaded ({reason}); copy the tokenizer files of "
             "the released checkpoint here"
         ) from error
-    _require_ends(tokenizer, directory / "tokenizer_config.json")
+    missing = [name for name in _ENDS if getattr(tokenizer, f"{name}_id") is None]
+    if missing:
+        file = directory / "tokenizer_config.json"
+        none = f"found no {' and no '.join(missing)}" if file.is_file() else "there is no such file"
+        raise ValueError(
+            f"{file}: expected {' and '.join(_ENDS)}, {none}; copy that of the released "
+            "checkpoint here"
+        )
     if not tokenizer.chat_template:
         raise ValueError(
             f"{directory}: it has no chat template, as the pre-trained checkpoints have none; "
@@ -533,20 +528,6 @@ def load_tokenizer(directory: Path) -> Any:
             "chat_template.jinja here"
         )
     return tokenizer
-
-
-def _require_ends(tokenizer: Any, file: Path) -> None:
-    """Raises ValueError for a tokenizer that does not know what begins and what ends a text."""
-    names = ("bos_token", "eos_token")
-    missing = [name for name in names if getattr(tokenizer, f"{name}_id") is None]
-    if missing:
-        found = (
-            f"found no {' and no '.join(missing)}" if file.is_file() else "there is no such file"
-        )
-        raise ValueError(
-            f"{file}: expected {' and '.join(names)}, {found}; copy that of the released "
-            "checkpoint here"
-        )
 
 
 def stop_ids_of(directory: Path, rows: int) -> list[int] | None:

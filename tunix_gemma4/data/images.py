@@ -37,11 +37,7 @@ def soft_tokens_of(directory: str | Path, given: int | None = None) -> int:
         ValueError: if it is none that the models were trained with.
     """
     if given is not None:
-        if given not in SOFT_TOKEN_BUDGETS:
-            raise ValueError(
-                f"max_soft_tokens: expected one of {SOFT_TOKEN_BUDGETS}, found {given!r:.80}"
-            )
-        return given
+        return _budget(given)
     for name in ("processor_config.json", "preprocessor_config.json"):
         path = Path(directory) / name
         if not path.is_file():
@@ -63,6 +59,14 @@ def soft_tokens_of(directory: str | Path, given: int | None = None) -> int:
             )
         return found
     return _DEFAULT_BUDGET
+
+
+def _budget(given: int) -> int:
+    if given not in SOFT_TOKEN_BUDGETS:
+        raise ValueError(
+            f"max_soft_tokens: expected one of {SOFT_TOKEN_BUDGETS}, found {given!r:.80}"
+        )
+    return given
 
 
 def is_path(value: str) -> bool:
@@ -214,14 +218,10 @@ class ImagePacker:
     def __init__(
         self, vision: VisionConfig, max_soft_tokens: int, *, transformers_alpha: bool = False
     ):
-        if max_soft_tokens not in SOFT_TOKEN_BUDGETS:
-            raise ValueError(
-                f"max_soft_tokens: expected one of {SOFT_TOKEN_BUDGETS}, found {max_soft_tokens}"
-            )
         # transformers offers the name at its top level only where torchvision is missing.
         from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
 
-        self.vision, self.max_soft_tokens = vision, max_soft_tokens
+        self.vision, self.max_soft_tokens = vision, _budget(max_soft_tokens)
         self._transformers_alpha = transformers_alpha
         self.num_patches = vision.pooling_kernel_size**2 * max_soft_tokens
         self._processor = Gemma4ImageProcessorPil(

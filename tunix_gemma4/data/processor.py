@@ -7,7 +7,7 @@ conversation -> Example (tokens, which of them are answers, patches of its image
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -100,11 +100,8 @@ class Processor:
         self.image_token_id = config.image_token_id
         self.boi_token_id, self.eoi_token_id = config.boi_token_id, config.eoi_token_id
         self.pad_token_id = config.pad_token_id
-        self._image_token = _token_of(tokenizer, config.image_token_id, "image_token_id")
-        bounds = [
-            _token_of(tokenizer, config.boi_token_id, "boi_token_id"),
-            _token_of(tokenizer, config.eoi_token_id, "eoi_token_id"),
-        ]
+        names = ("image_token_id", "boi_token_id", "eoi_token_id")
+        self._image_token, *bounds = [_token_of(tokenizer, getattr(config, n), n) for n in names]
         special = special_tokens(tokenizer) | {self._image_token, *bounds}
         self._special_ids = {token: tokenizer.convert_tokens_to_ids(token) for token in special}
         self._text_tokenizer = text_tokenizer(tokenizer, special)
@@ -215,9 +212,7 @@ class Processor:
                 the same `prompt_only` as `add_generation_prompt`.
             add_generation_prompt: build a prompt.
         """
-        read = conversation
-        if not isinstance(conversation, Conversation):
-            read = read_conversation(conversation, prompt_only=add_generation_prompt)
+        read = _read(conversation, prompt_only=add_generation_prompt)
         if not add_generation_prompt and not any(read.trained):
             if any(message["role"] == "assistant" for message in read.messages):
                 raise ValueError(
@@ -228,9 +223,9 @@ class Processor:
                 "add_generation_prompt=True"
             )
         if read.text is not None:
-            return self._encode_text(read, add_generation_prompt=add_generation_prompt)
+            return self._encode_text(read, read.text, add_generation_prompt=add_generation_prompt)
         read, left_out = keep_thoughts(read, self._thoughts, prompt=add_generation_prompt)
-        images, counts = self._pack(read)
+        images, counts = self._pack(read.images)
         segments = self.chat.segments(read, add_generation_prompt=add_generation_prompt)
         placeholders = sum(s.special and s.text == self._image_token for s in segments)
         if placeholders != len(counts):
@@ -254,9 +249,7 @@ class Processor:
         """
         if self._thoughts != "each_turn":
             return [self.encode(conversation)]
-        read = conversation
-        if not isinstance(conversation, Conversation):
-            read = read_conversation(conversation)
+        read = _read(conversation)
         # A row without anything to learn says so in `encode`.
         return [self.encode(turn) for turn in each_turn(read) or [read]]
 
@@ -307,10 +300,12 @@ class Processor:
             left_out,
         )
 
-    def _encode_text(self, read: Conversation, *, add_generation_prompt: bool) -> Example:
+    def _encode_text(
+        self, read: Conversation, text: str, *, add_generation_prompt: bool
+    ) -> Example:
         """A prompt that already follows the template, and the answer that goes on with it."""
-        self.chat.check_templated(read.text)
-        prompt = self.encode_templated(read.text, read.images)
+        self.chat.check_templated(text)
+        prompt = self.encode_templated(text, read.images)
         if add_generation_prompt:
             return prompt
         if [message["role"] for message in read.messages] != ["assistant"]:
@@ -322,18 +317,15 @@ class Processor:
         if not isinstance(message["content"], str) or message.get("tool_calls"):
             raise ValueError("the prompt follows the chat template, its answer has to be a string")
         if self._thoughts == "none":
-            if read.text.rfind("<|channel>") > read.text.rfind("<channel|>"):
+            if text.rfind("<|channel>") > text.rfind("<channel|>"):
                 raise ValueError(
                     "the prompt ends in a thought, with which its answer goes on, and thoughts are "
                     "not to be learnt ('none'); take both out"
                 )
             message = {key: message[key] for key in ("role", "content")}
         tokens, loss_mask = self._tokens(self.chat.answer(message), [])
-        tokens, loss_mask = (
-            [*before.tolist(), *after]
-            for before, after in ((prompt.tokens, tokens), (prompt.loss_mask, loss_mask))
-        )
-        return self._example(tokens, loss_mask, prompt.images)
+        tokens = [*prompt.tokens.tolist(), *tokens]
+        return self._example(tokens, [*prompt.loss_mask.tolist(), *loss_mask], prompt.images)
 
     def encode_templated(self, text: str, images: Sequence[Any]) -> Example:
         """A prompt that already follows the chat template, `<|image|>` standing for each image.
@@ -341,7 +333,7 @@ class Processor:
         Unlike in `encode`, special tokens in `text` are special. The first token is the tokenizer's
         `<bos>`, once, however often `text` begins with it.
         """
-        packed, counts = self._pack(Conversation([], list(images), []))
+        packed, counts = self._pack(images)
         text = without_bos(text)
         if self.tokenizer.bos_token in text:
             raise ValueError(
@@ -361,17 +353,17 @@ class Processor:
                 tokens += self._placeholders(count)
         return self._example(tokens, [0] * len(tokens), packed)
 
-    def _pack(self, read: Conversation) -> tuple[Float[np.ndarray, "I M C"] | None, list[int]]:
-        if not read.images:
+    def _pack(self, images: Sequence[Any]) -> tuple[Float[np.ndarray, "I M C"] | None, list[int]]:
+        if not len(images):
             return None, []
         if self._packer is None:
             raise ValueError(
-                f"{len(read.images)} images were given, but {self._no_images}; leave them out or "
+                f"{len(images)} images were given, but {self._no_images}; leave them out or "
                 "use another checkpoint"
             )
-        packed = self._packer.empty(len(read.images))
+        packed = self._packer.empty(len(images))
         counts = []
-        for index, image in enumerate(read.images):
+        for index, image in enumerate(images):
             try:
                 packed[index], count = self._packer.pack(image)
             except ValueError as error:
@@ -420,13 +412,13 @@ class Processor:
             tokens[row, place] = example.tokens
             loss_mask[row, place] = example.loss_mask
             padding_mask[row, place] = 1
-            if count:
+            if count and packed is not None:
                 packed[row, :count] = example.images
         types = (tokens == self.image_token_id).astype(np.int32) if token_type_ids else None
         return Batch(tokens, loss_mask, padding_mask, packed, token_type_ids=types)
 
-    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """The text of one row of ids."""
+    def decode(self, ids: Any, *, skip_special_tokens: bool = True) -> str:
+        """The text of one row of ids, a list or an array."""
         ids = np.asarray(ids).astype(int).tolist()
         return self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
 
@@ -448,24 +440,28 @@ class Processor:
             f"row {row}: {int(real.sum())} tokens, {int(mask.sum())} of them supervised, "
             f"{used} image{'' if used == 1 else 's'}"
         ]
-        start = 0
-        for kind, run in groupby(kinds):
-            end = start + len(list(run))
+        for kind, start, end in _runs(kinds):
             shown = f"{end - start} tokens" if kind == "padding" else self._shown(tokens[start:end])
             lines.append(f"  {kind:<10}  {shown}")
-            start = end
         return "\n".join(lines)
 
     def _shown(self, tokens: Int[np.ndarray, " T"]) -> str:
-        text, start = "", 0
-        for is_image, run in groupby(tokens == self.image_token_id):
-            end = start + len(list(run))
+        text = ""
+        for is_image, start, end in _runs(tokens == self.image_token_id):
             if is_image:
                 text += f"[{end - start} x {self._image_token}]"
             else:
                 text += self.decode(tokens[start:end], skip_special_tokens=False)
-            start = end
         return repr(text)
+
+
+def _runs(values: np.ndarray) -> Iterator[tuple[Any, int, int]]:
+    """Each stretch of equal values: the value, where it begins, and where the next does."""
+    start = 0
+    for value, run in groupby(values):
+        end = start + len(list(run))
+        yield value, start, end
+        start = end
 
 
 def image_slots(count: int) -> int:
@@ -484,6 +480,12 @@ class ImageSlots:
         most = max(0 if e.images is None else len(e.images) for e in examples)
         self._slots = max(self._slots, image_slots(most))
         return self._slots
+
+
+def _read(conversation: Any, *, prompt_only: bool = False) -> Conversation:
+    if isinstance(conversation, Conversation):
+        return conversation
+    return read_conversation(conversation, prompt_only=prompt_only)
 
 
 def _is_text(text: str) -> bool:

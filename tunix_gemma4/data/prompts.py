@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -13,7 +14,7 @@ from typing import Any
 from .conversation import Conversation, read_prompt
 from .pipeline import BatchDataset, Plan
 from .processor import Example, Processor
-from .road import How, Measure, OfRows, Road, keep_rows
+from .road import How, Measure, OfRows, Road, RowError, keep_rows
 from .sources import Rows, follow_rows
 
 # What a reward function may ask for besides columns.
@@ -159,7 +160,8 @@ class PromptRows(OfRows):
         if not self.checked.examined:
             # A batch has the columns of all rows. What is wrong with one is said in its turn.
             for index in range(len(self.plan.rows)):
-                self.plan.encoder.look(index)
+                with contextlib.suppress(RowError):
+                    self.plan.encoder.look(index)
         elif self.checked.is_whole and not self.checked.kept:
             self._data.refuse_all()
 

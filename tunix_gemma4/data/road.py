@@ -183,10 +183,13 @@ class Encoder:
             with self._lock:
                 self._held_bytes -= _size(held)
             return held
+        return self._with_row(index, self.road.read)
+
+    def _with_row(self, index: int, use: Callable[[Any], Any]) -> Any:
         row = None
         try:
             row = self.rows[index]
-            return self.road.read(row)
+            return use(row)
         except (MemoryError, RowError):
             raise
         except Exception as error:
@@ -265,23 +268,20 @@ class Encoder:
         """Tokens of the shortest example that was read."""
         return min((m.lengths[0] for ms in self.measures.values() for m in ms), default=0)
 
-    def look(self, index: int) -> str | None:
-        """What is wrong with a source row that is read, but neither templated nor tokenized.
+    def look(self, index: int) -> None:
+        """Reads a source row, whose images' files have to exist; templates and tokenizes nothing.
 
-        The files of its images have to exist.
+        Raises:
+            RowError: saying what is wrong with it.
         """
-        row = None
-        try:
-            row = self.rows[index]
+
+        def find(row: Any) -> None:
             for number, image in enumerate(self.road.images(row)):
                 path = _path_of(image)
                 if path is not None and not path.is_file():
                     raise ValueError(f"image {number}: there is no file {str(path)!r}")
-        except MemoryError:
-            raise
-        except Exception as error:
-            return f"{self.rows.place(index)}: {_told(error, row)}"
-        return None
+
+        self._with_row(index, find)
 
 
 class OfRows:
@@ -485,12 +485,11 @@ def _examined(encoder: Encoder, count: int, threads: int, log: Callable[[str], N
         try:
             if index in chosen:
                 return index, encoder.parts(0, index, hold=True).error
-            error = encoder.look(index)
-        except RowError as raised:
-            error = str(raised)
-        if error is not None:
-            encoder.bad[index] = error
-        return index, error
+            encoder.look(index)
+        except RowError as error:
+            encoder.bad[index] = str(error)
+            return index, str(error)
+        return index, None
 
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(16 * threads, 1))
     visited = grain.MapDataset.range(rows).map(visit).to_iter_dataset(options)

@@ -10,6 +10,7 @@ import json
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -41,6 +42,8 @@ class Rows:
     def __init__(self, source: str | Path | Sequence):
         self._before: np.ndarray | None = None
         self._sums_before: np.ndarray | None = None
+        self._records: Any
+        self._folder: Path | None = None
         if isinstance(source, str) and "://" in source:
             raise ValueError(f"{source}: it is an address; download the file and give its path.")
         self.path = Path(source) if isinstance(source, str | Path) else None
@@ -53,7 +56,7 @@ class Rows:
                     "rows: expected a file's path or a sequence, found "
                     f"{type(source).__name__}; a generator's rows are given as list(...)"
                 )
-            self.name, self._folder, self._records = "the given sequence", None, source
+            self.name, self._records = "the given sequence", source
         if len(self._records) == 0:
             raise ValueError(f"{self.name}: expected at least one row, found none.")
 
@@ -65,10 +68,10 @@ class Rows:
         check_depth(row)
         if self._folder is None:
             return row
+        anchored = _anchored(row, self._folder)
         if not isinstance(row, Mapping):
-            return _anchored(row, self._folder)
-        images = {key: _with_paths(row[key], self._folder) for key in _IMAGES if key in row}
-        return {**_anchored(row, self._folder), **images}
+            return anchored
+        return anchored | {k: _with_paths(row[k], self._folder) for k in _IMAGES if k in row}
 
     def raw(self, index: int):
         """A row as the source has it."""
@@ -95,7 +98,8 @@ class Rows:
         """
         now, result = self.fingerprints, copy.copy(self)
         result._before = places
-        result._sums_before = np.where(places < 0, _GONE, now[places]).astype(np.uint32)
+        if now is not None:
+            result._sums_before = np.where(places < 0, _GONE, now[places]).astype(np.uint32)
         return result
 
     @property
@@ -121,9 +125,7 @@ class Rows:
 
     def sha256(self) -> str | None:
         """Of the file's bytes; None for a sequence."""
-        if self.path is None:
-            return None
-        return sha256(self.path)
+        return None if self.path is None else sha256(self.path)
 
 
 def find_rows(before: np.ndarray, now: np.ndarray) -> tuple[np.ndarray, np.ndarray] | int:
@@ -208,18 +210,13 @@ def check_depth(row) -> None:
 def check_text(row) -> None:
     """Raises ValueError naming the field of what no tokenizer can take."""
     for path, value in walk(row):
-        if isinstance(value, str) and not value.isascii():
-            _check_characters(path, value)
-
-
-def _check_characters(path: tuple, value: str) -> None:
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{field_name(path)}: character {error.start} is half of a surrogate pair "
-            f"({value[error.start]!r}), which is no text; remove or correct it"
-        ) from None
+        try:
+            value.encode() if isinstance(value, str) else None
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{field_name(path)}: character {error.start} is half of a surrogate pair "
+                f"({error.object[error.start]!r}), which is no text; remove or correct it"
+            ) from None
 
 
 def _sum_of(row) -> int:
@@ -237,7 +234,7 @@ def _sum(text: bytes) -> int:
 
 def _described(value) -> list:
     if isinstance(value, np.ndarray):
-        content = zlib.crc32(np.ascontiguousarray(value)) if value.dtype != object else 0
+        content = zlib.crc32(np.ascontiguousarray(value).data) if value.dtype != object else 0
         return [str(value.dtype), list(value.shape), content]
     if isinstance(value, bytes):
         return ["bytes", zlib.crc32(value)]
@@ -343,7 +340,7 @@ def _open(path: Path):
     return _OPENERS[path.suffix](path)
 
 
-def _anchored(value, folder: Path):
+def _anchored(value, folder: Path) -> Any:
     """`value` with the relative paths in image parts put under `folder`; all else stays.
 
     What a tool was asked or answered is data, whatever its keys are called.
