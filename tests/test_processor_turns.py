@@ -9,7 +9,12 @@ import pytest
 from PIL import Image
 from shown_tokens import prefix, runs
 
-from tunix_gemma4.data.conversation import read_preference_pair, read_prompt
+from tunix_gemma4.data.conversation import (
+    each_turn,
+    read_conversation,
+    read_preference_pair,
+    read_prompt,
+)
 from tunix_gemma4.data.preferences import read_preference
 from tunix_gemma4.data.processor import Processor
 
@@ -190,8 +195,12 @@ def test_a_prompt_goes_on_behind_what_the_tool_answered(small):
 
 
 def test_switches_of_one_turn_agree(small):
-    with pytest.raises(ValueError, match="message 3: it goes on with the turn of a tool's call"):
-        small.encode([USER, CALL, RESULT, ANSWER | {"weight": 0}])
+    row = [USER, CALL, RESULT, ANSWER | {"weight": 0}]
+    for read in (small.encode, lambda row: each_turn(read_conversation(row))):
+        with pytest.raises(
+            ValueError, match="message 3: it goes on with the turn of a tool's call"
+        ):
+            read(row)
 
 
 INSIDE = (
