@@ -12,8 +12,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from flax import nnx
-
 from ..checkpoint import load_checkpoint
 from ..data.processor import Batch, Processor
 from ..lora import load_adapter
@@ -168,7 +166,7 @@ def questions(processor: Processor, rows: list[dict]) -> list[Batch]:
     ]
 
 
-def answers_to(prompts: list[Batch], model: nnx.Module, processor: Processor) -> list[str]:
+def answers_to(prompts: list[Batch], model: Any, processor: Processor) -> list[str]:
     """What the model says to each question, greedily."""
     given = []
     for batch in prompts:

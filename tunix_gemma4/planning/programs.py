@@ -22,7 +22,7 @@ from ..config import ModelConfig
 from ..data.processor import Batch
 from ..losses import CHUNK_TOKENS
 from ..model.cache import init_cache
-from ..model.gemma4 import Gemma4ForConditionalGeneration
+from ..model.gemma4 import Gemma4ForConditionalGeneration, Gemma4Model
 from ..plugin.rl.cluster import example_shapes, make_algorithm, make_trainer
 from ..plugin.rl.context import RolloutContext
 from ..plugin.rl.logps import chunked_logps
@@ -329,7 +329,7 @@ def _logps(
 
 
 def _rollout(
-    config: GrpoRunConfig, shapes: Shapes, model: nnx.Module, resident: Resident, images: int
+    config: GrpoRunConfig, shapes: Shapes, model: Gemma4Model, resident: Resident, images: int
 ) -> Program:
     """Sampling, prefill and decoding in one program."""
     prompts = config.rollout_micro_batch_size or config.micro

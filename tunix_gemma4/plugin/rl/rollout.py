@@ -106,8 +106,9 @@ class Rollout(vanilla_rollout.VanillaRollout):
         stops = self.stop_ids(rollout_config)
         top_k, top_p = rollout_config.top_k, rollout_config.top_p
         sampling = rollout_config.temperature > 0
+        model: Any = self.model()
         said = generate(
-            self.model(),
+            model,
             batch,
             max_new_tokens=rollout_config.max_tokens_to_generate,
             temperature=rollout_config.temperature,
