@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import gc
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from ..checkpoint import load_checkpoint
 from ..config import ModelConfig
 from ..data.chat_template import NO_CODE
 from ..data.processor import Batch, Processor
+from ..extras import require_extra
 from ..model.gemma4 import Gemma4ForConditionalGeneration
 from ..model.masks import attention_masks
 
@@ -64,7 +66,7 @@ class Row:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the table. Returns 0 if every row passes, else 1."""
     options = _parser().parse_args(arguments)
-    _import_torch()  # Before anything slow.
+    require_extra("torch", "parity", "parity")  # Before anything slow.
     directory = Path(options.directory)
     reference = Path(options.against or directory)
     config = ModelConfig.from_hf(directory)
@@ -239,23 +241,13 @@ def _left_padded(config: ModelConfig, rows: list[list[int]], images: np.ndarray 
 # ---- Transformers.
 
 
-def _import_torch() -> tuple[Any, Any]:
-    try:
-        import torch
-        import transformers
-    except ImportError as error:
-        raise ValueError(
-            f"parity needs torch and transformers ({error}); install the extra `parity`: "
-            "pip install 'tunix-gemma4[parity]'"
-        ) from error
-    return torch, transformers
-
-
 def _run_transformers(
     directory: Path, config: ModelConfig, batches: dict[str, Batch]
 ) -> tuple[dict[tuple[str, str], np.ndarray], dict[tuple[str, str], float]]:
     """Values and noise floor by case and row."""
-    torch, transformers = _import_torch()
+    import transformers
+
+    torch = import_module("torch")  # Only the extra `parity` has it.
     unified = "Unified" if config.model_type == "gemma4_unified" else ""
     model_class = getattr(transformers, f"Gemma4{unified}ForConditionalGeneration")
     # "eager" takes the prepared masks as they are.
