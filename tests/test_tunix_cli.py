@@ -237,7 +237,7 @@ def test_peft_main_trains_an_adapter_from_a_local_directory(tiny_dir, tmp_path):
         cwd=tmp_path,
     )
     assert run.returncode == 0, run.stderr
-    assert "on 12 projections (language_model: gate_proj 6, q_proj 6)" in run.stdout
+    assert "on 12 projections (language_model: gate_proj 6, q_proj 6)" in run.stderr
     losses = re.findall(r"Train step (\d) training loss: ([\d.]+)", run.stderr)
     assert [step for step, _ in losses] == ["1", "2", "3"]
 
