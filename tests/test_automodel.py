@@ -315,14 +315,14 @@ def model_section(directory, **changes):
     }
 
 
-def test_the_model_section_reaches_model_and_adapters(capsys, mesh, tiny_dir):
+def test_the_model_section_reaches_model_and_adapters(caplog, mesh, tiny_dir):
     lora = {"module_path": ".*q_einsum|.*gate_proj", "rank": 4, "alpha": 8.0}
     section = model_section(tiny_dir, text_only=False, dtype="bfloat16", lora_config=lora)
     model, path = cli_model.create_model(section, {"tokenizer_path": "here"}, mesh)
     assert path == "here"
     assert model.config.has_vision
     assert model.config.dtype == jnp.bfloat16
-    assert "gate_proj 6, q_proj 6" in capsys.readouterr().out
+    assert "gate_proj 6, q_proj 6" in caplog.text
     plain, _ = cli_model.create_model(model_section(tiny_dir), {"tokenizer_path": ""}, mesh)
     assert not plain.config.has_vision
 
