@@ -20,8 +20,7 @@ from tunix.generate.sampler import CacheConfig, Sampler
 from tunix.models.gemma4 import model as gemma4
 from tunix.models.gemma4.params_safetensors import create_model_from_safe_tensors
 from tunix.rl.common import selective_log_softmax
-from tunix.sft import peft_trainer
-from tunix.sft import utils as sft_utils
+from tunix.sft import peft_trainer, utils as sft_utils
 
 from tunix_gemma4.config import ModelConfig
 

@@ -47,8 +47,7 @@ def write_directory(directory: Path) -> tuple[int, int]:
     import ml_dtypes
     import numpy as np
 
-    from tunix_gemma4.checkpoint import files
-    from tunix_gemma4.checkpoint import names as weights
+    from tunix_gemma4.checkpoint import files, names as weights
     from tunix_gemma4.config import ModelConfig
     from tunix_gemma4.model.gemma4 import abstract_model
 

@@ -21,9 +21,12 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 from small_models import random_model
 
-from tunix_gemma4.checkpoint import load_checkpoint, save_checkpoint
-from tunix_gemma4.checkpoint import load_save as checkpoint
-from tunix_gemma4.checkpoint import names as weights
+from tunix_gemma4.checkpoint import (
+    load_checkpoint,
+    load_save as checkpoint,
+    names as weights,
+    save_checkpoint,
+)
 from tunix_gemma4.checkpoint.files import read_header
 from tunix_gemma4.config import ModelConfig
 from tunix_gemma4.sharding import param_shardings

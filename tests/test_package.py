@@ -15,7 +15,7 @@ NAME = PACKAGE.name
 
 # From the bottom up. A module imports its own layer or a lower one, never a higher one.
 LAYERS = (
-    ("config", "extras", "lazy", "sharding"),
+    ("config", "extras", "sharding"),
     ("model",),
     ("checkpoint", "losses"),
     ("data", "lora", "rewards", "sampling", "testing"),

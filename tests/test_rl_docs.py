@@ -8,8 +8,7 @@ import pytest
 
 from tunix_gemma4 import ModelConfig, rewards
 from tunix_gemma4.plugin import register, version
-from tunix_gemma4.plugin.rl import learner
-from tunix_gemma4.plugin.rl import report as rl_report
+from tunix_gemma4.plugin.rl import learner, report as rl_report
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 

@@ -14,8 +14,7 @@ from tunix.rl.rl_cluster import Mode
 
 import tunix_gemma4
 from tunix_gemma4 import sampling
-from tunix_gemma4.plugin.rl import learner as hooks
-from tunix_gemma4.plugin.rl import logps, losses
+from tunix_gemma4.plugin.rl import learner as hooks, logps, losses
 from tunix_gemma4.plugin.rl.context import RolloutContext, bind
 
 GENERATIONS = 2

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from rl_rows import PLAIN_ENTROPY, PLAIN_LOGPS, draw, logps, policy, relative, scorer, scores
-from tunix.rl import common
-from tunix.rl import utils as rl_utils
+from tunix.rl import common, utils as rl_utils
 
 import tunix_gemma4
 from tunix_gemma4 import losses

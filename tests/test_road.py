@@ -18,9 +18,11 @@ from test_data import (
     through_json,
 )
 
-from tunix_gemma4.data import conversation as processor_conversation
-from tunix_gemma4.data import make_dataset
-from tunix_gemma4.data import sources as data_sources
+from tunix_gemma4.data import (
+    conversation as processor_conversation,
+    make_dataset,
+    sources as data_sources,
+)
 from tunix_gemma4.data.preferences import PreferenceBatches
 from tunix_gemma4.data.processor import Example, Processor
 from tunix_gemma4.data.prompts import PromptBatches, PromptRows

@@ -918,9 +918,11 @@ def test_each_turn_is_a_row_of_the_pipeline(tiny_dir):
 
 
 def test_page_of_the_data_lists_every_key_and_mark():
-    from tunix_gemma4.data import keys as processor_keys
-    from tunix_gemma4.data import messages as processor_messages
-    from tunix_gemma4.data import rows as processor_rows
+    from tunix_gemma4.data import (
+        keys as processor_keys,
+        messages as processor_messages,
+        rows as processor_rows,
+    )
 
     page = (Path(__file__).parents[1] / "docs/how-to/data.md").read_text("utf-8")
     names = [*processor_keys.CONSUMED, *processor_keys.REFUSED, *processor_keys.ANSWERS]

@@ -16,8 +16,7 @@ from flax import nnx
 from ..config import ModelConfig, refuse_ids_beyond
 from ..config.source import read_json
 from ..model.gemma4 import Gemma4Model
-from . import files
-from . import names as weights
+from . import files, names as weights
 
 AUDIO = ("model.audio_tower.", "model.embed_audio.")
 # The 12B's patch embedder has the second name on disk and the third in transformers' modules.

@@ -33,8 +33,7 @@ from ..model.gemma4 import (
     require_single_layers,
 )
 from ..sharding import param_shardings
-from . import files
-from . import names as weights
+from . import files, names as weights
 from .check import (
     AUDIO,
     SCORE_HEAD,

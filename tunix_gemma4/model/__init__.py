@@ -5,18 +5,17 @@ Stands in for the module that Tunix calls `model`: `model.ModelConfig`, `model.G
 `ShardingConfig`: shardings follow from the mesh (`sharding.py`).
 """
 
-from ..lazy import attach
+from ..config import AttentionType, ModelConfig, RematConfig, VisionConfig
+from .backend_names import BACKEND_MAPPINGS
+from .gemma4 import Gemma4, Gemma4ForConditionalGeneration, Gemma4ForTokenScores
 
-_HOME = {
-    "AttentionType": "..config",
-    "BACKEND_MAPPINGS": ".backend_names",
-    "Gemma4": ".gemma4",
-    "Gemma4ForConditionalGeneration": ".gemma4",
-    "Gemma4ForTokenScores": ".gemma4",
-    "ModelConfig": "..config",
-    "RematConfig": "..config",
-    "VisionConfig": "..config",
-}
-
-__all__ = list(_HOME)
-__getattr__, __dir__ = attach(__name__, _HOME)
+__all__ = [
+    "AttentionType",
+    "BACKEND_MAPPINGS",
+    "Gemma4",
+    "Gemma4ForConditionalGeneration",
+    "Gemma4ForTokenScores",
+    "ModelConfig",
+    "RematConfig",
+    "VisionConfig",
+]

@@ -14,8 +14,17 @@ from collections.abc import Sequence
 
 from . import automodel, checkpoints, cli, engines, health, lora, placement, train_step
 from .hooks import Hook, Installed, on
-from .rl import gate, learner, logps, losses, metrics, rewards, rollout, rollout_step
-from .rl import report as rl_report
+from .rl import (
+    gate,
+    learner,
+    logps,
+    losses,
+    metrics,
+    report as rl_report,
+    rewards,
+    rollout,
+    rollout_step,
+)
 from .sft import trainer
 from .version import doubt, found
 

@@ -3,28 +3,34 @@
 
 from pathlib import Path
 
-from ..lazy import attach
+from ..plugin.rl.cluster import make_cluster, make_learner
+from ..plugin.rl.rewards import RewardError, checked
+from ..plugin.training_config import make_training_config
+from ..settings.common import MeshConfig, TrainSettings
+from ..settings.grpo import GrpoRunConfig, PromptConfig, load_grpo_config
+from ..settings.sft import DataConfig, RunConfig, load_run_config
+from . import grpo, sft
+from .common import device_mesh
+from .compile_cache import compilation_cache
 
 __path__.append(str(Path(__file__).parents[1] / "_renamed" / "recipes"))
 
-_HOME = {
-    "DataConfig": "..settings.sft",
-    "GrpoRunConfig": "..settings.grpo",
-    "MeshConfig": "..settings.common",
-    "PromptConfig": "..settings.grpo",
-    "RewardError": "..plugin.rl.rewards",
-    "RunConfig": "..settings.sft",
-    "TrainSettings": "..settings.common",
-    "checked": "..plugin.rl.rewards",
-    "compilation_cache": ".compile_cache",
-    "device_mesh": ".common",
-    "load_grpo_config": "..settings.grpo",
-    "load_run_config": "..settings.sft",
-    "make_cluster": "..plugin.rl.cluster",
-    "make_learner": "..plugin.rl.cluster",
-    "make_training_config": "..plugin.training_config",
-}
-_MODULES = ("grpo", "sft")
-
-__all__ = [*_HOME, *_MODULES]
-__getattr__, __dir__ = attach(__name__, _HOME, _MODULES)
+__all__ = [
+    "DataConfig",
+    "GrpoRunConfig",
+    "MeshConfig",
+    "PromptConfig",
+    "RewardError",
+    "RunConfig",
+    "TrainSettings",
+    "checked",
+    "compilation_cache",
+    "device_mesh",
+    "grpo",
+    "load_grpo_config",
+    "load_run_config",
+    "make_cluster",
+    "make_learner",
+    "make_training_config",
+    "sft",
+]

@@ -11,8 +11,10 @@ from tunix_gemma4.plugin.rl import cluster as _now
 
 # What follows takes the place of some of these.
 from tunix_gemma4.plugin.rl.cluster import *  # noqa: F403  # pyright: ignore[reportAssignmentType]
-from tunix_gemma4.settings.grpo import GrpoRunConfig as _GrpoRunConfig
-from tunix_gemma4.settings.grpo import PromptConfig as _PromptConfig
+from tunix_gemma4.settings.grpo import (
+    GrpoRunConfig as _GrpoRunConfig,
+    PromptConfig as _PromptConfig,
+)
 
 
 @dataclasses.dataclass(frozen=True)

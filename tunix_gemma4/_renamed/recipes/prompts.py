@@ -2,8 +2,7 @@
 """The former name of `tunix_gemma4.data.prompts`, whose classes took a `PromptConfig` then."""
 
 from tunix_gemma4._renamed import warn
-from tunix_gemma4.data.prompts import PromptBatches as Batches
-from tunix_gemma4.data.prompts import PromptRows as _PromptRows
+from tunix_gemma4.data.prompts import PromptBatches as Batches, PromptRows as _PromptRows
 
 __all__ = ["Batches", "PromptRows"]
 
