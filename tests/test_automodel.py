@@ -318,6 +318,7 @@ def model_section(directory, **changes):
 def test_the_model_section_reaches_model_and_adapters(caplog, mesh, tiny_dir):
     lora = {"module_path": ".*q_einsum|.*gate_proj", "rank": 4, "alpha": 8.0}
     section = model_section(tiny_dir, text_only=False, dtype="bfloat16", lora_config=lora)
+    caplog.set_level("INFO", logger="absl")
     model, path = cli_model.create_model(section, {"tokenizer_path": "here"}, mesh)
     assert path == "here"
     assert model.config.has_vision
