@@ -155,7 +155,14 @@ def test_recipes_are_read_from_left_to_right_and_overrides_last(write):
     assert vars(config.lora) | {"rank": 4, "alpha": 8.0} == vars(config.lora)
     assert (config.batch_size, config.gradient_accumulation_steps) == (1, 8)
     assert config.output_dir == "outputs/lora-image_e4b_run_1gpu"
-    assert load_run_config([own, "e4b", "lora-image"], given).model == "google/gemma-4-E4B-it"
+    assert load_run_config([own, "lora-image", "e4b"], given).model == "google/gemma-4-E4B-it"
+
+
+@pytest.mark.parametrize("given", ["e2b lora-image", "1gpu lora-image", "lora-image v5e-8 e2b"])
+def test_names_in_another_order_are_told_theirs(given):
+    in_order = " ".join(sorted(given.split(), key=("lora-image", "e2b", "1gpu", "v5e-8").index))
+    with pytest.raises(ValueError, match=f"{given}: expected a task, .* order: {in_order}$"):
+        load_run_config(given.split(), ["data.path=t.jsonl"])
 
 
 @pytest.mark.parametrize(
@@ -192,10 +199,13 @@ def test_missing_file_and_broken_yaml_are_named(write, tmp_path):
 def test_every_shipped_recipe_opens_with_what_it_is_and_is_one_by_path_too(path):
     opening = path.read_text().splitlines()[0]
     assert re.fullmatch(r"# [A-Z].{,84}\.", opening)
-    given = [name for name in ("lora-text", "e2b") if path.parent.name not in ("sft", "sizes")]
-    given += ["lora-text"] * (path.parent.name == "sizes") + ["e2b"] * (path.parent.name == "sft")
-    if path.parent.name != "grpo":
-        by_path, by_name = ([*given, one] for one in (path, path.stem))
+    kind, names = path.parent.name, {"sft": "lora-text", "sizes": "e2b"}
+    if kind != "grpo":
+        places = names if kind in names else (*names, kind)
+        by_path, by_name = (
+            [one if place == kind else names[place] for place in places]
+            for one in (path, path.stem)
+        )
         settings = ["data.path=t.jsonl"]
         assert load_run_config(by_path, settings) == load_run_config(by_name, settings)
 

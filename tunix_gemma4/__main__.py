@@ -149,7 +149,7 @@ def _add(commands: Any, name: str, about: str, run: Any, *kinds: str, **words: A
 
 def _recipes_and(such_as: str) -> dict[str, str]:
     """What a run is told: recipes from left to right, settings last."""
-    about = f"names of recipes, YAML files, and settings, which go before them; {such_as}"
+    about = f"names of recipes, YAML files, and settings, which override them; {such_as}"
     return {"nargs": "+", "metavar": "RECIPE|KEY=VALUE", "help": about}
 
 

@@ -71,6 +71,7 @@ def device_mesh(
     """
     left = "" if devices is None else " beside those of mesh"
     devices = jax.devices() if devices is None else devices
+    shape = shape.on_devices(len(devices), name)
     count = shape.fsdp * shape.tp
     if not 0 < count <= len(devices) or (jax.process_count() > 1 and count != len(devices)):
         raise ValueError(

@@ -32,6 +32,23 @@ class MeshConfig:
     fsdp: int = 1
     tp: int = 1
 
+    def on_devices(self, count: int, name: str = "mesh") -> Self:
+        """The same with a number in place of -1; raises ValueError where there is none.
+
+        Args:
+            count: devices that are left for it.
+            name: of the setting, for messages.
+        """
+        if self.fsdp != -1:
+            return self
+        if count <= 0 or count % self.tp:
+            found = "no device is left" if count <= 0 else f"{count} are left"
+            raise ValueError(
+                f"{name}.fsdp: -1 takes all devices that are left, in parts of "
+                f"{name}.tp={self.tp}, and {found}"
+            )
+        return dataclasses.replace(self, fsdp=count // self.tp)
+
 
 @dataclasses.dataclass
 class DataSettings:
@@ -190,14 +207,8 @@ class TrainSettings:
         if len(open_ones) > 1:
             raise ValueError("mesh.fsdp, rollout_mesh.fsdp: expected -1 for one of them, not both")
         mesh = meshes.pop(name)
-        left = max(count - sum(other.fsdp * other.tp for other in meshes.values()), 0)
-        if left == 0 or left % mesh.tp:
-            beside = "".join(f" beside those of {other}" for other in meshes)
-            raise ValueError(
-                f"{name}.fsdp: -1 takes all that are left{beside}, {left} of {count} devices, and "
-                f"{name}.tp={mesh.tp} does not divide them"
-            )
-        changed = {name: dataclasses.replace(mesh, fsdp=left // mesh.tp)}
+        left = count - sum(other.fsdp * other.tp for other in meshes.values())
+        changed = {name: mesh.on_devices(left, name)}
         result = dataclasses.replace(self, **changed)
         result.validate()
         return result

@@ -31,6 +31,7 @@ _ROOT = Path(__file__).parents[1] / "configs"
 # Of it, in the order in which recipes are given; the first two are called as the commands.
 FOLDERS = ("sft", "grpo", "sizes", "hardware")
 _COMMANDS = FOLDERS[:2]
+_PLACE = {"sft": 0, "grpo": 0, "sizes": 1, "hardware": 2}
 _SHOWN = 5
 # Of a file: settings for some companions alone.
 _WITH = "with"
@@ -98,10 +99,6 @@ def load_config(
     paths = find_recipes(recipes)
     said = " ".join(name_of(path) for path in paths)
     command = command or command_of(paths)
-    for path in paths:
-        own = command_of([path])
-        if own not in (None, command):
-            raise ValueError(f"{path.stem} is a recipe of `{own}`, and this is `{command}`")
     config = OmegaConf.structured(kind)
     sources: dict[str, str] = {}
     for given, texts, source in (*_layers(paths, command), _assigned(overrides)):
@@ -162,7 +159,12 @@ def recipe_text(recipes: Recipes) -> str:
     paths = find_recipes(recipes)
     if len(paths) == 1:
         return paths[0].read_text("utf-8")
-    lines = [line for path in paths for line in _header(path)]
+    names = " ".join(map(name_of, paths))
+    lines = [
+        f"# {names}, and what they say with each other; nothing more is said with this",
+        "# file, so that a machine is to be named before printing.",
+    ]
+    lines += [line for path in paths for line in _header(path)]
     return "\n".join([*dict.fromkeys(lines), _dump(compose(paths))])
 
 
@@ -214,8 +216,8 @@ def find_recipe(where: str | Path) -> Path:
     words = _words_in(asked) if Path(asked).parent.name in ("", *_COMMANDS) else None
     if words is not None:
         raise ValueError(
-            f"{where}: recipes are composed, write {' '.join(words)}; a run of the former recipe "
-            f"goes on with output_dir=outputs/{with_suffix.stem}"
+            f"{where}: recipes are composed, write {' '.join(words)}; a run of a former recipe "
+            f"of that name, if there is one, goes on with output_dir=outputs/{with_suffix.stem}"
         )
     raise ValueError(
         f"{where}: there is no such file (current folder: {Path.cwd()}) and no recipe of that "
@@ -266,8 +268,20 @@ _Layer = tuple[dict, dict, str]
 
 
 def _layers(paths: Sequence[Path], command: str | None) -> Iterator[_Layer]:
-    """Those of files, lowest first."""
-    shipped = {path.stem for path in paths if path in _shipped()}
+    """Those of files, lowest first; raises ValueError for names that do not go together."""
+    for path in paths:
+        own = command_of([path])
+        if own not in (None, command):
+            raise ValueError(f"{path.stem} is a recipe of `{own}`, and this is `{command}`")
+    named = [path for path in paths if path in _shipped()]
+    # In another order a task would undo what the size and the machine say of it.
+    in_order = sorted(named, key=lambda path: _PLACE[path.parent.name])
+    if named != in_order:
+        raise ValueError(
+            f"{' '.join(path.stem for path in named)}: expected a task, a size and a machine in "
+            f"this order: {' '.join(path.stem for path in in_order)}"
+        )
+    shipped = {path.stem for path in named}
     if shipped:
         place = f"outputs/{'_'.join(path.stem for path in paths)}"
         yield {"output_dir": place}, {"output_dir": place}, "the recipes' names"
@@ -419,7 +433,8 @@ def _assigned(overrides: Sequence[str]) -> _Layer:
             if not is_plain:
                 reason = str(error).splitlines()[0]
                 raise ValueError(
-                    f"{override!r}: its value is not readable as YAML: {reason}"
+                    f"{override!r}: its value is not readable as YAML: {reason}; a text that "
+                    f"begins with {text.lstrip()[0]} stands in quotes, those of the shell around it"
                 ) from error
             values = text, text
         # `a: b` and `a #b` are texts where one is wanted; null and switches are not.
