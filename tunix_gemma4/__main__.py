@@ -239,7 +239,11 @@ def _recipes(options: argparse.Namespace) -> int:
 
     if options.overrides:
         raise ValueError(f"{options.overrides[0]}: expected names of recipes or YAML files")
-    print(recipe_text(options.recipes).rstrip() if options.recipes else recipe_list())
+    try:
+        text = recipe_text(options.recipes).rstrip() if options.recipes else recipe_list()
+        print(text, flush=True)
+    except BrokenPipeError:  # What reads it, such as `head`, has read enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
