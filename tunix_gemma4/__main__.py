@@ -164,11 +164,10 @@ def _add_training(commands: Any) -> None:
         demo.add_argument("--output-dir", default=place, help="a number is added if it exists")
 
     such_as = _recipes_and("such as lora-image e2b v5e-8 lora.rank=32")
-    _add(commands, "sft", "fine-tune on conversations", _sft, _SFT, **such_as)
+    _add(commands, "sft", "fine-tune on conversations", _train, _SFT, **such_as)
     such_as = _recipes_and("such as gsm8k e2b v5e-8 lora.rank=32")
-    _add(
-        commands, "grpo", "train with rewards (GRPO, GSPO, Dr.GRPO, DAPO)", _grpo, _GRPO, **such_as
-    )
+    about = "train with rewards (GRPO, GSPO, Dr.GRPO, DAPO)"
+    _add(commands, "grpo", about, _train, _GRPO, **such_as)
 
 
 def _add_tools(commands: Any) -> None:
@@ -220,19 +219,12 @@ def _demo(options: argparse.Namespace) -> int:
     return importlib.import_module(name).run(options.output_dir, overrides)
 
 
-def _sft(options: argparse.Namespace) -> int:
-    from .recipes import sft
-    from .settings.sft import load_run_config
+def _train(options: argparse.Namespace) -> int:
+    from . import recipes
 
-    sft.run(load_run_config(options.recipes, options.overrides))
-    return 0
-
-
-def _grpo(options: argparse.Namespace) -> int:
-    from .recipes import grpo
-    from .settings.grpo import load_grpo_config
-
-    grpo.run(load_grpo_config(options.recipes, options.overrides))
+    loads = {"sft": recipes.load_run_config, "grpo": recipes.load_grpo_config}
+    config = loads[options.command](options.recipes, options.overrides)
+    getattr(recipes, options.command).run(config)
     return 0
 
 
@@ -247,7 +239,11 @@ def _recipes(options: argparse.Namespace) -> int:
 
     if options.overrides:
         raise ValueError(f"{options.overrides[0]}: expected names of recipes or YAML files")
-    print(recipe_text(options.recipes).rstrip() if options.recipes else recipe_list())
+    try:
+        text = recipe_text(options.recipes).rstrip() if options.recipes else recipe_list()
+        print(text, flush=True)
+    except BrokenPipeError:  # What reads it, such as `head`, has read enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

@@ -19,10 +19,7 @@ def is_installed(module: str) -> bool:
 def require_extra(module: str, extra: str, use: str) -> None:
     """Raises ValueError with the command that installs `module`, unless it is there.
 
-    Args:
-        module: as it is imported.
-        extra: of this package, which brings it.
-        use: what needs it, to begin the message with.
+    `extra` of this package brings it; the message begins with its `use`.
     """
     if not is_installed(module):
         raise ValueError(

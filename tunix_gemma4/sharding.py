@@ -142,10 +142,7 @@ def _check_heads(state: Any, mesh: Mesh) -> None:
             logging.WARNING,
             "mesh: %s cannot be split over %s of size %d; each part of %s has all of them.",
             1,
-            whole,
-            axis,
-            parts,
-            axis,
+            *(whole, axis, parts, axis),
         )
 
 

@@ -63,14 +63,10 @@ class Stage:
 
 
 def run(output_dir: str | Path = "outputs/demo", overrides: tuple[str, ...] = ()) -> int:
-    """Runs the demo in a new directory.
+    """Runs the demo in a new directory; returns 0 if every target was met, otherwise 1.
 
-    Args:
-        output_dir: where to; a number is appended if it exists.
-        overrides: settings of both stages, such as "max_steps=2".
-
-    Returns:
-        0 if every target was met, otherwise 1.
+    A number is appended to a directory that exists. The overrides are settings of both stages, such
+    as "max_steps=2".
     """
     start = time.perf_counter()
     require_demo()

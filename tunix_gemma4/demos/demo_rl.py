@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Sequence
@@ -29,12 +28,11 @@ from ..settings.grpo import load_grpo_config
 from ..settings.sft import load_run_config
 from ..testing.digits import (
     DIGIT,
-    NUM_CURVE,
-    NUM_HELD_OUT,
     TaskData,
     require_demo,
     write_blank,
     write_scans,
+    write_split,
     write_task,
 )
 from ..testing.tiny import build_tiny_checkpoint
@@ -121,14 +119,9 @@ class Curve:
 
 
 def run(output_dir: str | Path = "outputs/demo-rl", overrides: Sequence[str] = ()) -> int:
-    """One run on the scans in a new directory.
+    """One run on the scans in a new directory; see `demo.run`.
 
-    Args:
-        output_dir: where to; a number is appended if it exists.
-        overrides: settings of the reinforcement learning, such as "max_steps=2".
-
-    Returns:
-        0 if the targets were met, otherwise 1.
+    The overrides are settings of the reinforcement learning.
     """
     begin = time.perf_counter()
     require_demo()
@@ -208,13 +201,8 @@ def conversation(first: int, second: int) -> dict:
 
 def write_sums(directory: Path) -> TaskData:
     """Writes the rows to train on and the curve's, and returns what is held out."""
-    rows = [conversation(*pair) for pair in problems()]
-    held_out, train = rows[:NUM_HELD_OUT], rows[NUM_HELD_OUT:]
     directory.mkdir(parents=True, exist_ok=True)
-    paths = {"train": directory / "sums_train.jsonl", "curve": directory / "sums_curve.jsonl"}
-    for name, chosen in (("train", train), ("curve", held_out[:NUM_CURVE])):
-        paths[name].write_text("".join(json.dumps(row) + "\n" for row in chosen), "utf-8")
-    return TaskData(held_out=held_out, **paths)
+    return write_split(directory, "sums", [conversation(*pair) for pair in problems()])
 
 
 def start(subject: Subject, output: Path, *, seed: int = 0) -> Path:
@@ -252,15 +240,10 @@ def reinforce(
     seed: int = 0,
     overrides: Sequence[str] = (),
 ) -> Curve:
-    """Trains a start further by rewards alone.
+    """Trains a `model` from `start` further by rewards alone, with "grpo" or "gspo".
 
-    Args:
-        subject: what is asked.
-        model: from `start`.
-        output: of the run.
-        algorithm: "grpo" or "gspo".
-        seed: of the order of prompts and of what is sampled.
-        overrides: settings, such as "max_steps=2".
+    The seed is of the order of prompts and of what is sampled; overrides are settings, such as
+    "max_steps=2".
     """
     paths = {
         "model": model,

@@ -85,11 +85,6 @@ class LoraConfig:
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
 
-def main_variable(kernel: Any) -> nnx.Param:
-    """The variable of a kernel's own shape: the kernel, or its quantised values."""
-    return getattr(kernel, "qvalue", kernel)
-
-
 def tile_size(name: str, in_features: int, config: LoraConfig) -> int:
     """Input features per quantisation scale of the kernel called `name`."""
     sizes = TILE_SIZES if config.tile_size is None else (config.tile_size,)
@@ -155,7 +150,8 @@ def adapt(linear: nnx.Linear, *, name: str, config: LoraConfig, key: jax.Array) 
 
 def merged(linear: LoraLinear) -> nnx.Linear:
     """An `nnx.Linear` that computes the same."""
-    main = main_variable(linear.kernel)
+    # The variable of the kernel's own shape, quantised or not.
+    main: Any = getattr(linear.kernel, "qvalue", linear.kernel)
     kernel = unboxed(linear.kernel) if isinstance(linear.kernel, qwix.QArray) else main[...]
     value = _merge(
         kernel,

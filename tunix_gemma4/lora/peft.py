@@ -107,8 +107,9 @@ def save_adapter(
     require_finite(matrices, str(directory))
     tensors = {}
     for name, array in matrices.items():
-        matrix = np.asarray(_on_host(array), np.float32)
-        tensors[name] = np.ascontiguousarray(matrix.T)
+        if not array.is_fully_addressable:
+            array = multihost_utils.process_allgather(array, tiled=True)
+        tensors[name] = np.ascontiguousarray(np.asarray(array, np.float32).T)
     trained = len(jax.tree.leaves(nnx.state(model, nnx.LoRAParam)))
     if jax.process_index() != 0:
         return  # Every process took part in gathering; one writes.
@@ -132,12 +133,6 @@ def _tensor_name(name: str, side: str) -> str:
     return f"{_PREFIX}{module_name((name, 'kernel'))}.lora_{side}.weight"
 
 
-def _on_host(array: jax.Array) -> Any:
-    if array.is_fully_addressable:
-        return array
-    return multihost_utils.process_allgather(array, tiled=True)
-
-
 def _settings(modules: dict[str, LoraLinear], base: str | None) -> dict[str, Any]:
     config = next(iter(modules.values())).lora
     alpha = float(config.alpha)
@@ -158,18 +153,14 @@ def _settings(modules: dict[str, LoraLinear], base: str | None) -> dict[str, Any
 
 def _check_target(directory: Path) -> None:
     """Refuses a directory that has something in it and no adapter of `save_adapter`."""
-    if directory.is_dir() and not any(directory.iterdir()):
+    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
         return
-    if directory.exists() and not _is_ours(directory):
+    file = directory / TENSORS
+    if not file.is_file() or not _WRITER.items() <= read_header(file)[1].items():
         raise ValueError(
             f"{directory}: exists and is no adapter that save_adapter wrote; choose another "
             "directory, or remove it yourself"
         )
-
-
-def _is_ours(directory: Path) -> bool:
-    file = directory / TENSORS
-    return file.is_file() and _WRITER.items() <= read_header(file)[1].items()
 
 
 # ---- Reading.

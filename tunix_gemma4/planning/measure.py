@@ -54,11 +54,8 @@ def measure(
 ) -> Usage:
     """Compiles `traced`, whose arguments lie on devices of `chips`.
 
-    Args:
-        traced: from `jax.jit(f).trace(...)`.
-        chips: what to compile for.
-        resident: bytes of a chip that arguments take, for a refusal that leaves them out.
-        while_trips: see `count_flops`.
+    These take `resident` bytes of a chip, which some of the compiler's refusals leave out. For
+    `while_trips` see `count_flops`.
     """
     start = time.monotonic()
     flops = count_flops(traced.jaxpr, while_trips=while_trips)
@@ -108,7 +105,7 @@ def bytes_per_chip(tree: Any) -> int:
     )
 
 
-def count_flops(jaxpr: core.ClosedJaxpr, *, while_trips: int = 1) -> float:
+def count_flops(jaxpr: core.ClosedJaxpr | core.Jaxpr, *, while_trips: int = 1) -> float:
     """Floating-point operations of the matrix products of `jaxpr`, over all devices.
 
     A compiler's `cost_analysis()` counts the body of a loop once; here it counts as often as it
@@ -117,11 +114,12 @@ def count_flops(jaxpr: core.ClosedJaxpr, *, while_trips: int = 1) -> float:
     mesh, a Pallas kernel in every cell of its grid unless it says itself how much it does.
 
     Args:
-        jaxpr: as `jax.jit(f).trace(...).jaxpr` gives it.
+        jaxpr: as `jax.jit(f).trace(...).jaxpr` gives it, or an open one.
         while_trips: how often a `while_loop` is taken to run, which a jaxpr does not tell, unless
             its metadata say so (`set_xla_metadata(trip_count=...)`).
     """
-    return _of_jaxpr(jaxpr, while_trips)
+    equations = getattr(jaxpr, "jaxpr", jaxpr).eqns
+    return sum(_of_equation(equation, while_trips) for equation in equations)
 
 
 def _of_equation(equation: core.JaxprEqn, trips: int) -> float:
@@ -129,7 +127,7 @@ def _of_equation(equation: core.JaxprEqn, trips: int) -> float:
     if name in ("dot_general", "conv_general_dilated"):
         return _of_product(equation)
     if name == "cond":
-        return max(_of_jaxpr(branch, trips) for branch in parameters["branches"])
+        return max(count_flops(branch, while_trips=trips) for branch in parameters["branches"])
     times = 1
     if name == "scan":
         times = parameters["length"]
@@ -143,12 +141,7 @@ def _of_equation(equation: core.JaxprEqn, trips: int) -> float:
             return float(estimate.flops)
         times = math.prod(parameters["grid_mapping"].grid)
     inner = filter(_is_jaxpr, jax.tree.leaves(parameters, is_leaf=_is_jaxpr))
-    return times * sum(_of_jaxpr(program, trips) for program in inner)
-
-
-def _of_jaxpr(jaxpr: Any, trips: int) -> float:
-    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)  # Closed or not.
-    return sum(_of_equation(equation, trips) for equation in jaxpr.eqns)
+    return times * sum(count_flops(program, while_trips=trips) for program in inner)
 
 
 def _is_jaxpr(value: Any) -> bool:

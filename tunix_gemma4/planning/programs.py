@@ -174,13 +174,7 @@ def _sft_trainer(
 
 
 def sft_programs(config: RunConfig, shapes: Shapes, images: int) -> list[Program]:
-    """What supervised fine-tuning compiles.
-
-    Args:
-        config: of the recipe.
-        shapes: makes its arrays.
-        images: most images of a row.
-    """
+    """What supervised fine-tuning compiles, with so many images in a row at most."""
     trainer, (model, optimizer) = _sft_trainer(config, shapes)
     count, length = config.batch_size, config.data.max_length
     fields: dict[str, Any] = dict.fromkeys(
@@ -248,11 +242,9 @@ def _grpo_trainer(config: GrpoRunConfig, shapes: Shapes) -> tuple[Any, tuple]:
 def grpo_programs(
     config: GrpoRunConfig, shapes: Shapes, images: int, sampler: Shapes | None = None
 ) -> list[Program]:
-    """What reinforcement learning compiles; see `sft_programs`.
+    """What reinforcement learning compiles, likewise.
 
-    Args:
-        config, shapes, images: likewise.
-        sampler: makes the arrays of sampling, where that has a mesh of its own.
+    `sampler` makes the arrays of sampling, where that has a mesh of its own.
     """
     trainer, (model, optimizer, *reference) = _grpo_trainer(config, shapes)
     resident = _resident(model, optimizer, *reference)

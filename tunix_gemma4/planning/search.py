@@ -27,13 +27,7 @@ def largest(
 
     Bytes grow nearly in proportion, so two totals foretell the answer, which is then tried; one
     that does not fit is lowered by a sixteenth until it does, and then half of the last sixteenth
-    is tried. None if not even `unit` fits.
-
-    Args:
-        total: compiles, and gives bytes.
-        capacity: bytes.
-        start: where to begin.
-        unit, limit: of what is sought.
+    is tried. The search begins at `start`. None if not even `unit` fits.
     """
     known: dict[int, int] = {}
     limit = limit // unit * unit
@@ -61,13 +55,7 @@ def largest(
 
 @dataclasses.dataclass(frozen=True)
 class Try:
-    """Settings that were tried.
-
-    Attributes:
-        settings: as on the command line.
-        total: bytes per chip.
-        fits: within the capacity.
-    """
+    """Settings that were tried, as on the command line, and the bytes per chip they take."""
 
     settings: str
     total: int
@@ -75,15 +63,9 @@ class Try:
 
 
 class Search:
-    """Tries other settings of a recipe on given chips.
+    """Tries other settings of a recipe on given chips, which are told as `plan` is.
 
-    Args:
-        config: of the recipe.
-        topology, images: see `plan`.
-        say: takes a line about each try.
-
-    Attributes:
-        tried: so far, in order.
+    `say` takes a line about each try; `tried` has those so far, in order.
     """
 
     def __init__(

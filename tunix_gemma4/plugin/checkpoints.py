@@ -34,13 +34,10 @@ class UnusableError(ValueError):
 def kept_steps(
     steps: Sequence[int], newest: int, named: Collection[int] = (), finite: Collection[int] = ()
 ) -> set[int]:
-    """Which checkpoints stay.
+    """Which checkpoints stay, of those whose steps are given in rising order.
 
-    Args:
-        steps: there are, in rising order.
-        newest: how many of the last.
-        named: those that stay whatever their number.
-        finite: those known to hold finite numbers alone; the last of them stays.
+    So many of the newest, those that are named, and the last that is known to hold finite numbers
+    alone.
     """
     last_finite = [step for step in steps if step in finite][-1:]
     return {*steps[-newest:], *last_finite, *(step for step in steps if step in named)}
@@ -135,7 +132,9 @@ class CheckpointManager(checkpoint_manager.CheckpointManager):
             _write(manager, step, states, custom_metadata or {})
             written = True
         if stopping:
-            self._stop(step, stopping)
+            self.close()
+            saved = "without a directory to save to" if manager is None else "which is saved"
+            stop.end(stopping, f"after step {step}, {saved}")
         return written
 
     @overrides()
@@ -160,12 +159,6 @@ class CheckpointManager(checkpoint_manager.CheckpointManager):
         if jax.process_count() > 1 and manager is not None and manager.reached_preemption(count):
             return signal.SIGTERM
         return stop.asked()
-
-    def _stop(self, step: int, number: int) -> None:
-        self.close()
-        is_saved = self._checkpoint_manager is not None
-        saved = "which is saved" if is_saved else "without a directory to save to"
-        stop.end(number, f"after step {step}, {saved}")
 
     # ---- Reading.
 
@@ -197,7 +190,8 @@ class CheckpointManager(checkpoint_manager.CheckpointManager):
             try:
                 restored, metadata = self._read(manager, candidate, states)
             except Exception as error:  # Orbax, tensorstore and json each have their own.
-                problems[candidate] = f"{type(error).__name__}: {_first_line(error)}"
+                line = str(error).strip().partition("\n")[0]
+                problems[candidate] = f"{type(error).__name__}: {line[:300]}"
                 continue
             nnx.update(model, restored["model_params"])
             if optimizer is not None:
@@ -310,10 +304,6 @@ def _states(
     if optimizer is not None:
         states["optimizer_state"] = nnx.state(optimizer, nnx.optimizer.OptState)
     return states
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0][:300]
 
 
 def _none_readable(directory: epath.Path, problems: dict[int, str]) -> str:

@@ -40,15 +40,13 @@ def wrap_from_model(original, model: Any, backend: str = "vllm_jax", **overrides
 
 
 def _refuse(model: Gemma4ForConditionalGeneration, backend: str) -> None:
-    config = model.config
-    if backend != "sglang_jax":
-        return
-    if config.enable_moe_block:
+    is_sglang = backend == "sglang_jax"
+    if is_sglang and model.config.enable_moe_block:
         raise ValueError(
             "sglang_jax: it keeps gate and up projections of experts apart, and Tunix cannot cut "
             'a variable in two on its way there; use rollout_engine="vllm" or "vanilla"'
         )
-    if config.hidden_size_per_layer_input:
+    if is_sglang and model.config.hidden_size_per_layer_input:
         raise ValueError(
             "sglang_jax: its Gemma 4 has no per-layer inputs, so it cannot be E2B or E4B; use "
             'rollout_engine="vllm" or "vanilla"'

@@ -10,7 +10,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-import math
 import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -50,10 +49,7 @@ class Flags(NamedTuple):
 def flags_of(parameters: Any, optimizer: Any, loss: jax.Array, gradient_norm: Any) -> jax.Array:
     """The `Flags` of a step, int32, in traced code.
 
-    Args:
-        parameters: trained ones, after the step.
-        optimizer: with its state after the step.
-        loss, gradient_norm: of the step.
+    Parameters are the trained ones; they and the optimizer's state are those after the step.
     """
     kept = [
         leaf
@@ -115,11 +111,7 @@ class _Step:
 
 
 class Health:
-    """What is known of the steps of a trainer.
-
-    Args:
-        trainer: whose steps these are.
-    """
+    """What is known of the steps of a trainer."""
 
     def __init__(self, trainer: peft_trainer.PeftTrainer):
         self._trainer: peft_trainer.PeftTrainer = weakref.proxy(trainer)
@@ -188,14 +180,11 @@ class Health:
         latest = self._pending[-1] if self._pending else step
         self._state = not Flags(*np.asarray(latest.flags).tolist()).state
         self._pending.clear()
-        said += f".{self._rows(step)} {self._cause(step)}"
+        source = getattr(self._trainer.data_hooks, "name", "the data")
+        rows = _rows_text(getattr(step.inputs, "rows", None), source)
+        said += f".{rows} {self._cause(step)}"
         self._failure = f"{said}. Nothing of this step is saved"
         raise NonFiniteError(self._failure)
-
-    def _rows(self, step: _Step) -> str:
-        """Which rows of the data the batch is made of, where the pipeline tells."""
-        source = getattr(self._trainer.data_hooks, "name", "the data")
-        return _rows_text(getattr(step.inputs, "rows", None), source)
 
     def _cause(self, step: _Step) -> str:
         """The likely one; the run is over, so this may take its time."""
@@ -207,8 +196,8 @@ class Health:
         if dataclasses.is_dataclass(step.inputs):
             names = (field.name for field in dataclasses.fields(step.inputs))
             fields = {name: getattr(step.inputs, name) for name in names}
-        arrays = {name: value for name, value in fields.items() if _is_array(value)}
-        inputs = nonfinite(arrays)
+        kinds = jax.Array | np.ndarray
+        inputs = nonfinite({n: x for n, x in fields.items() if isinstance(x, kinds) and x.size})
         said = f"The batch holds NaN or infinity ({shown(inputs)}). " if inputs else ""
         if inputs and not any(name.endswith("logps") for name in inputs):
             return said.removesuffix(". ")
@@ -234,6 +223,7 @@ class Health:
 
 
 def _rows_text(rows: Any | None, source: str) -> str:
+    """Which rows of the data a batch is made of, where the pipeline tells."""
     if rows is None or not getattr(rows, "is_fully_addressable", True):
         return ""
     listed = shown([str(row) for row in np.asarray(rows).tolist() if row >= 0], most=16)
@@ -243,12 +233,9 @@ def _rows_text(rows: Any | None, source: str) -> str:
 def evaluation_text(
     trainer: peft_trainer.PeftTrainer, losses: np.ndarray, rows: list[Any | None]
 ) -> str:
-    """What to say of an evaluation that is not finite; see `Health` for the training.
+    """What to say of an evaluation that is not finite, although what was trained is.
 
-    Args:
-        trainer: whose trained state is finite.
-        losses: of each batch.
-        rows: of each batch, where the pipeline tells.
+    Losses are those of each batch, and so are rows, where the pipeline tells.
     """
     number = int(np.argmin(np.isfinite(losses)))
     said = f"evaluation after step {trainer.train_steps}: the loss ({losses[number]}) is not finite"
@@ -257,10 +244,6 @@ def evaluation_text(
     if frozen:
         return f"{said} The model's own weights hold NaN or infinity: {shown(frozen)}"
     return f"{said} The model's parameters are finite: its activations are not, with these rows"
-
-
-def _is_array(value: Any) -> bool:
-    return isinstance(value, jax.Array | np.ndarray) and math.prod(value.shape) > 0
 
 
 # By optimizer, which a trainer has for itself and hands to its checkpoint manager.

@@ -57,9 +57,7 @@ class Hook:
 def on(holder: str, *rows: tuple) -> tuple[Hook, ...]:
     """Hooks on attributes of one module, "module:", or class, "module:Class.".
 
-    Args:
-        holder: what stands before their names.
-        rows: name, `Hook.wrap` and `Hook.parameters` with spaces between, perhaps `Hook.why`.
+    A row is a name, `Hook.wrap`, `Hook.parameters` with spaces between, and perhaps `Hook.why`.
     """
     return tuple(
         Hook(holder + name, wrap, tuple(parameters.split()), *why)

@@ -27,8 +27,7 @@ _QTYPE = "weight_qtype"
 def lora_config(section: Mapping[str, Any]) -> LoraConfig:
     """`LoraConfig` of a `lora_config` section of a Tunix run configuration.
 
-    Args:
-        section: `module_path`, `rank` and `alpha`; `weight_qtype` and `tile_size` for QLoRA.
+    It has `module_path`, `rank` and `alpha`, and for QLoRA `weight_qtype` and `tile_size`.
 
     Raises:
         ValueError: for keys or values that have no counterpart.

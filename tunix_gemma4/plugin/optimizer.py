@@ -106,11 +106,8 @@ def make_schedule(
 ) -> optax.Schedule:
     """Linear warm-up, whose first step is not zero, then constant or down to zero.
 
-    Args:
-        kind: one of `SCHEDULES`.
-        learning_rate: the highest.
-        warmup_steps: optimizer steps below it.
-        total_steps: optimizer steps after which "linear" and "cosine" have reached zero.
+    Arguments are the settings of that name (`recipes.TrainSettings`); `kind` is the
+    `lr_scheduler_type`, and after `total_steps` "linear" and "cosine" have reached zero.
     """
     require(learning_rate=learning_rate, warmup_steps=warmup_steps, total_steps=total_steps)
     decay_steps = max(total_steps - warmup_steps, 1)
@@ -142,13 +139,8 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """AdamW behind gradient clipping and `record_step`; only matrices are decayed.
 
-    Args:
-        schedule: learning rate by optimizer step.
-        b1, b2, eps, weight_decay: AdamW's.
-        max_grad_norm: gradients are scaled down to this norm; None or 0: never.
-        on_nonfinite: "skip" lets a step change nothing whose gradient is not finite, "stop" ends
-            the run there.
-        max_skipped_steps: the run ends when more are skipped.
+    The schedule gives the learning rate by optimizer step. `max_grad_norm` and what follows it are
+    the settings of that name (`recipes.TrainSettings`); the others are AdamW's.
     """
     require(b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
     require(max_grad_norm=max_grad_norm, max_skipped_steps=max_skipped_steps)

@@ -82,11 +82,7 @@ def _clock(seconds: float) -> str:
 
 
 def compiling(programs: str) -> str:
-    """What to expect before the first step.
-
-    Args:
-        programs: what is compiled, such as "the training step".
-    """
+    """What to expect before the first step of `programs`, such as "the training step"."""
     settings = jax.config.values
     where = settings["jax_compilation_cache_dir"]
     kept = where is not None and settings["jax_enable_compilation_cache"]

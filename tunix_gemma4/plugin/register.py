@@ -223,11 +223,8 @@ def status() -> str:
 def run(target: str, arguments: Sequence[str]) -> None:
     """Runs a module or a script as `python -m MODULE` or `python SCRIPT` would, registered.
 
-    What the program raises, `SystemExit` included, is not caught.
-
-    Args:
-        target: dotted name of a module, or path of a script.
-        arguments: what the program finds in `sys.argv` behind its own name.
+    The target is a module's dotted name or a script's path; the program finds `arguments` in
+    `sys.argv` behind its own name. What it raises, `SystemExit` included, is not caught.
     """
     register()
     sys.argv = [target, *arguments]

@@ -28,11 +28,8 @@ def make_training_config(
 ) -> Config:
     """What a trainer of Tunix's is told, to save and log below `config.output_dir`.
 
-    Args:
-        config: how many steps there are, what happens how often, and where results go; of a recipe,
-            or `TrainSettings` alone.
-        kind: the trainer's, such as `DPOTrainingConfig`.
-        **own: fields of `kind` that are no settings, or are to be others.
+    Its class of configurations is `kind`, such as `DPOTrainingConfig`; `own` are fields of that
+    which are no settings, or are to be others. `TrainSettings` alone will do for `config`.
     """
     require_fields(config)
     output_dir = Path(config.output_dir).absolute()

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from absl import logging
 from flax import nnx
@@ -23,6 +22,7 @@ from ..extras import is_installed
 from ..lora import apply_lora, describe, merge_lora, save_adapter
 from ..model.gemma4 import Gemma4Model, num_parameters, stack_layers, unstack_layers
 from ..plugin.optimizer import make_optimizer, make_schedule
+from ..plugin.progress import history
 from ..plugin.training_config import TENSORBOARD
 from ..settings.common import MeshConfig, TrainSettings
 from .run_directory import ADAPTER, MODEL, say
@@ -51,24 +51,14 @@ class Result:
 
     def history(self, name: str, mode: str = "train") -> list[float]:
         """Every logged value of a metric, such as "loss", "actor/loss" or "rewards/score/mean"."""
-        logger, prefix = self.trainer.metrics_logger, ""
-        if "/" in name:
-            prefix, name = name.split("/", 1)
-        if not logger.metric_exists(prefix, name, mode):
-            return []
-        return np.asarray(logger.get_metric_history(prefix, name, mode)).tolist()
+        prefix, _, name = name.partition("/") if "/" in name else ("", "", name)
+        return history(self.trainer, prefix, name, mode)
 
 
 def device_mesh(
     shape: MeshConfig, *, name: str = "mesh", devices: Sequence[Any] | None = None
 ) -> Mesh:
-    """The first devices as fsdp x tp.
-
-    Args:
-        shape: of the mesh.
-        name: of the setting, for messages.
-        devices: to choose from; all if None.
-    """
+    """The first of `devices`, or of all, as fsdp x tp; `name` is the setting's, for messages."""
     left = "" if devices is None else " beside those of mesh"
     devices = jax.devices() if devices is None else devices
     shape = shape.on_devices(len(devices), name)
@@ -86,11 +76,10 @@ def device_mesh(
 
 def warn_of_idle_devices(used: int) -> None:
     """Says how many devices the mesh leaves out, if any."""
-    if used < len(jax.devices()):
+    there = len(jax.devices())
+    if used < there:
         logging.warning(
-            "%d of %d devices are used; mesh.fsdp and mesh.tp choose more.",
-            used,
-            len(jax.devices()),
+            "%d of %d devices are used; mesh.fsdp and mesh.tp choose more.", used, there
         )
 
 
@@ -127,10 +116,7 @@ def trainable(
 ) -> Gemma4Model:
     """The model with adapters, sharing its arrays; or, to train all of it, in place in float32.
 
-    Args:
-        config: the settings.
-        model: the checkpoint's.
-        log: called with what is trained; `say` if None.
+    `log` is called with what is trained; `say` if None.
     """
     log = log or say
     if config.lora is None:  # bfloat16 would lose small updates.
@@ -174,12 +160,9 @@ def optimizer_of(config: TrainSettings, total_steps: int) -> optax.GradientTrans
 
 
 def say_of_epochs(config: TrainSettings, steps: int, about: str = "") -> None:
-    """Says where the epochs end before `max_steps`.
+    """Says where the epochs end, after so many steps, before `max_steps`.
 
-    Args:
-        config: the settings.
-        steps: `config.total_steps`.
-        about: a word before their number where that is an estimate.
+    `about` is a word before the number where that is an estimate.
     """
     if config.num_train_epochs and config.max_steps and steps < config.max_steps:
         say(
@@ -233,11 +216,7 @@ def say_resuming(config: TrainSettings, steps: int, directory: Path) -> None:
 def say_done(config: TrainSettings, steps: int, saved: Sequence[Path], left_out: str = "") -> None:
     """Says that a run has ended well, what shows its curves and, last, where everything is.
 
-    Args:
-        config: the settings.
-        steps: optimizer steps taken.
-        saved: directories.
-        left_out: rows that could not be read.
+    `left_out` tells of the rows that could not be read.
     """
     if left_out:
         say(f"{config.data.path}: {left_out}")

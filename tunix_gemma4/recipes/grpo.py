@@ -23,12 +23,7 @@ from ..lora import reference_model
 from ..model.gemma4 import Gemma4Model
 from ..plugin.progress import Progress, compiling
 from ..plugin.register import register
-from ..plugin.rl.cluster import (
-    checkpoint_directory,
-    make_algorithm,
-    make_cluster,
-    make_learner,
-)
+from ..plugin.rl.cluster import checkpoint_directory, make_algorithm, make_cluster, make_learner
 from ..plugin.rl.report import Report
 from ..plugin.rl.rewards import limited
 from ..rewards import RewardFn, load_reward, source_files, weighted
@@ -63,10 +58,8 @@ _POSITION = ("batch_size", "mini_batch_size", "num_iterations")
 def run(config: GrpoRunConfig, *, after_step: Callable[[Any], None] | None = None) -> Result:
     """Trains as `config` says, resuming a run that was broken off.
 
-    Args:
-        config: the settings.
-        after_step: called with the policy's trainer once for each optimizer step; its
-            `train_steps` tells how many it has taken by then.
+    `after_step` is called with the policy's trainer once for each optimizer step; its `train_steps`
+    tells how many it has taken by then.
     """
     register()
     reward_functions(config)  # What cannot be imported is named before anything is loaded.
@@ -79,7 +72,8 @@ def run(config: GrpoRunConfig, *, after_step: Callable[[Any], None] | None = Non
     is_older = not check_file(output, "train").is_file()
     rows = prompt_rows(config.data.path, processor, config, output)
     eval_ds = eval_batches(config, processor, output)
-    say(f"{len(rows)} prompts in {config.data.path}. The first:\n{first_prompt(rows, processor)}")
+    first = processor.explain(processor.collate([rows.first().example], side="left"))
+    say(f"{len(rows)} prompts in {config.data.path}. The first:\n{first}")
 
     policy, reference = prepare_models(config, common.load_base(config, mesh))
     record.settle(rows_are_known=rows.are_known)
@@ -147,15 +141,9 @@ def prompt_rows(
 ) -> PromptRows:
     """The prompts of a file, checked as `data.check` says; says how many are too long.
 
-    Args:
-        path: of the file.
-        processor: of the checkpoint.
-        config: the settings.
-        output: of the run, where the result of the check is kept; None keeps none.
-        name: "train" or "eval".
+    In `output`, that of the run, the result of the check is kept as that of `name`, "train" or
+    "eval"; None keeps none.
     """
-    cache = None if output is None else check_file(output, name)
-    key = check_key(config, path)
     names = {
         name for spec in config.reward_functions for name in signature(load_reward(spec)).parameters
     }
@@ -173,8 +161,8 @@ def prompt_rows(
         check="all" if name == "eval" else data.check,
         skip_bad_rows=data.skip_bad_rows,
         log=say,
-        cache=cache,
-        key=key,
+        cache=None if output is None else check_file(output, name),
+        key=check_key(config, path),
         names=names,
         before=before,
     )
@@ -208,19 +196,10 @@ def _require_columns(config: GrpoRunConfig, columns: Sequence[str], path: str) -
             )
 
 
-def first_prompt(rows: PromptRows, processor: Processor) -> str:
-    """The first prompt as the model sees it."""
-    return processor.explain(processor.collate([rows.first().example], side="left"))
-
-
 def resume(config: GrpoRunConfig, rows: PromptRows, steps_done: int, *, is_older: bool) -> None:
     """Says where a run goes on, unless its prompts are not those that it has trained on.
 
-    Args:
-        config: the settings.
-        rows: the prompts.
-        steps_done: optimizer steps.
-        is_older: whether nothing was kept with the checkpoints about the rows.
+    `is_older`: nothing was kept with the checkpoints about the rows.
     """
     directory = checkpoint_directory(Path(config.output_dir))
     if is_older:
@@ -275,10 +254,7 @@ def eval_batches(
 def say_of_end(config: GrpoRunConfig, num_rows: int, steps: int) -> None:
     """Says where the epochs end first, and which prompts the last rollout step leaves or repeats.
 
-    Args:
-        config: the settings.
-        num_rows: prompts of an epoch.
-        steps: `config.total_steps`.
+    An epoch has `num_rows` prompts, and the run `steps` optimizer steps.
     """
     if num_rows < config.batch_size:
         say(

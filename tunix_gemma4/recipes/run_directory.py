@@ -62,12 +62,9 @@ def prepare_output(
 ) -> Path:
     """Makes the output directory, unless it holds what must not be overwritten or mixed.
 
-    Where there are checkpoints, their settings stay beside them until `Record.keep`.
-
-    Args:
-        config: of the run.
-        fixed: settings that a run which is resumed must have had.
-        position: those that its place in the data depends on, whatever `allow_changes` says.
+    Where there are checkpoints, their settings stay beside them until `Record.keep`. A run that is
+    resumed must have had the same `fixed` ones; its place in the data depends on those in
+    `position`, whatever `allow_changes` says.
     """
     _require_directory(config.model)
     require_backend(config.report_to)
@@ -75,8 +72,8 @@ def prepare_output(
     settings = output / SETTINGS
     checkpoints = output / CHECKPOINTS
     resumable = bool(saved_steps(output))
-    earlier = earlier_settings(settings) if resumable else None
-    _refuse_finished(config, output, earlier if resumable else {})
+    earlier = earlier_settings(settings) if resumable else {}
+    _refuse_finished(config, output, earlier)
     if resumable:
         if not config.resume_from_checkpoint:
             raise ValueError(
@@ -106,8 +103,7 @@ def _of_shape(config: TrainSettings) -> Sequence[str]:
 def _refuse_finished(config: TrainSettings, output: Path, earlier: dict[str, Any] | None) -> None:
     """Refuses a directory with results, unless the run broke off between adapter/ and model/.
 
-    Args:
-        earlier: settings of the run that left checkpoints there; None if they are unknown.
+    `earlier` are settings of the run that left checkpoints there; None if they are unknown.
     """
     finished = [name for name in (ADAPTER, MODEL) if (output / name).exists()]
     if not finished:
@@ -189,9 +185,8 @@ class Record:
     def settle(self, *, rows_are_known: bool = False) -> None:
         """Waits for the hashes, and compares them where there are checkpoints.
 
-        Args:
-            rows_are_known: whether the saved position in the data tells by itself what has changed
-                of them, row by row.
+        If `rows_are_known`, the saved position in the data tells by itself what has changed of
+        them, row by row.
 
         Raises:
             ValueError: what the checkpoints' run was trained on has changed.
@@ -254,13 +249,10 @@ class Record:
 def refuse_change(
     config: TrainSettings, what: str, remedy: str, settled: Sequence[str] = ()
 ) -> None:
-    """Raises ValueError for what a resumed run has otherwise, unless `allow_changes` is set.
+    """Raises ValueError for `what` a resumed run has otherwise, unless `allow_changes` is set.
 
-    Args:
-        config: of the run.
-        what: is otherwise.
-        remedy: what to do besides choosing another directory.
-        settled: what of it `allow_changes` does not cover, because no checkpoint could be used.
+    `remedy` is what to do besides choosing another directory; `settled` names what
+    `allow_changes` does not cover, because no checkpoint could be used.
     """
     if settled:
         raise ValueError(
@@ -454,21 +446,14 @@ def _own(output: Path) -> Iterator[None]:
     try:
         with locked(output):
             clear_leftovers(output)
-            _clear_unfinished(output / CHECKPOINTS)
+            for pattern in ("*.orbax-checkpoint-tmp*", "*/*.orbax-*-tmp*"):
+                for path in (output / CHECKPOINTS).glob(pattern):
+                    shutil.rmtree(path, ignore_errors=True)  # A killed run did not finish it.
             yield
     finally:
         if is_new:
             with contextlib.suppress(OSError):
                 output.rmdir()
-
-
-def _clear_unfinished(checkpoints: Path) -> None:
-    """Removes checkpoints that a killed run did not finish."""
-    for path in (
-        *checkpoints.glob("*.orbax-checkpoint-tmp*"),
-        *checkpoints.glob("*/*.orbax-*-tmp*"),
-    ):
-        shutil.rmtree(path, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -42,9 +43,7 @@ _POSITION = (
 def run(config: RunConfig, *, after_eval: Callable[[Gemma4Trainer], None] | None = None) -> Result:
     """Trains as `config` says, resuming a run that was broken off.
 
-    Args:
-        config: the settings.
-        after_eval: called with the trainer after each evaluation.
+    `after_eval` is called with the trainer after each evaluation.
     """
     config = config.on_devices(jax.device_count())
     output = prepare_output(config, _FIXED, _POSITION)
@@ -58,7 +57,7 @@ def run(config: RunConfig, *, after_eval: Callable[[Gemma4Trainer], None] | None
     if position is not None:  # Before the model is loaded; the trainer looks again.
         train_ds.refuse_other(position)
     say(f"{train_ds.num_rows} rows in {config.data.path}. The first:")
-    say(first_row(config, processor, train_ds))
+    say(processor.explain(processor.collate([train_ds.first()])))
     say_of_empty_rows(config, train_ds)
     say_of_estimate(config, train_ds)
 
@@ -98,13 +97,9 @@ def make_datasets(
 ) -> tuple[BatchDataset, BatchDataset | None]:
     """Batches to train on, and to evaluate on if `data.eval_path` is given."""
     data = config.data
-    shared = {
-        "batch_size": config.batch_size,
-        "max_length": data.max_length,
-        "bucket_lengths": data.bucket_lengths,
-        "image_buckets": data.image_buckets,
-        "skip_bad_rows": data.skip_bad_rows,
-    }
+    same = ("max_length", "bucket_lengths", "image_buckets", "skip_bad_rows")
+    shared: dict[str, Any] = {name: getattr(data, name) for name in same}
+    shared["batch_size"] = config.batch_size
     train_ds = make_dataset(
         data.path,
         processor,
@@ -132,13 +127,6 @@ def check_datasets(
         if dataset is not None and path is not None:
             file, key = check_file(output, name), check_key(config, path)
             dataset.check(config.data.check, log=say, cache=file, key=key)
-
-
-def first_row(config: RunConfig, processor: Processor, train_ds: BatchDataset | None = None) -> str:
-    """The first row to train on, and which of its tokens are learnt. Raises ValueError."""
-    if train_ds is None:
-        train_ds, _ = make_datasets(config, processor)
-    return processor.explain(processor.collate([train_ds.first()]))
 
 
 def prepare_model(

@@ -193,10 +193,9 @@ class TrainSettings:
         raise NotImplementedError(f"{type(self).__name__} is no recipe's: give max_steps alone")
 
     def on_devices(self, count: int) -> Self:
-        """The same with a number in place of `fsdp: -1`; raises ValueError where there is none.
+        """The same, on so many devices, with a number in place of `fsdp: -1`.
 
-        Args:
-            count: devices that there are.
+        Raises ValueError where there is none.
         """
         meshes = {"mesh": self.mesh, "rollout_mesh": getattr(self, "rollout_mesh", None)}
         meshes = {name: mesh for name, mesh in meshes.items() if mesh is not None}

@@ -97,7 +97,7 @@ def load_config(
             without a value that needs one; no such file; recipes that do not go together.
     """
     paths = find_recipes(recipes)
-    said = " ".join(name_of(path) for path in paths)
+    said = " ".join(path.stem if path in _shipped() else str(path) for path in paths)
     command = command or command_of(paths)
     config = OmegaConf.structured(kind)
     sources: dict[str, str] = {}
@@ -229,11 +229,6 @@ def command_of(paths: Sequence[Path]) -> str | None:
     """The command of the first shipped recipe that has one; None: files of one's own, sizes."""
     folders = [path.parent.name for path in paths if path in _shipped()]
     return next((folder for folder in folders if folder in _COMMANDS), None)
-
-
-def name_of(path: Path) -> str:
-    """A shipped recipe's name; the path of another file."""
-    return path.stem if path in _shipped() else str(path)
 
 
 @functools.cache
@@ -457,11 +452,8 @@ class _Whole(typing.NamedTuple):
 def _literal(hint: Any, given: Any, texts: Any, source: str, key: str = "") -> Any:
     """`given` with every text as it stands there, for OmegaConf, which would interpolate.
 
-    Args:
-        hint: the field's type.
-        given: its value.
-        texts: the same with texts for numbers.
-        source, key: for messages.
+    `hint` is the field's type, and `texts` are its value with texts for numbers. Messages name
+    `source` and `key`.
 
     Raises:
         ValueError: for what is no text where one is wanted, or no keys and values.

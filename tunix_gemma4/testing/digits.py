@@ -88,12 +88,20 @@ def write_blank(directory: Path, scans: list[Path]) -> list[Path]:
 def write_task(directory: Path, task: Task, scans: list[Path], digits: list[int]) -> TaskData:
     """Writes one task's training rows and the curve's, and returns what is held out."""
     rows = [conversation(task, scan, digit) for scan, digit in zip(scans, digits, strict=True)]
+    return write_split(directory, task.name, rows)
+
+
+def write_split(directory: Path, name: str, rows: list[dict]) -> TaskData:
+    """Holds the first rows out, and writes the others and the curve's."""
     held_out, train = rows[:NUM_HELD_OUT], rows[NUM_HELD_OUT:]
-    files = {"train": train, "curve": held_out[:NUM_CURVE]}
-    paths = {name: directory / f"{task.name}_{name}.jsonl" for name in files}
-    for name, path in paths.items():
-        path.write_text("".join(json.dumps(row) + "\n" for row in files[name]), "utf-8")
-    return TaskData(held_out=held_out, **paths)
+    data = TaskData(directory / f"{name}_train.jsonl", directory / f"{name}_curve.jsonl", held_out)
+    _write_rows(data.train, train)
+    _write_rows(data.curve, held_out[:NUM_CURVE])
+    return data
+
+
+def _write_rows(file: Path, rows: list[dict]) -> None:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
 
 
 def write_preferences(file: Path, task: Task, scans: list[Path], digits: list[int]) -> None:
@@ -105,7 +113,7 @@ def write_preferences(file: Path, task: Task, scans: list[Path], digits: list[in
         other = (digit + int(draw.integers(1, 10))) % 10
         rejected = chosen | {"content": task.answer(other)}
         rows.append({"prompt": prompt, "chosen": [chosen], "rejected": [rejected]})
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    _write_rows(file, rows)
 
 
 def conversation(task: Task, scan: Path, digit: int) -> dict:

@@ -38,8 +38,8 @@ _SOFT_TOKENS = 70
 _SENTENCE = "The quick brown fox jumps over 13 lazy dogs, and nobody asks why. "
 _PICTURES = ((40, 64), (96, 31))
 
-# Receives a row's name and its values at real tokens, float32 [tokens, features].
-Sink = Callable[[str, np.ndarray], None]
+# Values at real tokens by a row's name, float32 [tokens, features], in the order of the table.
+Values = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass
@@ -108,19 +108,15 @@ def compare(
 ) -> list[Row]:
     """Every row of every case.
 
-    Args:
-        directory: what this package loads.
-        config: its config, with the dtype of the comparison.
-        batches: inputs by case.
-        reference: what transformers loads.
+    This package loads `directory`, whose `config` has the dtype of the comparison; transformers
+    loads `reference`.
     """
     expected, noise = _run_transformers(reference, config, batches)
     model = load_checkpoint(directory, text_only=config.text_only, dtype=config.dtype)
     rows = []
     for case, batch in batches.items():
-
-        def judge(name: str, ours: np.ndarray, case: str = case) -> None:
-            theirs = expected.pop((case, name), None)
+        for name, ours in _run_ours(model, batch).items():
+            theirs = expected[case].pop(name, None)
             if theirs is None or ours.shape != theirs.shape:
                 shape = "no such row" if theirs is None else theirs.shape
                 raise ValueError(
@@ -129,11 +125,10 @@ def compare(
                 )
             largest = float(np.abs(theirs).max())
             difference = float(np.abs(ours - theirs).max())
-            rows.append(Row(case, name, difference, largest, noise[case, name]))
-
-        _run_ours(model, batch, judge)
-    if expected:
-        missing = ", ".join(f"{case}: {name}" for case, name in expected)
+            rows.append(Row(case, name, difference, largest, noise[case][name]))
+    if any(expected.values()):
+        lacking = [f"{case}: {name}" for case, left in expected.items() for name in left]
+        missing = ", ".join(lacking)
         raise ValueError(
             f"{directory}: transformers' model of {reference} has what this one lacks: {missing}"
         )
@@ -148,13 +143,9 @@ def make_inputs(
 ) -> tuple[dict[str, Batch], str]:
     """Batches by case, "text" and where `config` has vision "image", left-padded.
 
-    Each holds a long row and a short one. The long row of text exceeds the sliding window.
-
-    Args:
-        directory: whose tokenizer and chat template make the tokens; without them they are random.
-        config: of the model.
-        length: tokens of the long row of text, about; None: past the window.
-        seed: of random tokens and pixels.
+    Each holds a long row and a short one. The long row of text has about `length` tokens; None:
+    past the sliding window. Tokenizer and chat template of `directory` make the tokens; without
+    them they are random.
 
     Returns:
         The batches, and a sentence that says how they were made.
@@ -243,7 +234,7 @@ def _left_padded(config: ModelConfig, rows: list[list[int]], images: np.ndarray 
 
 def _run_transformers(
     directory: Path, config: ModelConfig, batches: dict[str, Batch]
-) -> tuple[dict[tuple[str, str], np.ndarray], dict[tuple[str, str], float]]:
+) -> tuple[dict[str, Values], dict[str, dict[str, float]]]:
     """Values and noise floor by case and row."""
     import transformers
 
@@ -254,29 +245,24 @@ def _run_transformers(
     model = model_class.from_pretrained(
         directory, dtype=getattr(torch, config.dtype.name), attn_implementation="eager", **NO_CODE
     ).eval()
-    values: dict[tuple[str, str], np.ndarray] = {}
-    noise: dict[tuple[str, str], float] = {}
+    noise = {}
     with torch.no_grad():
-        for case, batch in batches.items():
-
-            def keep(name: str, value: np.ndarray, case: str = case) -> None:
-                values[case, name] = value
-
-            _run_hooked(torch, model, config, batch, keep)
+        values = {c: _run_hooked(torch, model, config, batch) for c, batch in batches.items()}
         _perturb(torch, model)
         for case, batch in batches.items():
-
-            def measure(name: str, moved: np.ndarray, case: str = case) -> None:
-                noise[case, name] = float(np.abs(moved - values[case, name]).max())
-
-            _run_hooked(torch, model, config, batch, measure)
+            moved = _run_hooked(torch, model, config, batch)
+            noise[case] = {
+                name: float(np.abs(moved[name] - value).max())
+                for name, value in values[case].items()
+            }
     del model
     gc.collect()
     return values, noise
 
 
-def _run_hooked(torch: Any, model: Any, config: ModelConfig, batch: Batch, sink: Sink) -> None:
-    """Runs transformers' model on `batch`, giving `sink` what passes the named modules."""
+def _run_hooked(torch: Any, model: Any, config: ModelConfig, batch: Batch) -> Values:
+    """What passes the named modules of transformers' model when it runs on `batch`."""
+    values = {}
     real = batch.padding_mask.astype(bool)
     core = model.model
     text = core.language_model
@@ -291,7 +277,7 @@ def _run_hooked(torch: Any, model: Any, config: ModelConfig, batch: Batch, sink:
             if name == "vision tower":
                 output = output.last_hidden_state
             array = output.float().numpy()
-            sink(name, array[real] if array.ndim == 3 else array)
+            values[name] = array[real] if array.ndim == 3 else array
 
         return record
 
@@ -300,9 +286,10 @@ def _run_hooked(torch: Any, model: Any, config: ModelConfig, batch: Batch, sink:
     cut = model.lm_head.register_forward_pre_hook(lambda _, given: (given[0][:, -_LAST:],))
     handles.append(cut)
     logits = model(**_arguments(torch, config, batch)).logits
-    sink("logits", logits.float().numpy()[real[:, -_LAST:]])
+    values["logits"] = logits.float().numpy()[real[:, -_LAST:]]
     for handle in handles:
         handle.remove()
+    return values
 
 
 def _arguments(torch: Any, config: ModelConfig, batch: Batch) -> dict[str, Any]:
@@ -393,8 +380,8 @@ def _forward(
     }
 
 
-def _run_ours(model: Gemma4ForConditionalGeneration, batch: Batch, sink: Sink) -> None:
-    """Runs our model on `batch`, giving `sink` the same rows as transformers' in order."""
+def _run_ours(model: Gemma4ForConditionalGeneration, batch: Batch) -> Values:
+    """The same of our model."""
     graph, state = nnx.split(model)
     real = batch.padding_mask.astype(bool)
     inputs = [batch.tokens, _positions(batch), batch.padding_mask, batch.images]
@@ -403,21 +390,15 @@ def _run_ours(model: Gemma4ForConditionalGeneration, batch: Batch, sink: Sink) -
         rows = jax.jit(lambda state, *inputs: _forward(nnx.merge(graph, state), *inputs))(
             state, *(None if array is None else jnp.asarray(array) for array in inputs)
         )
-    if batch.images is not None:
-        valid = np.asarray(rows.pop("valid"))
-        for name in ("vision tower", "soft tokens"):
-            sink(name, np.asarray(rows.pop(name), np.float32)[valid])
-    logits = np.asarray(rows.pop("logits"), np.float32)[real[:, -_LAST:]]
-    order = sorted(rows, key=_rank)
-    for name in order:
-        sink(name, np.asarray(rows.pop(name), np.float32)[real])
-    sink("logits", logits)
-
-
-def _rank(name: str) -> int:
-    """Place of a row of the decoder in the table."""
-    ends = {"embeddings": -1, "final norm": 1 << 30}
-    return ends[name] if name in ends else int(name.split()[-1])
+    # Of each row, where its values are real. A compiled function sorts them by name.
+    kept = dict.fromkeys(("vision tower", "soft tokens"), rows.get("valid"))
+    kept |= dict.fromkeys(["embeddings", *(f"layer {n}" for n in range(len(rows)))], real)
+    kept |= {"final norm": real, "logits": real[:, -_LAST:]}
+    return {
+        name: np.asarray(rows[name], np.float32)[np.asarray(where)]
+        for name, where in kept.items()
+        if name in rows
+    }
 
 
 def _print_table(rows: list[Row]) -> None:

@@ -91,11 +91,8 @@ def tiny_config(
 ) -> ModelConfig:
     """A tiny float32 `ModelConfig`: the one of `build_tiny_checkpoint`'s directory.
 
-    Args:
-        preset: one of `PRESETS`.
-        text_only: None means with images wherever the preset has a vision tower (all but 12b).
-        pooling_kernel_size: see `tiny_hf_config`.
-        **fields: override fields of `ModelConfig`.
+    `text_only=None` means with images wherever the preset has a vision tower (all but 12b);
+    `fields` override those of `ModelConfig`. For the others see `tiny_hf_config`.
     """
     config = tiny_hf_config(preset, pooling_kernel_size=pooling_kernel_size)
     if text_only is None:
@@ -204,13 +201,10 @@ def random_tensor(name: str, shape: tuple[int, ...], *, seed: int, plain: bool) 
     elif leaf == "bias" or leaf == "position_embedding_table":
         value = 0.3 * rng.standard_normal(shape)
     else:
-        value = rng.standard_normal(shape) / np.sqrt(_fan_in(shape))
+        # HF keeps the inputs of an output last, and convolutions have a kernel as well.
+        fan_in = np.prod(shape[1:]) if len(shape) == 4 else shape[-1]
+        value = rng.standard_normal(shape) / np.sqrt(fan_in)
     return np.asarray(value, np.float32)  # Of a scalar too, which safetensors from 0.8 on asks for.
-
-
-def _fan_in(shape: tuple[int, ...]) -> int:
-    """Inputs of one output: HF keeps them last, convolutions have a kernel as well."""
-    return int(np.prod(shape[1:])) if len(shape) == 4 else shape[-1]
 
 
 def _text(c: dict[str, Any], prefix: str) -> Shapes:

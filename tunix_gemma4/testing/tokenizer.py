@@ -75,10 +75,7 @@ def token_ids() -> dict[str, int]:
 def write_tokenizer(directory: Path, *, empty_thought: bool) -> None:
     """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja.
 
-    Args:
-        directory: where to; it exists.
-        empty_thought: the generation prompt ends in an empty thought, as the templates of 12B,
-            26B-A4B and 31B do.
+    With `empty_thought` the generation prompt ends in one, as those of 12B, 26B-A4B and 31B do.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 

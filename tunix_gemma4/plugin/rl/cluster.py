@@ -186,12 +186,7 @@ def make_trainer(
 ) -> Trainer:
     """The policy's trainer as the host's learner of `algorithm` sets it up.
 
-    Args:
-        policy: with adapters or without.
-        optimizer: of the policy.
-        algorithm: from `make_algorithm`.
-        mini, micro: prompts of an optimizer step, and of a forward pass.
-        pad_id, eos_id: of the tokenizer.
+    An optimizer step takes `mini` prompts, and a forward pass `micro`.
     """
     training = RLTrainingConfig(
         actor_optimizer=optimizer,

@@ -77,8 +77,7 @@ def gated(model: Any, segment_ids: jax.Array | None = None) -> Any:
         logging.log_first_n(
             logging.WARNING,
             "%s takes no attention_mask: it is not told which tokens are padding.",
-            1,
-            type(model).__name__,
+            *(1, type(model).__name__),
         )
     return _Without(model, tuple(dropped)) if dropped else model
 

@@ -85,9 +85,11 @@ class PromptReader:
         present = [columns[name] for name in IMAGE_COLUMNS if name in columns]
         images = [list(_images(row)) for row in zip(*present, strict=True)]
         images = images or [[]] * len(columns[PROMPTS])
+        # Columns that say something of the prompt, or that no prompt may have.
+        meant = {*SYSTEMS, *TOOLS, *TEMPLATE, *(REFUSED.keys() - self._names)}
         prompts = []
         for index, (given, beside) in enumerate(zip(columns[PROMPTS], images, strict=True)):
-            keys = {name: columns[name][index] for name in self._meant(columns)}
+            keys = {name: cells[index] for name, cells in columns.items() if name in meant}
             try:
                 prompts.append(self._prompt(given, beside, keys))
             except MemoryError:
@@ -98,11 +100,6 @@ class PromptReader:
             self._count += 1
         read = {name: column([Cell(cell) for cell in cells]) for name, cells in columns.items()}
         return read | {PROMPTS: column(prompts)}
-
-    def _meant(self, columns: Collection[str]) -> list[str]:
-        """Columns that say something of the prompt, or that no prompt may have."""
-        meant = (*SYSTEMS, *TOOLS, *TEMPLATE, *(REFUSED.keys() - self._names))
-        return [name for name in columns if name in meant]
 
     def _prompt(self, given: Any, images: list[Any], keys: Mapping[str, Any]) -> Prompt:
         if isinstance(given, Prompt):
@@ -189,12 +186,9 @@ class ChatParser(BaseChatTemplateParser):
         add_generation_prompt: bool = False,
         is_first_msg: bool = False,
     ) -> str:
-        """The text of `messages`, and of what precedes an answer.
+        """The text of `messages`, which have `role` and `content`, and of what precedes an answer.
 
-        Args:
-            messages: `role` and `content`.
-            add_generation_prompt: end where the model is to speak.
-            is_first_msg: begin a conversation; otherwise go on behind a turn's last token.
+        If `is_first_msg` it begins a conversation; otherwise it goes on behind a turn's last token.
         """
         turns = [self._parse_message(dict(message)) for message in messages]
         if add_generation_prompt:

@@ -38,12 +38,9 @@ class Report(hooks.TrainingHooks):
     """Writes a line every `logging_steps`, one for each evaluation, and samples if wanted.
 
     Args:
-        cluster: the run's.
-        progress: the run's; its total is that of optimizer steps.
-        logging_steps: optimizer steps between lines.
-        updates_per_batch: optimizer steps of one rollout step.
+        cluster, progress: the run's; the total is that of optimizer steps.
+        logging_steps, updates_per_batch, log_completions: see `GrpoRunConfig`.
         log: takes the lines.
-        log_completions: show a few completions of the latest rollout step after each line.
         after_step: called with the trainer once for each optimizer step, when its metrics are
             there; by then the trainer may have taken the next, as its `train_steps` tells.
     """

@@ -58,12 +58,7 @@ def checked(reward_fn: RewardFn) -> Callable[..., list[float]]:
     called = getattr(reward_fn, "__name__", type(reward_fn).__name__)
     # The host's own count the letters of a completion.
     of_host = (getattr(reward_fn, "__module__", None) or "").split(".")[0] == "tunix"
-
     timed = Timed(called, getattr(reward_fn, _LIMIT, None))
-
-    def call(given: dict[str, Any]) -> Any:
-        with _same_folder(called):
-            return timed(lambda: _call(reward_fn, given))
 
     @functools.wraps(reward_fn)
     def reward(prompts: list[Any], completions: list[str], **columns: Any) -> list[float]:
@@ -81,7 +76,8 @@ def checked(reward_fn: RewardFn) -> Callable[..., list[float]]:
             given |= {name: _pictures(given[name]) for name in IMAGE_COLUMNS if name in given}
             # Lists of its own, so that one that sorts or empties them harms no other.
             copies = {n: list(v) if isinstance(v, list) else v for n, v in given.items()}
-            found = call(copies)
+            with _same_folder(called):
+                found = timed(lambda: _call(reward_fn, copies))
         except RewardTimeout as error:
             first = _sample(0, prompts, said)
             raise RewardError(
@@ -224,21 +220,16 @@ def _culprit(
     """The first sample that raises by itself, or does not return in time."""
     count = len(completions)
     for index in range(count):
-        one = {
-            name: [value[index]] if _is_column(value, count) else value
-            for name, value in given.items()
-        }
+        one = dict(given)
+        for name, value in given.items():
+            if isinstance(value, list | tuple | np.ndarray) and len(value) == count:  # a column
+                one[name] = [value[index]]
         try:
             call(one)
         except (Exception, SystemExit):
             return _sample(index, prompts, completions)
-    return f"each of the {count} samples alone is accepted; the first is:\n" + _sample(
-        0, prompts, completions
-    )
-
-
-def _is_column(value: Any, count: int) -> bool:
-    return isinstance(value, list | tuple | np.ndarray) and len(value) == count
+    first = _sample(0, prompts, completions)
+    return f"each of the {count} samples alone is accepted; the first is:\n{first}"
 
 
 def _sample(index: int, prompts: list[Any], completions: list[Any]) -> str:
@@ -271,11 +262,8 @@ class Timed:
     """Calls a reward function's code.
 
     With a limit it runs in a thread of its own, the same for all calls, which is left behind when
-    it does not return: Python cannot end it. Without one it runs in the caller's.
-
-    Args:
-        called: the function's name.
-        limit: seconds.
+    it does not return: Python cannot end it. Without one it runs in the caller's. The limit is in
+    seconds, and the function is `called` so in messages.
     """
 
     def __init__(self, called: str, limit: float | None):
@@ -400,9 +388,7 @@ def without_abstained(rewards: np.ndarray, groups: bool) -> np.ndarray:
     The completions that every function abstained on get the mean of the others, which leaves mean,
     least and greatest as they are; advantages leave them out, see `wrap_get_advantage_estimator`.
 
-    Args:
-        rewards: [B], NaN where all abstained.
-        groups: whether completions are compared within groups.
+    Rewards are [B], NaN where all abstained; `groups`: completions are compared within such.
     """
     abstained = np.isnan(rewards)
     context = current()

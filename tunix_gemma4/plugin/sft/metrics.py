@@ -24,11 +24,6 @@ def supervised_tokens(batch: Batch) -> int:
     return int(np.count_nonzero(np.asarray(batch.loss_mask)[:, 1:]))
 
 
-def peak_memory() -> int | None:
-    """Bytes of the first device at its fullest; None where the device does not tell."""
-    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-
-
 class StepMetrics:
     """Counts what goes into a step and times it.
 
@@ -73,7 +68,8 @@ class StepMetrics:
         metrics = buffer.additional_metrics
         metrics["step_time_s"] = ([seconds], _last)
         metrics["tokens_per_second"] = ([metrics["tokens"][0][-1] / seconds], _last)
-        peak = peak_memory()
+        # Of the first device at its fullest, where it tells.
+        peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
         if peak is not None:
             metrics["peak_memory_bytes"] = ([peak], _last)
 

@@ -316,9 +316,11 @@ class Gemma4Trainer(peft_trainer.PeftTrainer):
         losses, weights, rows = [], [], []
         with self._metrics.paused(), self._switch_mode(Mode.EVAL):
             for batch in eval_ds:
-                number = stop.asked()
+                number = stop.asked()  # Evaluation may take long.
                 if number is not None:
-                    self._stop_here(number)
+                    if not self._train_steps:
+                        stop.end(number, "before the first step")
+                    self._save()  # Which ends the run.
                 weights.append(_loss_weight(batch))
                 rows.append(batch.rows)
                 loss, _ = eval_step_fn(self._prepare_inputs(batch))
@@ -343,12 +345,6 @@ class Gemma4Trainer(peft_trainer.PeftTrainer):
     def state_is_finite(self) -> bool:
         """Whether what a checkpoint of the latest step would hold is finite. Waits for the step."""
         return state_is_finite(self)
-
-    def _stop_here(self, number: int) -> None:
-        """Ends the run where a signal asked for it: evaluation may take long."""
-        if not self._train_steps:
-            stop.end(number, "before the first step")
-        self._save()  # Which ends it.
 
     @overrides()
     def close(self) -> None:
