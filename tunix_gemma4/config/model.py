@@ -33,14 +33,7 @@ from .parts import (
     refuse_unsupported,
     require_one_of,
 )
-from .source import (
-    DEFAULTS,
-    dtype_of,
-    read_source,
-    refuse_quantized,
-    section,
-    settle_layers,
-)
+from .source import DEFAULTS, dtype_of, read_source, refuse_quantized, section, settle_layers
 from .tunix_names import TunixNames, check_sharding, is_sharding, takes_tunix_names
 
 # In float16 weights may be stored, but nothing is computed; see `refuse_float16`.

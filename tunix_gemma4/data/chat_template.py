@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from ..config.source import read_json
 from .conversation import Conversation, Turn, model_turns, without_thought
+from .keys import walk
 
 # What a model writes itself. In its turns these stay tokens; all other special tokens, and in
 # other turns these too, are taken as the text that somebody typed.
@@ -412,17 +413,10 @@ def _check_results(conversation: Conversation, rendered: str) -> None:
                 )
 
 
-def _strings(value: Any) -> Iterator[str]:
+def _strings(value: Any) -> list[str]:
     """Every string in it; of parts their texts."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for key, part in value.items():
-            if key not in ("type", "role"):
-                yield from _strings(part)
-    elif isinstance(value, list):
-        for part in value:
-            yield from _strings(part)
+    skipped = {"type", "role"}
+    return [s for path, s in walk(value) if isinstance(s, str) and skipped.isdisjoint(path)]
 
 
 def _any_of(tokens: Sequence[str]) -> re.Pattern:

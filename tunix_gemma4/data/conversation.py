@@ -309,14 +309,11 @@ class Turn:
 
     def singles(self) -> list[Turn]:
         """Each message as a turn, as some templates have them."""
+        pairs = enumerate(zip(self.places, self.messages, strict=True))
+        thoughts = self.thoughts
         return [
-            Turn(
-                [place],
-                [message],
-                self.trained,
-                {0: text} if (text := self.thoughts.get(i)) else {},
-            )
-            for i, (place, message) in enumerate(zip(self.places, self.messages, strict=True))
+            Turn([place], [message], self.trained, {0: thoughts[i]} if i in thoughts else {})
+            for i, (place, message) in pairs
         ]
 
     def missing_from(self, written: str, own: str) -> str | None:
@@ -439,16 +436,5 @@ def _not_in(written: str, texts: Sequence[str]) -> str | None:
 def _called(message: Mapping[str, Any]) -> Iterator[str]:
     for call in message.get("tool_calls", ()):
         yield call["function"]["name"]
-        yield from _leaves(call["function"]["arguments"])
-
-
-def _leaves(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for key, part in value.items():
-            yield key
-            yield from _leaves(part)
-    elif isinstance(value, list | tuple):
-        for part in value:
-            yield from _leaves(part)
+        for path, value in keys.walk(call["function"]["arguments"]):
+            yield from (text for text in (*path[-1:], value) if isinstance(text, str))

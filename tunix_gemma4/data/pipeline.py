@@ -105,14 +105,10 @@ class Plan:
     Attributes:
         rows: the source.
         road: what its rows are read into.
-        batch_size: rows of a micro-batch, of all processes together.
-        gradient_accumulation_steps: micro-batches of a step.
-        seed, shuffle: of the order.
-        num_epochs: None: without end.
         bucket_lengths, image_buckets: the shapes of batches, where the road has buckets.
-        process_index, process_count: this process, and how many there are.
-        prefetch: micro-batches prepared ahead by a thread; 0 works without threads.
-        skip_bad_rows: leave out what cannot be read, and count it.
+        seed, shuffle: of the order.
+
+    The others are those of `supervised.make_dataset`.
     """
 
     rows: Rows
@@ -391,15 +387,6 @@ def _places(rows: Sequence[Row]) -> list:
     return [[row.position, row.part] if row.part else row.position for row in rows]
 
 
-class _StepDataset(grain.IterDataset):
-    def __init__(self, plan: Plan):
-        super().__init__()
-        self._plan = plan
-
-    def __iter__(self) -> _StepIterator:
-        return _StepIterator(self._plan)
-
-
 class BatchIterator(grain.DatasetIterator):
     """Yields batches; `get_state` is a JSON-serializable dict, `set_state` goes back to it.
 
@@ -463,13 +450,9 @@ class BatchDataset(OfRows, grain.IterDataset):
         self.checked: Checked | None = None
 
     def __iter__(self) -> BatchIterator:
-        return BatchIterator(
-            iter(
-                grain.experimental.ThreadPrefetchIterDataset(
-                    _StepDataset(self.plan), prefetch_buffer_size=self.plan.prefetch
-                )
-            )
-        )
+        steps = _StepIterator(self.plan)
+        ahead = grain.experimental.ThreadPrefetchDatasetIterator(steps, self.plan.prefetch)
+        return BatchIterator(ahead)
 
     @property
     def name(self) -> str:

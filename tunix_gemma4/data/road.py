@@ -25,8 +25,8 @@ from tqdm import tqdm
 from ..checkpoint.files import write_text
 from .conversation import Conversation
 from .images import is_path
-from .keys import image_in
-from .sources import Rows, check_text, field_name, walk
+from .keys import image_in, walk
+from .sources import Rows, check_text, field_name
 
 _LONGEST_TEXT = 400  # characters of an error that may hold a whole row
 _HELD_BYTES = 256 << 20  # of examples that were read before their turn
@@ -69,8 +69,7 @@ class Row:
 class Parts:
     """What one source row gives: its examples, or what is wrong with it."""
 
-    rows: tuple[Row, ...]
-    index: int
+    rows: tuple[Row, ...] = ()
     error: str | None = None
 
 
@@ -209,12 +208,11 @@ class Encoder:
         """Source row `index` at `position` of the stream."""
         known = self.measures.get(index)
         if self.rows.is_gone(index):
-            return Parts((), index)
+            return Parts()
         if index in self.bad:
-            return Parts((), index, self.bad[index])
+            return Parts(error=self.bad[index])
         if known is not None and not self._keep_examples:
-            rows = (Row(position, part, index, m, None) for part, m in enumerate(known))
-            return Parts(tuple(rows), index)
+            return Parts(tuple(Row(position, n, index, m, None) for n, m in enumerate(known)))
         try:
             examples = self.hold(index) if hold else self.examples(index)
             measures = self._measured(index, examples)
@@ -222,11 +220,11 @@ class Encoder:
             if not self.skip_bad_rows:
                 raise
             self.bad[index] = str(error)
-            return Parts((), index, str(error))
+            return Parts(error=str(error))
         self.measures[index] = measures
         self.long |= {(index, n) for n, m in enumerate(measures) if self.road.too_long(m)}
         pairs = enumerate(zip(measures, examples, strict=True))
-        return Parts(tuple(Row(position, n, index, m, example) for n, (m, example) in pairs), index)
+        return Parts(tuple(Row(position, n, index, m, example) for n, (m, example) in pairs))
 
     def _measured(self, index: int, examples: list[Any]) -> tuple[Measure, ...]:
         try:

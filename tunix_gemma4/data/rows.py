@@ -119,10 +119,7 @@ class Row:
     columns: dict[str, Any]
 
     def view(
-        self,
-        messages: Sequence[Message],
-        trained: Sequence[bool],
-        images: list[Any] | None = None,
+        self, messages: Sequence[Message], trained: Sequence[bool], images: list[Any] | None = None
     ) -> Conversation:
         """A conversation of these messages; learnt are those of `trained` whose switch is not off.
 
