@@ -17,15 +17,12 @@ from ..config.source import read_json
 from .conversation import Conversation, Turn, model_turns, without_thought
 from .keys import walk
 
-# What a model writes itself. In its turns these stay tokens; all other special tokens, and in
-# other turns these too, are taken as the text that somebody typed.
-_GRAMMAR = (
-    *("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>"),
-    *("<|tool_response>", "<tool_response|>", '<|"|>'),
-)
 _TOOL_RESPONSE = ("<|tool_response>", "<tool_response|>")
 _CALL_END = "<tool_call|>"
 _CHANNEL = ("<|channel>", "<channel|>")
+# What a model writes itself. In its turns these stay tokens; all other special tokens, and in
+# other turns these too, are taken as the text that somebody typed.
+_GRAMMAR = (*_CHANNEL, "<|tool_call>", _CALL_END, *_TOOL_RESPONSE, '<|"|>')
 _QUESTION = [{"role": "user", "content": "question"}]
 # Arguments of `apply_chat_template` that are not the template's.
 _RENDERING = ("messages", "tools", "add_generation_prompt", "tokenize", "chat_template")
