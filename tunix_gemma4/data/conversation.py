@@ -293,19 +293,12 @@ _CALL, _RESULT, _RESULT_END = "<|tool_call>", "<|tool_response>", "<tool_respons
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """A turn of the model: an assistant message, or several with results of tools between them.
+    """A turn of the model: an assistant message, or several with results of tools between them."""
 
-    Attributes:
-        places: of its messages in the conversation.
-        messages: of the assistant.
-        trained: whether it is learnt.
-        thoughts: text by the index of its message.
-    """
-
-    places: list[int]
-    messages: list[dict[str, Any]]
-    trained: bool
-    thoughts: dict[int, str]
+    places: list[int]  # of its messages in the conversation
+    messages: list[dict[str, Any]]  # of the assistant
+    trained: bool  # whether it is learnt
+    thoughts: dict[int, str]  # text by the index of its message
 
     def singles(self) -> list[Turn]:
         """Each message as a turn, as some templates have them."""

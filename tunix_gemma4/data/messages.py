@@ -61,27 +61,17 @@ _REFUSED = {
 
 @dataclasses.dataclass
 class Message:
-    """What a message says, whatever the tool.
+    """What a message says, whatever the tool."""
 
-    Attributes:
-        role: system, user, assistant or tool.
-        content: a string or parts; an image part keeps its image. A tool's may be an object.
-        trained: what its loss switch says; None: it has none.
-        thought: what an assistant thinks before it.
-        calls: of tools, `{"type", "function": {"name", "arguments"}}`, perhaps with an `id`.
-        name: of the tool that answers.
-        call_id: of the call that it answers.
-        unread: keys that mean nothing here.
-    """
-
-    role: str
-    content: Any
-    trained: bool | None = None
-    thought: str = ""
+    role: str  # system, user, assistant or tool
+    content: Any  # a string or parts; an image part keeps its image. A tool's may be an object.
+    trained: bool | None = None  # what its loss switch says; None: it has none
+    thought: str = ""  # what an assistant thinks before it
+    # Of tools, `{"type", "function": {"name", "arguments"}}`, perhaps with an `id`.
     calls: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    name: str | None = None
-    call_id: str | None = None
-    unread: tuple[str, ...] = ()
+    name: str | None = None  # of the tool that answers
+    call_id: str | None = None  # of the call that it answers
+    unread: tuple[str, ...] = ()  # keys that mean nothing here
 
 
 def parts_of(content: Any) -> list[dict[str, Any]]:

@@ -100,25 +100,16 @@ _COUNTS = ("seen", "dropped", "bad", "kept", "left", "supervised")  # of a saved
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
-    """What a pipeline is made of, settled, and what follows from it.
-
-    Attributes:
-        rows: the source.
-        road: what its rows are read into.
-        bucket_lengths, image_buckets: the shapes of batches, where the road has buckets.
-        seed, shuffle: of the order.
-
-    The others are those of `supervised.make_dataset`.
-    """
+    """What a pipeline is made of, settled, and what follows from it; see `make_dataset`."""
 
     rows: Rows
-    road: Road
+    road: Road  # what the rows are read into
     batch_size: int
     gradient_accumulation_steps: int = 1
-    seed: int = 0
+    seed: int = 0  # of the order
     shuffle: bool = True
     num_epochs: int | None = None
-    bucket_lengths: tuple[int, ...] = ()
+    bucket_lengths: tuple[int, ...] = ()  # of batches, where the road has buckets
     image_buckets: tuple[int, ...] = ()
     process_index: int = 0
     process_count: int = 1

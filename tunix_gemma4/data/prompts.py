@@ -25,17 +25,11 @@ _RESERVED = ("prompts", "completions", "rewards", "advantages", "mode", "traject
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prompt:
-    """One prompt on its way to the sampler.
+    """One prompt on its way to the sampler."""
 
-    Attributes:
-        given: as the data set has it; reward functions get this.
-        text: for logs.
-        example: its tokens and packed images.
-    """
-
-    given: Any
-    text: str
-    example: Example
+    given: Any  # as the data set has it; reward functions get this
+    text: str  # for logs
+    example: Example  # its tokens and packed images
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -37,21 +37,13 @@ class RowError(ValueError):
 
 
 class Measure(NamedTuple):
-    """What an example takes.
+    """What an example takes."""
 
-    Attributes:
-        lengths: tokens, one number for each of `Road.limits`.
-        images: how many.
-        supervised: tokens that are learnt.
-        thoughts: how many of earlier turns are left out.
-        unthinking: whether the template tells to think, and no thought is learnt.
-    """
-
-    lengths: tuple[int, ...]
-    images: int
-    supervised: int
-    thoughts: int = 0
-    unthinking: bool = False
+    lengths: tuple[int, ...]  # tokens, one number for each of `Road.limits`
+    images: int  # how many
+    supervised: int  # tokens that are learnt
+    thoughts: int = 0  # how many of earlier turns are left out
+    unthinking: bool = False  # the template tells the model to think, and no thought is learnt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -377,27 +369,19 @@ def rows_to_check(how: How, rows: int, name: str = "data.check") -> int:
 
 @dataclasses.dataclass
 class Checked:
-    """What was found.
+    """What was found."""
 
-    Attributes:
-        rows: of the source.
-        examined: how many of them were read whole.
-        measures: how many examples of each measure there are.
-        kept: the same, without those that are too long.
-        parts: of source rows that do not give one example, how many they give.
-        long: (index, part) of the examples that are too long.
-        bad: what is wrong with rows that are left out.
-        notes: see `road.Road`.
-    """
-
-    rows: int
-    examined: int
+    rows: int  # of the source
+    examined: int  # how many of them were read whole
+    # How many examples of each measure there are; the same, without those that are too long.
     measures: dict[Measure, int] = dataclasses.field(default_factory=dict)
     kept: dict[Measure, int] = dataclasses.field(default_factory=dict)
+    # Of source rows that do not give one example, how many they give.
     parts: dict[int, int] = dataclasses.field(default_factory=dict)
+    # (index, part) of the examples that are too long; what is wrong with rows that are left out.
     long: list[tuple[int, int]] = dataclasses.field(default_factory=list)
     bad: dict[int, str] = dataclasses.field(default_factory=dict)
-    notes: dict[str, dict[str, None]] = dataclasses.field(default_factory=dict)
+    notes: dict[str, dict[str, None]] = dataclasses.field(default_factory=dict)  # see `Road`
 
     @property
     def is_whole(self) -> bool:
