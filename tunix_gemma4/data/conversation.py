@@ -12,6 +12,7 @@ import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+from ..config.source import naming
 from . import keys
 from .keys import first_of, is_empty, is_list, one_of
 from .messages import (
@@ -137,10 +138,8 @@ def read_preference_pair(row: Any) -> dict[str, Conversation]:
         raise ValueError(f"{expected} {sorted(row)}")
     sides = {}
     for side, name, images in (("chosen", chosen, None), ("rejected", rejected, pictures)):
-        try:
+        with naming(repr(name)):
             sides[side] = _answered(*_side(row, name), images)
-        except ValueError as error:
-            raise ValueError(f"{name!r}: {error}") from error
     return sides
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..config.source import parse_json
+from ..config.source import naming, parse_json
 from . import keys
 from .keys import first_of, is_blank, is_empty, is_list, is_null, one_of
 
@@ -102,10 +102,8 @@ def read_messages(given: Any, name: str) -> list[Message]:
         raise ValueError(f"{name!r}: expected a list of messages, found {type(given).__name__}")
     messages: list[Message] = []
     for index, message in enumerate(given):
-        try:
+        with naming(f"message {index}"):
             messages += map(_without_end, _read(message))
-        except ValueError as error:
-            raise ValueError(f"message {index}: {error}") from error
     _name_results(messages)
     return messages
 
@@ -360,10 +358,8 @@ def _part(part: Any) -> dict[str, Any]:
         if key is None or is_blank(part[key]):
             index = part.get("index")
             return {"type": "image"} | ({} if is_blank(index) else {"index": index})
-        try:
+        with naming(repr(key)):
             return {"type": "image", "image": keys.image_in(part[key])}
-        except ValueError as error:
-            raise ValueError(f"{key!r}: {error}") from error
     if kind in ("audio", "audio_url", "input_audio", "video", "video_url"):
         raise ValueError(f"{kind!r} parts are not supported; supported: text and image")
     raise ValueError(
