@@ -111,10 +111,7 @@ def generate(
 def refuse_nonfinite(model: nnx.Module, said: Generated, name: str) -> None:
     """Raises NonFiniteError where an answer came from NaN because of the model's own weights.
 
-    Args:
-        model: that `said` is of.
-        said: by `generate`.
-        name: of the model, for the message.
+    `said` is what `generate` made of the model, whose `name` begins the message.
     """
     if jnp.isfinite(said.logps).all():
         return

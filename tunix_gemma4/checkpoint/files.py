@@ -422,9 +422,7 @@ def sha256(path: Path) -> str:
 def clear_leftovers(folder: Path, name: str | None = None) -> None:
     """Removes what dead processes were writing in `folder`, or puts back what they had moved.
 
-    Args:
-        folder: where to look.
-        name: of what they were writing; None: anything.
+    With a `name`, only what is called that.
     """
     if not folder.is_dir():
         return

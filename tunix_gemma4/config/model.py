@@ -489,13 +489,7 @@ def refuse_float16(config: ModelConfig) -> None:
 
 
 def refuse_ids_beyond(where: str, ids: Mapping[str, int], config: ModelConfig) -> None:
-    """Raises ValueError for tokens that have no row in the embedding.
-
-    Args:
-        where: they come from, for the message.
-        ids: by token.
-        config: of the model that would look them up.
-    """
+    """Raises ValueError for tokens, found `where`, that have no row in the config's embedding."""
     rows = config.rows_of_embedding
     beyond = {token: index for token, index in ids.items() if index >= rows}
     if beyond:

@@ -155,10 +155,8 @@ _PLAIN = {"bool": (bool, "true or false"), "str": (str, "a string"), "dict": (Ma
 def check_fields(cls: type, values: Mapping[str, Any], prefix: str = "") -> None:
     """Raises ValueError for a value that is not of its field's type, or out of range.
 
-    Args:
-        cls: the dataclass; what its annotations say is what is checked.
-        values: of some of its fields.
-        prefix: of the names in messages.
+    What the annotations of the dataclass `cls` say is checked, of the fields that have `values`.
+    Names in messages begin with `prefix`.
     """
     annotations = {field.name: field.type for field in dataclasses.fields(cls)}
     for name, value in values.items():

@@ -524,12 +524,8 @@ def load_tokenizer(directory: Path) -> Any:
 def stop_ids_of(directory: Path, rows: int) -> list[int] | None:
     """The ids of generation_config.json that end an answer; None where it has none.
 
-    Args:
-        directory: of the checkpoint.
-        rows: of its embedding.
-
     Raises:
-        ValueError: naming the file, for what are no ids or have no row.
+        ValueError: naming the file, for what are no ids or have none of the embedding's `rows`.
     """
     path = directory / "generation_config.json"
     if not path.is_file():

@@ -309,11 +309,9 @@ class Turn:
         ]
 
     def missing_from(self, written: str, own: str) -> str | None:
-        """A text of the messages that is not in what the template has written; None: all are.
+        """A text of the messages that is not in the turn as the template has written it, or None.
 
-        Args:
-            written: the turn.
-            own: the turn without what tools answered.
+        `own` is the turn without what tools answered.
         """
         said = [text for message in self.messages for text in texts_of(message["content"])]
         called = [text for message in self.messages for text in _called(message)]

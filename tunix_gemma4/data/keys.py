@@ -145,9 +145,7 @@ REFUSED: dict[str, tuple[Callable[[Mapping[str, Any], str], bool], str]] = {
 def refuse(row: Mapping[str, Any], names: Collection[str] = ()) -> None:
     """Raises ValueError for a key that would change what is trained and is not read.
 
-    Args:
-        row: of any form.
-        names: keys that are columns whatever they mean elsewhere: a reward function asks for them.
+    `names` are columns whatever they mean elsewhere: a reward function asks for them.
     """
     for key, (applies, why) in REFUSED.items():
         if key in row and key not in names and applies(row, key):
@@ -157,12 +155,9 @@ def refuse(row: Mapping[str, Any], names: Collection[str] = ()) -> None:
 def columns(
     row: Mapping[str, Any], consumed: Collection[str], names: Collection[str]
 ) -> dict[str, Any]:
-    """What is left of a row: every key that was not read.
+    """What is left of a row: every key that was not `consumed`, and `names` all the same.
 
-    Args:
-        row: of any form.
-        consumed: what was read of it. A key of another form is a column, unless it is empty.
-        names: keys that are columns all the same.
+    A key of another form is a column, unless it is empty.
     """
     return {
         key: value

@@ -92,12 +92,7 @@ def text_of(content: Any) -> str:
 
 
 def read_messages(given: Any, name: str) -> list[Message]:
-    """A list of messages, those of tools standing behind the calls they answer.
-
-    Args:
-        given: as a data set has it.
-        name: of the key, for errors.
-    """
+    """The messages under the key `name`, those of tools standing behind the calls they answer."""
     if not is_list(given):
         raise ValueError(f"{name!r}: expected a list of messages, found {type(given).__name__}")
     messages: list[Message] = []

@@ -158,10 +158,8 @@ class Plan:
     def refuse_changed(self, changed: list[int], seen: int, what: str) -> None:
         """Raises ValueError if a row that changed is among the first `seen` of the stream.
 
-        Args:
-            changed: indices of source rows that are gone or others since.
-            seen: position in the stream.
-            what: begins the message.
+        `changed` are indices of source rows that are gone or others since; `what` begins the
+        message.
         """
         read = {int(self.order[place]) for place in range(min(seen, len(self.rows)))}
         trained_on = [index for index in changed if index in read]

@@ -236,11 +236,7 @@ class Processor:
         return dataclasses.replace(example, unthinking=told and not thinks)
 
     def encode_all(self, conversation: Any) -> list[Example]:
-        """One row to learn from as the examples it makes: one, or one for each of its turns.
-
-        Args:
-            conversation: see `encode`.
-        """
+        """One row to learn from as the examples it makes: one, or one for each of its turns."""
         if self._thoughts != "each_turn":
             return [self.encode(conversation)]
         read = _read(conversation)

@@ -437,10 +437,7 @@ def check_rows(
 ) -> Checked:
     """Checks the rows of an encoder, which then knows their measures.
 
-    Args:
-        encoder: of a pipeline.
-        threads: that read; 0: none but this.
-        how, log, cache, key, before: see `pipeline.BatchDataset.check`.
+    See `pipeline.BatchDataset.check`. `threads` read besides this one.
     """
     rows, road = encoder.rows, encoder.road
     count = rows_to_check(how, len(rows))

@@ -91,11 +91,7 @@ class Rows:
         return self._before is not None and self._before[index] < 0
 
     def as_before(self, places: np.ndarray) -> Rows:
-        """These rows, numbered as an earlier run did.
-
-        Args:
-            places: for each row of that run, where it is now, or -1; see `find_rows`.
-        """
+        """These rows, numbered as an earlier run did, whose `places` are those of `find_rows`."""
         now, result = self.fingerprints, copy.copy(self)
         result._before = places
         if now is not None:
