@@ -111,10 +111,7 @@ def generate(
 def refuse_nonfinite(model: nnx.Module, said: Generated, name: str) -> None:
     """Raises NonFiniteError where an answer came from NaN because of the model's own weights.
 
-    Args:
-        model: that `said` is of.
-        said: by `generate`.
-        name: of the model, for the message.
+    `said` is what `generate` made of the model, whose `name` begins the message.
     """
     if jnp.isfinite(said.logps).all():
         return
@@ -246,23 +243,14 @@ def _rules(config, stop_ids, pad_id, suppress_ids, temperature, top_p, seed, pla
 
 
 class _Loop(NamedTuple):
-    """What the decode loop carries.
+    """What the decode loop carries."""
 
-    Attributes:
-        step: tokens sampled so far.
-        tokens: int32 [B, max_new_tokens].
-        logps: float32 [B, max_new_tokens].
-        lengths: int32 [B].
-        done: bool [B], rows that have stopped.
-        cache: keys and values of the prompt and of all sampled tokens but the last.
-    """
-
-    step: jax.Array
-    tokens: jax.Array
-    logps: jax.Array
-    lengths: jax.Array
-    done: jax.Array
-    cache: dict
+    step: jax.Array  # tokens sampled so far
+    tokens: jax.Array  # int32 [B, max_new_tokens]
+    logps: jax.Array  # float32 [B, max_new_tokens]
+    lengths: jax.Array  # int32 [B]
+    done: jax.Array  # bool [B], rows that have stopped
+    cache: dict  # keys and values of the prompt and of all sampled tokens but the last
 
 
 @functools.partial(

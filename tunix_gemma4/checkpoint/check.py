@@ -83,12 +83,9 @@ def check_tensors(
 
 
 def check_head(directory: Path, stored: dict[str, files.StoredTensor], *, tied: bool) -> None:
-    """Raises ValueError unless the head is the embedding.
+    """Raises ValueError unless the head is the embedding, which is among what is `stored`.
 
-    Args:
-        directory: for messages.
-        stored: what the directory holds, an embedding among it.
-        tied: what `tie_word_embeddings` says.
+    `tied` is what `tie_word_embeddings` says.
     """
     head, embedding = stored.get(TIED_HEAD), stored[EMBEDDING]
     if head is None:

@@ -30,7 +30,7 @@ import numpy as np
 from absl import logging
 from safetensors import SafetensorError, safe_open
 
-from ..config.source import read_json
+from ..config.source import parse_json, read_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -178,7 +178,10 @@ def read_header(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     with file.open("rb") as stream:
         length = struct.unpack("<Q", stream.read(8))[0]
         header = stream.read(length)
-    content = json.loads(header, object_pairs_hook=lambda pairs: _once(file, pairs))
+    try:
+        content = parse_json(header)  # The package itself takes the last of equal names.
+    except ValueError as error:
+        raise ValueError(f"{file}: not a valid safetensors file ({error})") from error
     metadata = content.pop("__metadata__", None) or {}
     tensors = {}
     for name, entry in content.items():
@@ -186,18 +189,6 @@ def read_header(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
         place = 8 + length + begin, end - begin
         tensors[name] = StoredTensor(name, file, entry["dtype"], tuple(entry["shape"]), *place)
     return tensors, metadata
-
-
-def _once(file: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of `pairs`; the package itself takes the last of equal names."""
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        raise ValueError(
-            f"{file}: not a valid safetensors file (in its header more than once: {listing(twice)})"
-        )
-    return result
 
 
 def _unreadable(file: Path, error: Exception) -> str:
@@ -431,9 +422,7 @@ def sha256(path: Path) -> str:
 def clear_leftovers(folder: Path, name: str | None = None) -> None:
     """Removes what dead processes were writing in `folder`, or puts back what they had moved.
 
-    Args:
-        folder: where to look.
-        name: of what they were writing; None: anything.
+    With a `name`, only what is called that.
     """
     if not folder.is_dir():
         return

@@ -16,21 +16,14 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Domain:
-    """The numbers from `low` to `high`, as float32 has them, or whole ones.
+    """The numbers from `low` to `high`, as float32 has them, or whole ones."""
 
-    Attributes:
-        low, high: bounds; infinity is never within.
-        low_open, high_open: whether the bound itself is not.
-        whole: whether only integers are.
-        also: a number outside that means something of its own.
-    """
-
-    low: float = -math.inf
+    low: float = -math.inf  # infinity is never within
     high: float = math.inf
-    low_open: bool = False
+    low_open: bool = False  # whether the bound itself is not within
     high_open: bool = False
-    whole: bool = False
-    also: int | None = None
+    whole: bool = False  # whether only integers are
+    also: int | None = None  # a number outside that means something of its own
 
     def holds(self, value: Any) -> bool:
         """Whether `value` is such a number."""

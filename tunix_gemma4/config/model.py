@@ -33,14 +33,7 @@ from .parts import (
     refuse_unsupported,
     require_one_of,
 )
-from .source import (
-    DEFAULTS,
-    dtype_of,
-    read_source,
-    refuse_quantized,
-    section,
-    settle_layers,
-)
+from .source import DEFAULTS, dtype_of, read_source, refuse_quantized, section, settle_layers
 from .tunix_names import TunixNames, check_sharding, is_sharding, takes_tunix_names
 
 # In float16 weights may be stored, but nothing is computed; see `refuse_float16`.
@@ -496,13 +489,7 @@ def refuse_float16(config: ModelConfig) -> None:
 
 
 def refuse_ids_beyond(where: str, ids: Mapping[str, int], config: ModelConfig) -> None:
-    """Raises ValueError for tokens that have no row in the embedding.
-
-    Args:
-        where: they come from, for the message.
-        ids: by token.
-        config: of the model that would look them up.
-    """
+    """Raises ValueError for tokens, found `where`, that have no row in the config's embedding."""
     rows = config.rows_of_embedding
     beyond = {token: index for token, index in ids.items() if index >= rows}
     if beyond:

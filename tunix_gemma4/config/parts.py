@@ -130,10 +130,7 @@ class VisionConfig:
 
 
 ATTENTION_IMPLEMENTATIONS = ("auto", "xla", "splash", "triton")
-KINDS: dict[str, Kind] = {
-    "sliding_attention": "sliding",
-    "full_attention": "full",
-}
+KINDS: dict[str, Kind] = {"sliding_attention": "sliding", "full_attention": "full"}
 DEFAULT_ROPE = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
     "full_attention": {
@@ -151,15 +148,15 @@ _AT_LEAST_0 = {
 }  # fmt: skip
 _MOST_LAYERS = 10_000
 _LARGEST = 2**31 - 1
+# What is of one class: that, and what it is called.
+_PLAIN = {"bool": (bool, "true or false"), "str": (str, "a string"), "dict": (Mapping, "an object")}
 
 
 def check_fields(cls: type, values: Mapping[str, Any], prefix: str = "") -> None:
     """Raises ValueError for a value that is not of its field's type, or out of range.
 
-    Args:
-        cls: the dataclass; what its annotations say is what is checked.
-        values: of some of its fields.
-        prefix: of the names in messages.
+    What the annotations of the dataclass `cls` say is checked, of the fields that have `values`.
+    Names in messages begin with `prefix`.
     """
     annotations = {field.name: field.type for field in dataclasses.fields(cls)}
     for name, value in values.items():
@@ -183,16 +180,11 @@ def complaint(name: str, annotation: str, value: Any) -> str | None:
         return f"a whole number from {low} to {high}" + (", or several" * (annotation != "int"))
     if annotation == "float":
         return None if _is_number(value) and 0 < value < math.inf else "a positive number"
-    if annotation == "bool":
-        return None if isinstance(value, bool) else "true or false"
-    if annotation == "str":
-        return None if isinstance(value, str) else "a string"
     if annotation == "list[str]":
         of_strings = isinstance(value, (list, tuple)) and all(isinstance(x, str) for x in value)
         return None if of_strings else "a list of strings"
-    if annotation == "dict":
-        return None if isinstance(value, Mapping) else "an object"
-    return None
+    kind, wanted = _PLAIN.get(annotation, (object, None))
+    return None if isinstance(value, kind) else wanted
 
 
 def _is_whole(value: Any) -> TypeGuard[int]:

@@ -6,10 +6,11 @@ Source: the config classes of `gemma4` and `gemma4_unified` in transformers 5.12
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,15 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"the key {twice!r} stands in one object twice")
     return found
+
+
+@contextlib.contextmanager
+def naming(what: str) -> Iterator[None]:
+    """What is wrong within is said of `what`: a ValueError begins with it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from error
 
 
 def _finite(written: str) -> float:

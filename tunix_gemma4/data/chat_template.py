@@ -15,16 +15,14 @@ from typing import Any, NamedTuple
 
 from ..config.source import read_json
 from .conversation import Conversation, Turn, model_turns, without_thought
+from .keys import walk
 
-# What a model writes itself. In its turns these stay tokens; all other special tokens, and in
-# other turns these too, are taken as the text that somebody typed.
-_GRAMMAR = (
-    *("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>"),
-    *("<|tool_response>", "<tool_response|>", '<|"|>'),
-)
 _TOOL_RESPONSE = ("<|tool_response>", "<tool_response|>")
 _CALL_END = "<tool_call|>"
 _CHANNEL = ("<|channel>", "<channel|>")
+# What a model writes itself. In its turns these stay tokens; all other special tokens, and in
+# other turns these too, are taken as the text that somebody typed.
+_GRAMMAR = (*_CHANNEL, "<|tool_call>", _CALL_END, *_TOOL_RESPONSE, '<|"|>')
 _QUESTION = [{"role": "user", "content": "question"}]
 # Arguments of `apply_chat_template` that are not the template's.
 _RENDERING = ("messages", "tools", "add_generation_prompt", "tokenize", "chat_template")
@@ -412,17 +410,10 @@ def _check_results(conversation: Conversation, rendered: str) -> None:
                 )
 
 
-def _strings(value: Any) -> Iterator[str]:
+def _strings(value: Any) -> list[str]:
     """Every string in it; of parts their texts."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for key, part in value.items():
-            if key not in ("type", "role"):
-                yield from _strings(part)
-    elif isinstance(value, list):
-        for part in value:
-            yield from _strings(part)
+    skipped = {"type", "role"}
+    return [s for path, s in walk(value) if isinstance(s, str) and skipped.isdisjoint(path)]
 
 
 def _any_of(tokens: Sequence[str]) -> re.Pattern:
@@ -533,12 +524,8 @@ def load_tokenizer(directory: Path) -> Any:
 def stop_ids_of(directory: Path, rows: int) -> list[int] | None:
     """The ids of generation_config.json that end an answer; None where it has none.
 
-    Args:
-        directory: of the checkpoint.
-        rows: of its embedding.
-
     Raises:
-        ValueError: naming the file, for what are no ids or have no row.
+        ValueError: naming the file, for what are no ids or have none of the embedding's `rows`.
     """
     path = directory / "generation_config.json"
     if not path.is_file():

@@ -12,6 +12,7 @@ import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+from ..config.source import naming
 from . import keys
 from .keys import first_of, is_empty, is_list, one_of
 from .messages import (
@@ -137,10 +138,8 @@ def read_preference_pair(row: Any) -> dict[str, Conversation]:
         raise ValueError(f"{expected} {sorted(row)}")
     sides = {}
     for side, name, images in (("chosen", chosen, None), ("rejected", rejected, pictures)):
-        try:
+        with naming(repr(name)):
             sides[side] = _answered(*_side(row, name), images)
-        except ValueError as error:
-            raise ValueError(f"{name!r}: {error}") from error
     return sides
 
 
@@ -293,38 +292,26 @@ _CALL, _RESULT, _RESULT_END = "<|tool_call>", "<|tool_response>", "<tool_respons
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """A turn of the model: an assistant message, or several with results of tools between them.
+    """A turn of the model: an assistant message, or several with results of tools between them."""
 
-    Attributes:
-        places: of its messages in the conversation.
-        messages: of the assistant.
-        trained: whether it is learnt.
-        thoughts: text by the index of its message.
-    """
-
-    places: list[int]
-    messages: list[dict[str, Any]]
-    trained: bool
-    thoughts: dict[int, str]
+    places: list[int]  # of its messages in the conversation
+    messages: list[dict[str, Any]]  # of the assistant
+    trained: bool  # whether it is learnt
+    thoughts: dict[int, str]  # text by the index of its message
 
     def singles(self) -> list[Turn]:
         """Each message as a turn, as some templates have them."""
+        pairs = enumerate(zip(self.places, self.messages, strict=True))
+        thoughts = self.thoughts
         return [
-            Turn(
-                [place],
-                [message],
-                self.trained,
-                {0: text} if (text := self.thoughts.get(i)) else {},
-            )
-            for i, (place, message) in enumerate(zip(self.places, self.messages, strict=True))
+            Turn([place], [message], self.trained, {0: thoughts[i]} if i in thoughts else {})
+            for i, (place, message) in pairs
         ]
 
     def missing_from(self, written: str, own: str) -> str | None:
-        """A text of the messages that is not in what the template has written; None: all are.
+        """A text of the messages that is not in the turn as the template has written it, or None.
 
-        Args:
-            written: the turn.
-            own: the turn without what tools answered.
+        `own` is the turn without what tools answered.
         """
         said = [text for message in self.messages for text in texts_of(message["content"])]
         called = [text for message in self.messages for text in _called(message)]
@@ -439,16 +426,5 @@ def _not_in(written: str, texts: Sequence[str]) -> str | None:
 def _called(message: Mapping[str, Any]) -> Iterator[str]:
     for call in message.get("tool_calls", ()):
         yield call["function"]["name"]
-        yield from _leaves(call["function"]["arguments"])
-
-
-def _leaves(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for key, part in value.items():
-            yield key
-            yield from _leaves(part)
-    elif isinstance(value, list | tuple):
-        for part in value:
-            yield from _leaves(part)
+        for path, value in keys.walk(call["function"]["arguments"]):
+            yield from (text for text in (*path[-1:], value) if isinstance(text, str))

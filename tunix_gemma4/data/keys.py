@@ -6,7 +6,7 @@ docs/how-to/data.md lists them with the tools they come from; every other key is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -54,6 +54,17 @@ def is_blank(value: Any) -> bool:
 def is_null(value: Any) -> bool:
     """Whether it is nothing at all: None or NaN."""
     return value is None or (isinstance(value, float | np.floating) and value != value)
+
+
+def walk(value: Any) -> Iterator[tuple[tuple, Any]]:
+    """Every value in lists and objects in each other, in order, with its path."""
+    parts: list[tuple[tuple, Any]] = [((), value)]
+    while parts:
+        path, value = parts.pop()
+        yield path, value
+        inner = enumerate(value) if isinstance(value, list | tuple) else ()
+        inner = value.items() if isinstance(value, Mapping) else inner
+        parts += reversed([((*path, key), part) for key, part in inner])
 
 
 def first_of(row: Mapping[str, Any], names: Collection[str]) -> str | None:
@@ -134,9 +145,7 @@ REFUSED: dict[str, tuple[Callable[[Mapping[str, Any], str], bool], str]] = {
 def refuse(row: Mapping[str, Any], names: Collection[str] = ()) -> None:
     """Raises ValueError for a key that would change what is trained and is not read.
 
-    Args:
-        row: of any form.
-        names: keys that are columns whatever they mean elsewhere: a reward function asks for them.
+    `names` are columns whatever they mean elsewhere: a reward function asks for them.
     """
     for key, (applies, why) in REFUSED.items():
         if key in row and key not in names and applies(row, key):
@@ -146,12 +155,9 @@ def refuse(row: Mapping[str, Any], names: Collection[str] = ()) -> None:
 def columns(
     row: Mapping[str, Any], consumed: Collection[str], names: Collection[str]
 ) -> dict[str, Any]:
-    """What is left of a row: every key that was not read.
+    """What is left of a row: every key that was not `consumed`, and `names` all the same.
 
-    Args:
-        row: of any form.
-        consumed: what was read of it. A key of another form is a column, unless it is empty.
-        names: keys that are columns all the same.
+    A key of another form is a column, unless it is empty.
     """
     return {
         key: value

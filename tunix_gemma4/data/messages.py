@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..config.source import parse_json
+from ..config.source import naming, parse_json
 from . import keys
 from .keys import first_of, is_blank, is_empty, is_list, is_null, one_of
 
@@ -61,27 +61,17 @@ _REFUSED = {
 
 @dataclasses.dataclass
 class Message:
-    """What a message says, whatever the tool.
+    """What a message says, whatever the tool."""
 
-    Attributes:
-        role: system, user, assistant or tool.
-        content: a string or parts; an image part keeps its image. A tool's may be an object.
-        trained: what its loss switch says; None: it has none.
-        thought: what an assistant thinks before it.
-        calls: of tools, `{"type", "function": {"name", "arguments"}}`, perhaps with an `id`.
-        name: of the tool that answers.
-        call_id: of the call that it answers.
-        unread: keys that mean nothing here.
-    """
-
-    role: str
-    content: Any
-    trained: bool | None = None
-    thought: str = ""
+    role: str  # system, user, assistant or tool
+    content: Any  # a string or parts; an image part keeps its image. A tool's may be an object.
+    trained: bool | None = None  # what its loss switch says; None: it has none
+    thought: str = ""  # what an assistant thinks before it
+    # Of tools, `{"type", "function": {"name", "arguments"}}`, perhaps with an `id`.
     calls: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    name: str | None = None
-    call_id: str | None = None
-    unread: tuple[str, ...] = ()
+    name: str | None = None  # of the tool that answers
+    call_id: str | None = None  # of the call that it answers
+    unread: tuple[str, ...] = ()  # keys that mean nothing here
 
 
 def parts_of(content: Any) -> list[dict[str, Any]]:
@@ -102,20 +92,13 @@ def text_of(content: Any) -> str:
 
 
 def read_messages(given: Any, name: str) -> list[Message]:
-    """A list of messages, those of tools standing behind the calls they answer.
-
-    Args:
-        given: as a data set has it.
-        name: of the key, for errors.
-    """
+    """The messages under the key `name`, those of tools standing behind the calls they answer."""
     if not is_list(given):
         raise ValueError(f"{name!r}: expected a list of messages, found {type(given).__name__}")
     messages: list[Message] = []
     for index, message in enumerate(given):
-        try:
+        with naming(f"message {index}"):
             messages += map(_without_end, _read(message))
-        except ValueError as error:
-            raise ValueError(f"message {index}: {error}") from error
     _name_results(messages)
     return messages
 
@@ -370,10 +353,8 @@ def _part(part: Any) -> dict[str, Any]:
         if key is None or is_blank(part[key]):
             index = part.get("index")
             return {"type": "image"} | ({} if is_blank(index) else {"index": index})
-        try:
+        with naming(repr(key)):
             return {"type": "image", "image": keys.image_in(part[key])}
-        except ValueError as error:
-            raise ValueError(f"{key!r}: {error}") from error
     if kind in ("audio", "audio_url", "input_audio", "video", "video_url"):
         raise ValueError(f"{kind!r} parts are not supported; supported: text and image")
     raise ValueError(

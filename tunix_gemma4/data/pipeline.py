@@ -100,29 +100,16 @@ _COUNTS = ("seen", "dropped", "bad", "kept", "left", "supervised")  # of a saved
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
-    """What a pipeline is made of, settled, and what follows from it.
-
-    Attributes:
-        rows: the source.
-        road: what its rows are read into.
-        batch_size: rows of a micro-batch, of all processes together.
-        gradient_accumulation_steps: micro-batches of a step.
-        seed, shuffle: of the order.
-        num_epochs: None: without end.
-        bucket_lengths, image_buckets: the shapes of batches, where the road has buckets.
-        process_index, process_count: this process, and how many there are.
-        prefetch: micro-batches prepared ahead by a thread; 0 works without threads.
-        skip_bad_rows: leave out what cannot be read, and count it.
-    """
+    """What a pipeline is made of, settled, and what follows from it; see `make_dataset`."""
 
     rows: Rows
-    road: Road
+    road: Road  # what the rows are read into
     batch_size: int
     gradient_accumulation_steps: int = 1
-    seed: int = 0
+    seed: int = 0  # of the order
     shuffle: bool = True
     num_epochs: int | None = None
-    bucket_lengths: tuple[int, ...] = ()
+    bucket_lengths: tuple[int, ...] = ()  # of batches, where the road has buckets
     image_buckets: tuple[int, ...] = ()
     process_index: int = 0
     process_count: int = 1
@@ -171,10 +158,8 @@ class Plan:
     def refuse_changed(self, changed: list[int], seen: int, what: str) -> None:
         """Raises ValueError if a row that changed is among the first `seen` of the stream.
 
-        Args:
-            changed: indices of source rows that are gone or others since.
-            seen: position in the stream.
-            what: begins the message.
+        `changed` are indices of source rows that are gone or others since; `what` begins the
+        message.
         """
         read = {int(self.order[place]) for place in range(min(seen, len(self.rows)))}
         trained_on = [index for index in changed if index in read]
@@ -391,15 +376,6 @@ def _places(rows: Sequence[Row]) -> list:
     return [[row.position, row.part] if row.part else row.position for row in rows]
 
 
-class _StepDataset(grain.IterDataset):
-    def __init__(self, plan: Plan):
-        super().__init__()
-        self._plan = plan
-
-    def __iter__(self) -> _StepIterator:
-        return _StepIterator(self._plan)
-
-
 class BatchIterator(grain.DatasetIterator):
     """Yields batches; `get_state` is a JSON-serializable dict, `set_state` goes back to it.
 
@@ -463,13 +439,9 @@ class BatchDataset(OfRows, grain.IterDataset):
         self.checked: Checked | None = None
 
     def __iter__(self) -> BatchIterator:
-        return BatchIterator(
-            iter(
-                grain.experimental.ThreadPrefetchIterDataset(
-                    _StepDataset(self.plan), prefetch_buffer_size=self.plan.prefetch
-                )
-            )
-        )
+        steps = _StepIterator(self.plan)
+        ahead = grain.experimental.ThreadPrefetchDatasetIterator(steps, self.plan.prefetch)
+        return BatchIterator(ahead)
 
     @property
     def name(self) -> str:

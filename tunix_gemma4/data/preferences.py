@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
+from ..config.source import naming
 from .conversation import Conversation, read_preference_pair
 from .pipeline import BatchDataset, BatchIterator, Plan
 from .processor import Example, ImageSlots, Processor
@@ -52,11 +53,9 @@ def read_preference(row: Mapping[str, Any], processor: Processor) -> Preference:
 def _encoded(pair: Mapping[str, Conversation], processor: Processor) -> Preference:
     sides = []
     for name, side in pair.items():
-        try:
+        with naming(repr(name)):
             example = processor.encode(side)
             sides.append((example.images, *_split(example)))
-        except ValueError as error:
-            raise ValueError(f"{name!r}: {error}") from error
     (images, tokens, chosen), (other_images, other_tokens, rejected) = sides
     most = min(len(tokens), len(other_tokens))
     if len(tokens) != len(other_tokens):

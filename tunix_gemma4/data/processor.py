@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from ..config import ModelConfig, refuse_ids_beyond
+from ..config.source import naming
 from .chat_template import (
     ChatFormat,
     Segment,
@@ -154,19 +155,14 @@ class Processor:
         if stop is None:
             own = config.source.get("eos_token_id")
             config.eos_token_id = config.eos_token_id if own is None else own
-        try:
+        with naming(str(directory)):
             return cls(
-                tokenizer,
-                config,
-                stop,
-                soft_tokens_of(directory, max_soft_tokens),
+                *(tokenizer, config, stop, soft_tokens_of(directory, max_soft_tokens)),
                 thinking=thinking,
                 thoughts=thoughts,
                 transformers_alpha=transformers_alpha,
                 chat_template_kwargs=chat_template_kwargs,
             )
-        except ValueError as error:
-            raise ValueError(f"{directory}: {error}") from error
 
     def __call__(
         self,
@@ -191,11 +187,9 @@ class Processor:
             raise ValueError("expected a list of conversations, found one; put it in a list")
         examples = []
         for index, conversation in enumerate(conversations):
-            try:
+            with naming(f"example {index}"):
                 example = self.encode(conversation, add_generation_prompt=add_generation_prompt)
-            except ValueError as error:
-                raise ValueError(f"example {index}: {error}") from error
-            examples.append(example)
+                examples.append(example)
         return self.collate(
             examples,
             length=length,
@@ -242,11 +236,7 @@ class Processor:
         return dataclasses.replace(example, unthinking=told and not thinks)
 
     def encode_all(self, conversation: Any) -> list[Example]:
-        """One row to learn from as the examples it makes: one, or one for each of its turns.
-
-        Args:
-            conversation: see `encode`.
-        """
+        """One row to learn from as the examples it makes: one, or one for each of its turns."""
         if self._thoughts != "each_turn":
             return [self.encode(conversation)]
         read = _read(conversation)
@@ -364,11 +354,9 @@ class Processor:
         packed = self._packer.empty(len(images))
         counts = []
         for index, image in enumerate(images):
-            try:
+            with naming(f"image {index}"):
                 packed[index], count = self._packer.pack(image)
-            except ValueError as error:
-                raise ValueError(f"image {index}: {error}") from error
-            counts.append(count)
+                counts.append(count)
         return packed, counts
 
     def collate(

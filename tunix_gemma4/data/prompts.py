@@ -25,17 +25,11 @@ _RESERVED = ("prompts", "completions", "rewards", "advantages", "mode", "traject
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prompt:
-    """One prompt on its way to the sampler.
+    """One prompt on its way to the sampler."""
 
-    Attributes:
-        given: as the data set has it; reward functions get this.
-        text: for logs.
-        example: its tokens and packed images.
-    """
-
-    given: Any
-    text: str
-    example: Example
+    given: Any  # as the data set has it; reward functions get this
+    text: str  # for logs
+    example: Example  # its tokens and packed images
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -47,13 +41,7 @@ class Asked:
 
 
 class PromptRoad(Road):
-    """Prompts, as a learner of reinforcement learning takes them.
-
-    Args:
-        processor: of the checkpoint.
-        max_prompt_length: tokens; longer prompts are left out and counted.
-        column, system, names: see `read_prompt`.
-    """
+    """Prompts, as a learner of reinforcement learning takes them; see `PromptRows`."""
 
     columns_are = "columns for rewards"
     dropped_text = "{name}: {dropped} of {rows} prompts are left out, longer than {limits}"
@@ -190,11 +178,9 @@ class PromptRows(OfRows):
         return [n for n in range(len(self.plan.rows)) if self.plan.encoder.kept(n)]
 
     def refuse_changed(self, batches: PromptBatches, what: str) -> None:
-        """Raises ValueError if rows that a run has trained on are gone or others since.
+        """Raises ValueError, which begins with `what`, if rows of a run are gone or others since.
 
-        Args:
-            batches: the run's, from where it stands.
-            what: begins the message.
+        `batches` are the run's, from where it stands: only what it has trained on counts.
         """
         if self._changed:
             plan = batches.plan()

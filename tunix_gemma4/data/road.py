@@ -25,8 +25,8 @@ from tqdm import tqdm
 from ..checkpoint.files import write_text
 from .conversation import Conversation
 from .images import is_path
-from .keys import image_in
-from .sources import Rows, check_text, field_name, walk
+from .keys import image_in, walk
+from .sources import Rows, check_text, field_name
 
 _LONGEST_TEXT = 400  # characters of an error that may hold a whole row
 _HELD_BYTES = 256 << 20  # of examples that were read before their turn
@@ -37,21 +37,13 @@ class RowError(ValueError):
 
 
 class Measure(NamedTuple):
-    """What an example takes.
+    """What an example takes."""
 
-    Attributes:
-        lengths: tokens, one number for each of `Road.limits`.
-        images: how many.
-        supervised: tokens that are learnt.
-        thoughts: how many of earlier turns are left out.
-        unthinking: whether the template tells to think, and no thought is learnt.
-    """
-
-    lengths: tuple[int, ...]
-    images: int
-    supervised: int
-    thoughts: int = 0
-    unthinking: bool = False
+    lengths: tuple[int, ...]  # tokens, one number for each of `Road.limits`
+    images: int  # how many
+    supervised: int  # tokens that are learnt
+    thoughts: int = 0  # how many of earlier turns are left out
+    unthinking: bool = False  # the template tells the model to think, and no thought is learnt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +61,7 @@ class Row:
 class Parts:
     """What one source row gives: its examples, or what is wrong with it."""
 
-    rows: tuple[Row, ...]
-    index: int
+    rows: tuple[Row, ...] = ()
     error: str | None = None
 
 
@@ -209,12 +200,11 @@ class Encoder:
         """Source row `index` at `position` of the stream."""
         known = self.measures.get(index)
         if self.rows.is_gone(index):
-            return Parts((), index)
+            return Parts()
         if index in self.bad:
-            return Parts((), index, self.bad[index])
+            return Parts(error=self.bad[index])
         if known is not None and not self._keep_examples:
-            rows = (Row(position, part, index, m, None) for part, m in enumerate(known))
-            return Parts(tuple(rows), index)
+            return Parts(tuple(Row(position, n, index, m, None) for n, m in enumerate(known)))
         try:
             examples = self.hold(index) if hold else self.examples(index)
             measures = self._measured(index, examples)
@@ -222,11 +212,11 @@ class Encoder:
             if not self.skip_bad_rows:
                 raise
             self.bad[index] = str(error)
-            return Parts((), index, str(error))
+            return Parts(error=str(error))
         self.measures[index] = measures
         self.long |= {(index, n) for n, m in enumerate(measures) if self.road.too_long(m)}
         pairs = enumerate(zip(measures, examples, strict=True))
-        return Parts(tuple(Row(position, n, index, m, example) for n, (m, example) in pairs), index)
+        return Parts(tuple(Row(position, n, index, m, example) for n, (m, example) in pairs))
 
     def _measured(self, index: int, examples: list[Any]) -> tuple[Measure, ...]:
         try:
@@ -379,27 +369,19 @@ def rows_to_check(how: How, rows: int, name: str = "data.check") -> int:
 
 @dataclasses.dataclass
 class Checked:
-    """What was found.
+    """What was found."""
 
-    Attributes:
-        rows: of the source.
-        examined: how many of them were read whole.
-        measures: how many examples of each measure there are.
-        kept: the same, without those that are too long.
-        parts: of source rows that do not give one example, how many they give.
-        long: (index, part) of the examples that are too long.
-        bad: what is wrong with rows that are left out.
-        notes: see `road.Road`.
-    """
-
-    rows: int
-    examined: int
+    rows: int  # of the source
+    examined: int  # how many of them were read whole
+    # How many examples of each measure there are; the same, without those that are too long.
     measures: dict[Measure, int] = dataclasses.field(default_factory=dict)
     kept: dict[Measure, int] = dataclasses.field(default_factory=dict)
+    # Of source rows that do not give one example, how many they give.
     parts: dict[int, int] = dataclasses.field(default_factory=dict)
+    # (index, part) of the examples that are too long; what is wrong with rows that are left out.
     long: list[tuple[int, int]] = dataclasses.field(default_factory=list)
     bad: dict[int, str] = dataclasses.field(default_factory=dict)
-    notes: dict[str, dict[str, None]] = dataclasses.field(default_factory=dict)
+    notes: dict[str, dict[str, None]] = dataclasses.field(default_factory=dict)  # see `Road`
 
     @property
     def is_whole(self) -> bool:
@@ -455,10 +437,7 @@ def check_rows(
 ) -> Checked:
     """Checks the rows of an encoder, which then knows their measures.
 
-    Args:
-        encoder: of a pipeline.
-        threads: that read; 0: none but this.
-        how, log, cache, key, before: see `pipeline.BatchDataset.check`.
+    See `pipeline.BatchDataset.check`. `threads` read besides this one.
     """
     rows, road = encoder.rows, encoder.road
     count = rows_to_check(how, len(rows))

@@ -50,30 +50,21 @@ _FOREIGN = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Conversation:
-    """Messages as a chat template takes them, and what it does not take.
+    """Messages as a chat template takes them, and what it does not take."""
 
-    Attributes:
-        messages: `role` (system, user, assistant or tool) and `content`, a string or a list of
-            parts; image parts carry no image. An assistant's may have `reasoning_content` and
-            `tool_calls`, a tool's has the `name` of its tool.
-        images: one for each image part, in order.
-        trained: for each assistant message, whether it is to be learnt.
-        tools: definitions for the template; None for none.
-        arguments: further arguments of the template, such as `enable_thinking`.
-        text: a prompt that already follows the template, in place of the messages before the
-            answer; None: there is none.
-        columns: what else the row has.
-        unread: names of keys in its messages that mean nothing here.
-    """
-
+    # `role` (system, user, assistant or tool) and `content`, a string or a list of parts; image
+    # parts carry no image. An assistant's may have `reasoning_content` and `tool_calls`, a tool's
+    # has the `name` of its tool.
     messages: list[dict[str, Any]]
-    images: list[Any]
-    trained: list[bool]
-    tools: list[dict[str, Any]] | None = None
+    images: list[Any]  # one for each image part, in order
+    trained: list[bool]  # for each assistant message, whether it is to be learnt
+    tools: list[dict[str, Any]] | None = None  # definitions for the template; None for none
+    # Further arguments of the template, such as `enable_thinking`.
     arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
+    # A prompt that already follows the template, in place of the messages before the answer.
     text: str | None = None
-    columns: dict[str, Any] = dataclasses.field(default_factory=dict)
-    unread: tuple[str, ...] = ()
+    columns: dict[str, Any] = dataclasses.field(default_factory=dict)  # what else the row has
+    unread: tuple[str, ...] = ()  # names of keys in its messages that mean nothing here
 
     @property
     def given(self) -> str | list[dict[str, Any]]:
@@ -94,35 +85,21 @@ class Conversation:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What a row says, whatever its form.
+    """What a row says, whatever its form."""
 
-    Attributes:
-        form: the key under which its conversation stands.
-        messages: the prompt with its history, or the whole conversation.
-        completion: the answer where it stands by itself; None: it has none.
-        answer: the key of that answer.
-        whole: whether answers in `messages` are learnt too.
-        text: a prompt that already follows the template; `messages` is empty then.
-        images: those beside the messages; None: the row has no such column.
-        tools, arguments, columns: see `Conversation`.
-    """
-
-    form: str
-    messages: list[Message]
-    completion: list[Message] | None
-    answer: str | None
-    whole: bool
-    text: str | None
-    images: list[Any] | None
-    tools: list[dict[str, Any]] | None
+    form: str  # the key under which its conversation stands
+    messages: list[Message]  # the prompt with its history, or the whole conversation
+    completion: list[Message] | None  # the answer where it stands by itself; None: it has none
+    answer: str | None  # the key of that answer
+    whole: bool  # whether answers in `messages` are learnt too
+    text: str | None  # a prompt that already follows the template; `messages` is empty then
+    images: list[Any] | None  # those beside the messages; None: the row has no such column
+    tools: list[dict[str, Any]] | None  # this and what follows: see `Conversation`
     arguments: dict[str, Any]
     columns: dict[str, Any]
 
     def view(
-        self,
-        messages: Sequence[Message],
-        trained: Sequence[bool],
-        images: list[Any] | None = None,
+        self, messages: Sequence[Message], trained: Sequence[bool], images: list[Any] | None = None
     ) -> Conversation:
         """A conversation of these messages; learnt are those of `trained` whose switch is not off.
 

@@ -17,7 +17,7 @@ import numpy as np
 from ..checkpoint.files import sha256
 from ..config.source import parse_json
 from .images import is_path
-from .keys import ANSWERS, CHOSEN, CONVERSATIONS, IMAGE_PARTS, IMAGES, PROMPTS, REJECTED
+from .keys import ANSWERS, CHOSEN, CONVERSATIONS, IMAGE_PARTS, IMAGES, PROMPTS, REJECTED, walk
 
 # Keys of lists of images, and those under which messages and parts may stand in each other.
 _IMAGES = (*IMAGES, "rejected_images")
@@ -91,11 +91,7 @@ class Rows:
         return self._before is not None and self._before[index] < 0
 
     def as_before(self, places: np.ndarray) -> Rows:
-        """These rows, numbered as an earlier run did.
-
-        Args:
-            places: for each row of that run, where it is now, or -1; see `find_rows`.
-        """
+        """These rows, numbered as an earlier run did, whose `places` are those of `find_rows`."""
         now, result = self.fingerprints, copy.copy(self)
         result._before = places
         if now is not None:
@@ -177,18 +173,6 @@ def follow_rows(rows: Rows, before: str | None) -> tuple[Rows, list[int]] | None
         )
     places, changed = found
     return rows.as_before(places), changed.tolist()
-
-
-def walk(row) -> Iterator[tuple[tuple, object]]:
-    """Every value in a row's lists and objects, with its path."""
-    parts = [((), row)]
-    while parts:
-        path, value = parts.pop()
-        yield path, value
-        if isinstance(value, Mapping):
-            parts += [((*path, key), part) for key, part in value.items()]
-        elif isinstance(value, list | tuple):
-            parts += [((*path, number), part) for number, part in enumerate(value)]
 
 
 def field_name(path: tuple) -> str:

@@ -14,14 +14,12 @@ import numpy as np
 
 from ..config.domains import require
 from .conversation import read_conversation
-from .pipeline import BatchDataset, BatchIterator, Plan
+from .pipeline import BatchDataset, Plan
 from .processor import Batch, Example
 from .road import Measure, Road
 from .sources import Rows
 
 _SHORTEST_BUCKET = 64  # tokens
-
-__all__ = ["BatchDataset", "BatchIterator", "make_dataset"]
 
 
 class ConversationRoad(Road):
