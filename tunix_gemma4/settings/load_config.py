@@ -159,7 +159,7 @@ def recipe_text(recipes: Recipes) -> str:
     paths = find_recipes(recipes)
     if len(paths) == 1:
         return paths[0].read_text("utf-8")
-    names = " ".join(map(name_of, paths))
+    names = " ".join(path.stem for path in paths)
     lines = [
         f"# {names}, and what they say with each other; nothing more is said with this",
         "# file, so that a machine is to be named before printing.",
