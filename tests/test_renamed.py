@@ -2,6 +2,7 @@
 """Names that modules had in version 0.1 are importable for one version more."""
 
 import importlib
+import inspect
 import sys
 
 import pytest
@@ -34,6 +35,43 @@ def test_a_former_module_has_its_names_and_says_its_new_one(module):
     sys.modules.pop(name, None)
     with pytest.warns(DeprecationWarning, match=f"{name} is called tunix_gemma4"):
         exec(f"from {name} import {', '.join(NAMES[module].split())}", {})
+
+
+_TRAINING = (
+    "eval_steps=100, save_steps=100, save_total_limit=3, keep_steps=(), report_to='tensorboard'"
+)
+# Of functions that read settings today.
+SIGNATURES = {
+    "settings.make_training_config": "(output_dir, *, max_steps, gradient_accumulation_steps=1, "
+    f"{_TRAINING})",
+    "settings.training_fields": f"(output_dir, *, max_steps, {_TRAINING})",
+    "grpo.make_rollout_config": "(*, max_prompt_length, max_completion_length, temperature=1.0, "
+    "top_p=None, top_k=None, seed=0)",
+    "grpo.make_cluster": "(policy, reference, processor, *, optimizer, mesh, rollout_mesh, sizes, "
+    f"rollout, output_dir, max_steps, {_TRAINING})",
+    "grpo.make_algorithm": "(loss_type, *, num_generations, num_iterations=1, beta=0.0, "
+    "kl_estimator='k3', epsilon=0.2, epsilon_high=None)",
+}
+
+
+@pytest.mark.filterwarnings("ignore:tunix_gemma4:DeprecationWarning")
+def test_a_former_function_takes_the_words_it_took():
+    def function(name):
+        module, _, name = name.partition(".")
+        return getattr(importlib.import_module(f"tunix_gemma4.host.{module}"), name)
+
+    assert {name: str(inspect.signature(function(name))) for name in SIGNATURES} == SIGNATURES
+    with pytest.raises(TypeError, match="make_algorithm.* 'temperature'"):
+        function("grpo.make_learner")(None, "grpo", [], num_generations=2, temperature=1.0)
+    make = function("settings.make_training_config")
+    assert make("out", max_steps=3).gradient_accumulation_steps is None
+    assert make("out", max_steps=3, gradient_accumulation_steps=2).gradient_accumulation_steps == 2
+    shared = function("settings.training_fields")("out", max_steps=None, eval_steps=7)
+    assert (shared["max_steps"], shared["eval_every_n_steps"]) == (None, 7)
+    rollout = function("grpo.make_rollout_config")(max_prompt_length=3, max_completion_length=4)
+    assert (rollout.kv_cache_size, rollout.temperature, rollout.top_p) == (7, 1.0, None)
+    _, algorithm = function("grpo.make_algorithm")("gspo", num_generations=4, epsilon_high=0.3)
+    assert (algorithm.num_generations, algorithm.epsilon_high) == (4, 0.3)
 
 
 @pytest.mark.filterwarnings("error")

@@ -2,8 +2,7 @@
 """The former name of `tunix_gemma4.plugin.rl.cluster`, which took words and no settings."""
 
 import dataclasses
-
-from tunix.rl.rollout.base_rollout import RolloutConfig
+from typing import Any
 
 from tunix_gemma4._renamed import warn
 from tunix_gemma4.config.domains import require
@@ -11,10 +10,7 @@ from tunix_gemma4.plugin.rl import cluster as _now
 
 # What follows takes the place of some of these.
 from tunix_gemma4.plugin.rl.cluster import *  # noqa: F403  # pyright: ignore[reportAssignmentType]
-from tunix_gemma4.settings.grpo import (
-    GrpoRunConfig as _GrpoRunConfig,
-    PromptConfig as _PromptConfig,
-)
+from tunix_gemma4.settings.grpo import GrpoRunConfig as _GrpoRunConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,15 +24,19 @@ class Sizes:
     updates_per_batch: int = 1
 
 
-def make_rollout_config(*, max_prompt_length, max_completion_length, **words):
+def make_rollout_config(
+    *, max_prompt_length, max_completion_length, temperature=1.0, top_p=None, top_k=None, seed=0
+):
     """How completions are sampled; lengths in tokens."""
     require(max_prompt_length=max_prompt_length, max_completion_length=max_completion_length)
-    require(**words)
-    return RolloutConfig(
+    sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+    require(**sampling)
+    sampling["seed"] = seed
+    return _now.RolloutConfig(
         max_prompt_length=max_prompt_length,
         max_tokens_to_generate=max_completion_length,
         kv_cache_size=max_prompt_length + max_completion_length,
-        **{"temperature": 1.0, "top_p": None, "top_k": None, "seed": 0} | words,
+        **sampling,
     )
 
 
@@ -51,41 +51,60 @@ def make_cluster(
     sizes,
     rollout,
     output_dir,
+    max_steps,
+    eval_steps=100,
+    save_steps=100,
+    save_total_limit=3,
     keep_steps=(),
-    **words,
+    report_to="tensorboard",
 ):
     """A cluster that goes on from the latest checkpoint below `output_dir`."""
     config = _GrpoRunConfig(
         output_dir=str(output_dir),
+        max_steps=max_steps,
+        eval_steps=eval_steps,
+        save_steps=save_steps,
+        save_total_limit=save_total_limit,
         keep_steps=list(keep_steps),
-        data=_PromptConfig(max_prompt_length=rollout.max_prompt_length),
-        max_completion_length=rollout.max_tokens_to_generate,
-        temperature=rollout.temperature,
-        top_p=rollout.top_p,
-        top_k=rollout.top_k,
-        seed=rollout.seed,
+        report_to=report_to,
         batch_size=sizes.mini * sizes.updates_per_batch,
         mini_batch_size=sizes.mini,
         train_micro_batch_size=sizes.train_micro,
         rollout_micro_batch_size=sizes.rollout_micro,
         compute_logps_micro_batch_size=sizes.logps_micro,
-        **words,
     )
-    meshes = {"optimizer": optimizer, "mesh": mesh, "rollout_mesh": rollout_mesh}
-    if _now.cluster_config(config, **meshes).rollout_config != rollout:
-        raise ValueError("rollout: expected what make_rollout_config gives, with nothing added")
-    return _now.make_cluster(policy, reference, processor, config, **meshes)
+    meshes = {"mesh": mesh, "rollout_mesh": rollout_mesh}
+    told = _now.cluster_config(config, optimizer=optimizer, **meshes)
+    cluster = _now.RLCluster(
+        actor=policy,
+        reference=reference,
+        tokenizer=processor.tokenizer,
+        cluster_config=dataclasses.replace(told, rollout_config=rollout),
+    )
+    _now.set_processor(cluster, processor)
+    directory = _now.checkpoint_directory(config.output_dir).absolute()
+    _now._restore(cluster, directory, config.updates_per_batch)
+    return cluster
 
 
-def make_algorithm(loss_type, **words):
+def make_algorithm(
+    loss_type,
+    *,
+    num_generations,
+    num_iterations=1,
+    beta=0.0,
+    kl_estimator="k3",
+    epsilon=0.2,
+    epsilon_high=None,
+):
     """The host's learner class of a loss, and its settings."""
-    return _now.make_algorithm(_GrpoRunConfig(loss_type=loss_type, **words))
+    return _now.make_algorithm(_GrpoRunConfig(**locals()))
 
 
-def make_learner(cluster, loss_type, reward_fns, **words):
-    """The host's learner of a loss, whose rewards are added."""
-    config = _GrpoRunConfig(loss_type=loss_type, **words)
-    return _now.make_learner(cluster, config, reward_fns)
+def make_learner(cluster, loss_type, reward_fns, **algorithm):
+    """The host's learner of a loss, whose rewards are added; see `make_algorithm`."""
+    learner, config = make_algorithm(loss_type, **algorithm)
+    return learner(rl_cluster=cluster, algo_config=config, reward_fns=list(reward_fns))
 
 
 warn(__name__, "tunix_gemma4.plugin.rl.cluster")

@@ -14,15 +14,36 @@ _SHARED = (
 )
 
 
-def make_training_config(output_dir, *, max_steps, keep_steps=(), **words):
-    """Tunix's configuration of a trainer; see `RunConfig` for `words`."""
-    given = {"output_dir": str(output_dir), "keep_steps": list(keep_steps), **words}
-    return _now.make_training_config(_RunConfig(max_steps=max_steps, **given))
+def make_training_config(
+    output_dir,
+    *,
+    max_steps,
+    gradient_accumulation_steps=1,
+    eval_steps=100,
+    save_steps=100,
+    save_total_limit=3,
+    keep_steps=(),
+    report_to="tensorboard",
+):
+    """Tunix's configuration of a trainer that saves and logs below `output_dir`."""
+    given = locals() | {"output_dir": str(output_dir), "keep_steps": list(keep_steps)}
+    # What was below 1 meant 1.
+    given["gradient_accumulation_steps"] = max(gradient_accumulation_steps, 1)
+    return _now.make_training_config(_RunConfig(**given))
 
 
-def training_fields(output_dir, *, max_steps, **words):
+def training_fields(
+    output_dir,
+    *,
+    max_steps,
+    eval_steps=100,
+    save_steps=100,
+    save_total_limit=3,
+    keep_steps=(),
+    report_to="tensorboard",
+):
     """What the configurations of all of Tunix's trainers share."""
-    config = make_training_config(output_dir, max_steps=max_steps, **words)
+    config = make_training_config(**locals())
     return {name: getattr(config, name) for name in _SHARED}
 
 
