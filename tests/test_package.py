@@ -5,6 +5,7 @@ import ast
 import re
 import subprocess
 import sys
+from importlib.util import resolve_name
 from pathlib import Path
 
 import yaml
@@ -51,15 +52,18 @@ MODULES = {module_name(path): path for path in PACKAGE_SOURCES}
 
 
 def runtime_nodes(tree):
-    """All nodes, except what stands under `if TYPE_CHECKING`."""
+    """All nodes, except what stands under `if TYPE_CHECKING`; its `else` is run."""
     for node in ast.iter_child_nodes(tree):
-        if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)):
-            yield node
-            yield from runtime_nodes(node)
+        if isinstance(node, ast.If) and re.fullmatch(
+            r"(typing\.)?TYPE_CHECKING", ast.unparse(node.test)
+        ):
+            node = ast.Module(node.orelse, [])
+        yield node
+        yield from runtime_nodes(node)
 
 
-def imported_modules(path, nodes=runtime_nodes):
-    """Dotted names of everything that `path` imports when it runs, inside functions too."""
+def imported_modules(path, nodes=ast.walk):
+    """Dotted names of everything that `path` imports, inside functions and for types too."""
     found = set()
     package = module_name(path).split(".")
     if path.name != "__init__.py":
@@ -73,11 +77,23 @@ def imported_modules(path, nodes=runtime_nodes):
             for alias in node.names:
                 full = f"{base}.{alias.name}"
                 found.add(full if full in MODULES else base)
+        elif isinstance(node, ast.Call) and re.search(
+            r"\b(import_module|__import__)$", ast.unparse(node.func)
+        ):
+            named = [*node.args, *(word.value for word in node.keywords)][:1]
+            names = [one.value for one in named if isinstance(one, ast.Constant)]
+            found.update(resolve_name(name, ".".join(package)) for name in names)
     return found
 
 
 def imported_roots(path):
-    return {name.split(".")[0] for name in imported_modules(path)}
+    return {name.split(".")[0] for name in imported_modules(path, runtime_nodes)}
+
+
+def packages(name):
+    """Those around a module, which are imported before it."""
+    words = name.split(".")
+    return {".".join(words[:end]) for end in range(1, len(words))}
 
 
 def part(name):
@@ -92,7 +108,7 @@ def level_of(name):
 def importers_of(library):
     return {
         path.relative_to(PACKAGE).parts[0]
-        for path in PACKAGE_SOURCES
+        for path in sources(NAME)
         if library in imported_roots(path)
     }
 
@@ -128,10 +144,12 @@ def test_imports_go_downwards_only():
 
 
 def test_no_modules_import_each_other_in_a_circle():
-    """Not for the sake of a type either."""
-    graph = {
-        name: imported_modules(path, ast.walk) & set(MODULES) for name, path in MODULES.items()
-    }
+    """Not for the sake of a type either, and not by way of the package that holds a module."""
+    graph = {}
+    for name, path in MODULES.items():
+        found = imported_modules(path)
+        around = {parent for other in found for parent in packages(other)}
+        graph[name] = (found | around - packages(name) - {name}) & set(MODULES)
     done = set()
 
     def visit(name, trail):
