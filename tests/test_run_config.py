@@ -67,6 +67,9 @@ def test_settings_survive_being_written_and_read(write):
         ("learning_rat", "learning_rate"),
         ("lora.rnk", "lora.rank"),
         ("lora.r", "lora.rank"),
+        ("lora.lora_alpha", "lora.alpha"),
+        ("lora.target_modules", "lora.targets"),
+        ("lora.module_path", "lora.targets"),
         ("data.max_len", "data.max_length"),
         ("max_length", "data.max_length"),
         ("per_device_train_batch_size", "batch_size"),
@@ -92,7 +95,21 @@ def test_unknown_key_of_the_file_names_the_file(write):
         ("batch_size=many", r"batch_size: .*'many'.*Integer"),
         ("lora.rank=1.5", r"lora\.rank: .*'1\.5'.*Integer"),
         ("learning_rate=[1]", r"learning_rate"),
-        ("lora=8", r"the command line: .*8"),
+        *(
+            (
+                f"lora={value}",
+                rf"lora: .* found {found}; .* lora\.rank=\.\.\., .* lora=null for none",
+            )
+            for value, found in (
+                ("8", "8"),
+                ("false", "False"),
+                ("none", "'none'"),
+                ("all", "'all'"),
+            )
+        ),
+        ("mesh=4", r"mesh: .* found 4; as KEY=VALUE: mesh\.fsdp=\.\.\., mesh\.tp=\.\.\.$"),
+        ("lora.dropout=0.1", r"unknown key 'lora\.dropout'; adapters have no dropout"),
+        ("lora.lora_dropout=0.1", r"unknown key 'lora\.lora_dropout'; adapters have no dropout"),
         ("batch_size=0", r"batch_size: expected at least 1, found 0"),
         ("mesh.tp=0", r"mesh\.tp: expected at least 1, found 0"),
         ("remat=all", r"remat_config: expected one of none"),
@@ -120,6 +137,7 @@ def test_unknown_key_of_the_file_names_the_file(write):
             r"lora\.quantize: expected None .* one of nf4, int8, found 'none'",
         ),
         ("lora.targets='('", r"lora\.targets='\(': not a regular expression"),
+        ("lora.targets=all-linear", r"lora\.targets: write 'all', .* found 'all-linear'"),
     ],
 )
 def test_wrong_value_is_named(write, override, message):
@@ -170,9 +188,20 @@ def test_names_in_another_order_are_told_theirs(given):
     [
         ("bach_size: 2", r"run\.yaml: unknown key 'bach_size'; did you mean 'batch_size'"),
         ("with: {e2b: {bach_size: 2}}", r"run\.yaml: with e2b: unknown key 'bach_size'"),
-        ("with: {e2c: {seed: 2}}", r"run\.yaml: with e2c: there is no recipe 'e2c'; near are e2b"),
+        ("with: {e2c: {seed: 2}}", r"run\.yaml: with e2c: there is no recipe 'e2c'; near is e2b"),
+        ("with: {E2B: {seed: 2}}", r"run\.yaml: with E2B: there is no recipe 'E2B'; near is e2b$"),
         ("with: [e2b]", r"run\.yaml: with: expected keys and values, found \['e2b'\]"),
+        ("with: false", r"run\.yaml: with: expected keys and values, found False"),
+        ("with: {'': {seed: 2}}", r"run\.yaml: with: expected names of recipes, found ''"),
+        ("with: {31b: [seed]}", r"with 31b: expected keys and values, or a text .* \['seed'\]"),
+        ("with: {sft:}", r"with sft: expected keys and values, or a text .* found None"),
+        (
+            "with: {[e2b]: {seed: 2}}",
+            r"run\.yaml: not readable as YAML: (.*\n)*found unhashable key",
+        ),
         ("with: {sft e2b: not today}", r"run\.yaml: with sft e2b: not today"),
+        ("with: {sft: {lora.rank: 8}}", r"with sft: .* sections nest in a file: `lora: {rank: "),
+        ("lora.rank: 8", r"'lora\.rank'; sections nest in a file: `lora: {rank: \.\.\.}`"),
         ("batch_size: 3", r"run\.yaml: batch_size: expected a multiple of mesh\.fsdp=8, found 3"),
     ],
 )
@@ -181,11 +210,20 @@ def test_a_mistake_is_named_with_the_one_of_several_files(write, text, message):
         load_run_config(["lora-image", "e2b", "v5e-8", write(text)], ["data.path=t.jsonl"])
 
 
-def test_of_recipes_in_place_of_each_other_one_is_given():
-    with pytest.raises(ValueError, match=r"e2b, e4b: expected one of sizes, found 2"):
-        load_run_config(["lora-image", "e2b", "e4b"])
-    with pytest.raises(ValueError, match=r"expected a recipe or a YAML file"):
-        load_run_config([])
+@pytest.mark.parametrize(
+    ("recipes", "message"),
+    [
+        (["lora-image", "e2b", "e4b"], r"e2b, e4b: expected one of sizes, found 2"),
+        (["lora-image", "e2b", "sizes/e2b"], r"e2b, e2b: given twice"),
+        (["lora-image", "E2B"], r"E2B: there is no such file .*; near is e2b\. "),
+        (["Lora-Text", "e2b"], r"Lora-Text: there is no such file .*; near is lora-text\. "),
+        (["lora-image", ""], r"expected a recipe or a YAML file, found \['lora-image', ''\]"),
+        ([], r"expected a recipe or a YAML file, found \[\]"),
+    ],
+)
+def test_words_that_are_no_recipes_are_answered(recipes, message):
+    with pytest.raises(ValueError, match=message):
+        load_run_config(recipes)
 
 
 def test_missing_file_and_broken_yaml_are_named(write, tmp_path):

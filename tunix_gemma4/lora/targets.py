@@ -91,6 +91,8 @@ def check_targets(targets: str | Sequence[str]) -> dict[str, re.Pattern]:
     Raises:
         ValueError: for what is no regular expression and no list of names.
     """
+    if targets in ("all-linear", ["all-linear"], ("all-linear",)):  # PEFT's word.
+        raise ValueError(f"targets: write 'all', or 'language' without vision; found {targets!r}")
     if isinstance(targets, str):
         try:
             return {targets: re.compile(targets)}
@@ -101,6 +103,12 @@ def check_targets(targets: str | Sequence[str]) -> dict[str, re.Pattern]:
         raise ValueError(
             f"targets: expected a name, a regular expression or a list of names, found {targets!r}"
         )
+    for entry in entries:
+        if entry in _PRESETS or not re.fullmatch(r"[\w./]+", entry):
+            raise ValueError(
+                f"targets: entries of a list are ends of names, found {entry!r}; a regular "
+                f"expression or one of {', '.join(_PRESETS)} stands alone: targets={entry!r}"
+            )
     # Projections of the vision tower have one more word in their names.
     ends = {entry: rf"(?:.*[./])?{re.escape(entry)}(?:\.linear)?" for entry in entries}
     return {entry: re.compile(end) for entry, end in ends.items()}

@@ -52,9 +52,9 @@ _SYNONYMS = {
         "lora.rank": "lora_r",
         "rank": "r",
         "lora.alpha": "lora_alpha",
-        "lora.targets": "lora_target_modules",
+        "lora.targets": "lora_target_modules module_path",
         "targets": "target_modules",
-        "lora.quantize": "load_in_4bit load_in_8bit",
+        "lora.quantize": "load_in_4bit load_in_8bit weight_qtype",
         "dtype": "bf16",
         "remat": "gradient_checkpointing",
         "learning_rate": "lr",
@@ -70,6 +70,8 @@ _SYNONYMS = {
     }.items()
     for theirs in names.split()
 }
+# What adapters of other trainers have, and ours do not.
+_ABSENT = ("dropout", "lora_dropout", "bias", "use_dora", "modules_to_save")
 
 
 def load_config(
@@ -180,13 +182,16 @@ def find_recipes(recipes: Recipes) -> list[Path]:
         ValueError: there is no such file, or two that are meant in place of each other.
     """
     words = [recipes] if isinstance(recipes, str | Path) else list(recipes)
+    if not words or not all(str(word).strip() for word in words):
+        found = f"expected a recipe or a YAML file, found {words}"
+        raise ValueError(f"{found}; `tunix-gemma4 recipes` lists them")
     paths = [find_recipe(word) for word in words]
-    if not paths:
-        raise ValueError("expected a recipe or a YAML file; `tunix-gemma4 recipes` lists them")
     for folder in FOLDERS:
         same = [path.stem for path in paths if path in _shipped() and path.parent.name == folder]
         if len(same) > 1:
-            raise ValueError(f"{', '.join(same)}: expected one of {folder}, found {len(same)}")
+            wrong = f"expected one of {folder}, found {len(same)}"
+            wrong = "given twice" if len({*same}) == 1 else wrong
+            raise ValueError(f"{', '.join(same)}: {wrong}")
     return paths
 
 
@@ -250,11 +255,11 @@ def _words_in(asked: str) -> list[str] | None:
 
 def _near(asked: str) -> str:
     """The names that come nearest to what was asked for."""
-    names = [path.stem for path in _shipped()]
-    close = difflib.get_close_matches(asked.split("/")[-1], names, n=_SHOWN, cutoff=0.4)
+    names, word = [path.stem for path in _shipped()], asked.split("/")[-1].lower()
+    close = [word] if word in names else difflib.get_close_matches(word, names, _SHOWN, 0.4)
     if not close:
         return f"there are {len(names)}, such as {', '.join(names[:_SHOWN])}"
-    return f"near are {', '.join(close)}"
+    return f"near {'is' if len(close) == 1 else 'are'} {', '.join(close)}"
 
 
 # ---- What they say, as layers: a tree, the same with texts for numbers, where it stands.
@@ -282,12 +287,17 @@ def _layers(paths: Sequence[Path], command: str | None) -> Iterator[_Layer]:
         yield {"output_dir": place}, {"output_dir": place}, "the recipes' names"
     for path in paths:
         given, texts, source = _file(path)
-        blocks, beside = given.pop(_WITH, None) or {}, texts.pop(_WITH, None) or {}
+        blocks, beside = given.pop(_WITH, None), texts.pop(_WITH, None) or {}
         yield given, texts, source
-        if not isinstance(blocks, dict):
+        if not isinstance(blocks, dict | None):
             raise ValueError(f"{source}: with: expected keys and values, found {blocks!r:.80}")
-        for words, block in blocks.items():
+        for words, block in (blocks or {}).items():
+            if words is None or not str(words).strip():
+                raise ValueError(f"{source}: with: expected names of recipes, found {words!r}")
             where = f"{source}: with {words}"
+            if not isinstance(block, dict | str) or block == "":
+                expected = "keys and values, or a text that says why they do not go together"
+                raise ValueError(f"{where}: expected {expected}, found {block!r:.80}")
             if not _applies(str(words), shipped | {command or ""}, where):
                 continue
             if not isinstance(block, dict):
@@ -369,9 +379,9 @@ class _Texts(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         found = set()
         for key, _ in node.value:
-            if key.tag != "tag:yaml.org,2002:merge" and key.value in found:
+            if key.tag != "tag:yaml.org,2002:merge" and str(key.value) in found:
                 raise ConstructorError(None, None, f"the key {key.value!r} twice", key.start_mark)
-            found.add(key.value)
+            found.add(str(key.value))  # That of a list is no text.
         return super().construct_mapping(node, deep)
 
 
@@ -478,7 +488,12 @@ def _literal(hint: Any, given: Any, texts: Any, source: str, key: str = "") -> A
     where = f"{source}: {key}: "
     of_keys = kind is not None or any(typing.get_origin(one) is dict for one in choices)
     if given is not None and of_keys:
-        raise ValueError(f"{where}expected keys and values, found {given!r:.80}")
+        fields = dataclasses.fields(kind)[:3] if kind is not None else ()
+        words = [f"{key}.{field.name}=..." for field in fields] + [
+            f"{key}=null for none"
+        ] * is_union
+        where += f"expected keys and values, found {given!r:.80}; as KEY=VALUE: "
+        raise ValueError(where + ", ".join(words))
     if isinstance(given, list) and choices != {str}:
         (inner,) = typing.get_args(of_list) if of_list else (Any,)
         return [_literal(inner, *both, source, key) for both in zip(given, texts, strict=True)]
@@ -502,7 +517,11 @@ def _escaped(text: str) -> str:
 def _unknown(kind: type, key: str) -> str:
     """`key` is unknown; the nearest key that is known."""
     known = list(_keys(kind))
-    last = key.split(".")[-1]
+    section, _, last = key.rpartition(".")
+    if key in known and section:
+        return f"unknown key {key!r}; sections nest in a file: `{section}: {{{last}: ...}}`"
+    if last in _ABSENT:
+        return f"unknown key {key!r}; adapters have no {last.removeprefix('lora_')}, leave it out"
     nearest = _SYNONYMS.get(key) or _SYNONYMS.get(last)
     if nearest is None or nearest not in known:
         # A key may be right but stand at the wrong level.
