@@ -124,7 +124,8 @@ def test_recipes_are_listed_and_printed(tmp_path, capsys):
     printed = capsys.readouterr().out
     given, printed_to = ["data.path=train.jsonl"], tmp_path / "mine.yaml"
     printed_to.write_text(printed)
-    assert printed.startswith("# LoRA with rewards on text: GSM8K's numbers")
+    assert printed.startswith("# gsm8k 26b-a4b v5e-8, and what they say with each other")
+    assert "\n# LoRA with rewards on text: GSM8K's numbers" in printed
     assert load_grpo_config([printed_to], given) == load_grpo_config(words, given)
 
 
