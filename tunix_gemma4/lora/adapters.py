@@ -138,7 +138,7 @@ def adapt(linear: nnx.Linear, *, name: str, config: LoraConfig, key: jax.Array) 
     b = jnp.asarray(np.zeros((config.rank, out_features), np.float32))  # No program to compile.
     a = boxed(nnx.LoRAParam, a, (spread(rows), None))
     b = boxed(nnx.LoRAParam, b, (None, spread(columns)))
-    result = LoraLinear(linear, a, b, scale=config.scale, lora=config)
+    result = LoraLinear(linear, a, b, config)
     if config.quantize is not None:
         tile = tile_size(name, in_features, config)
         quantized = _quantize(kernel[...], qtype=config.quantize, tile=tile)

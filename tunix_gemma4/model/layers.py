@@ -73,9 +73,8 @@ class RMSNorm(nnx.Module):
 
     def __init__(self, size: int | None, *, config: ModelConfig, eps: float | None = None):
         self.eps = config.rms_norm_eps if eps is None else eps
-        if size is None:
-            self.weight = None
-        else:
+        self.weight = None
+        if size is not None:
             self.weight = nnx.Param(jnp.ones((size,), config.param_dtype), **metadata(None))
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -92,23 +91,15 @@ def gelu(x: jax.Array) -> jax.Array:
 
 
 class MLP(nnx.Module):
-    """`down(gelu(gate(x)) * up(x))`, of projections that `make` makes.
+    """`down(gelu(gate(x)) * up(x))`, of projections that `make` makes with its `options`.
 
     Source: transformers 5.12 `Gemma4TextMLP`, `Gemma4VisionMLP`.
     """
 
-    def __init__(
-        self,
-        size: int,
-        width: int,
-        *,
-        config: ModelConfig,
-        rngs: nnx.Rngs,
-        make: Callable[..., Any] = linear,
-    ):
-        self.gate_proj = make(size, width, axes=("embed", "mlp"), config=config, rngs=rngs)
-        self.up_proj = make(size, width, axes=("embed", "mlp"), config=config, rngs=rngs)
-        self.down_proj = make(width, size, axes=("mlp", "embed"), config=config, rngs=rngs)
+    def __init__(self, size: int, width: int, *, make: Callable[..., Any] = linear, **options: Any):
+        self.gate_proj = make(size, width, axes=("embed", "mlp"), **options)
+        self.up_proj = make(size, width, axes=("embed", "mlp"), **options)
+        self.down_proj = make(width, size, axes=("mlp", "embed"), **options)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.down_proj(gelu(self.gate_proj(x)) * self.up_proj(x))
@@ -230,15 +221,13 @@ def over_chunks(
         x = jnp.moveaxis(x, 0, 1).reshape(batch, count * size, *x.shape[3:])[:, :length]
         return constrain(x, "batch", *(None,) * (x.ndim - 1))
 
-    carry, parts = jax.lax.scan(
-        lambda carry, xs: function(carry, *xs), carry, tuple(map(split, rows))
-    )
+    xs = tuple(map(split, rows))
+    carry, parts = jax.lax.scan(lambda carry, xs: function(carry, *xs), carry, xs)
     return carry, jax.tree.map(join, parts)
 
 
 def as_array(cotangent: jax.Array | SymbolicZero) -> jax.Array:
     """A cotangent of a `custom_vjp` with symbolic zeros, zeros or not."""
     if isinstance(cotangent, SymbolicZero):
-        shape: Any = cotangent.aval
-        return jnp.zeros(shape.shape, shape.dtype)
+        return jnp.zeros(cotangent.shape, cotangent.dtype)
     return cotangent
