@@ -73,8 +73,9 @@ class RMSNorm(nnx.Module):
 
     def __init__(self, size: int | None, *, config: ModelConfig, eps: float | None = None):
         self.eps = config.rms_norm_eps if eps is None else eps
-        self.weight = None
-        if size is not None:
+        if size is None:
+            self.weight = None
+        else:
             self.weight = nnx.Param(jnp.ones((size,), config.param_dtype), **metadata(None))
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -229,5 +230,6 @@ def over_chunks(
 def as_array(cotangent: jax.Array | SymbolicZero) -> jax.Array:
     """A cotangent of a `custom_vjp` with symbolic zeros, zeros or not."""
     if isinstance(cotangent, SymbolicZero):
-        return jnp.zeros(cotangent.shape, cotangent.dtype)
+        shape: Any = cotangent.aval
+        return jnp.zeros(shape.shape, shape.dtype)
     return cotangent

@@ -116,9 +116,10 @@ def _dot32(x: jax.Array, matrix: jax.Array) -> jax.Array:
     return _contract(x, matrix, (x.ndim - 1,), (0,))
 
 
-def _contract(one: jax.Array, other: jax.Array, *axes: tuple[int, ...]) -> jax.Array:
-    """Sum of products over axes of `one` and axes of `other`, in float32."""
-    return jax.lax.dot_general(one, other, (axes, ((), ())), preferred_element_type=jnp.float32)
+def _contract(one: jax.Array, other: jax.Array, of_one: tuple, of_other: tuple) -> jax.Array:
+    """Sum of products over axes of both, in float32."""
+    axes = (of_one, of_other), ((), ())
+    return jax.lax.dot_general(one, other, axes, preferred_element_type=jnp.float32)
 
 
 def _dot32_forward(x: jax.Array, matrix: jax.Array) -> tuple[jax.Array, tuple]:
