@@ -174,9 +174,8 @@ def complaint(name: str, annotation: str, value: Any) -> str | None:
         low = 0 if name in _AT_LEAST_0 or name.endswith("_token_id") else 1
         high = _MOST_LAYERS if name == "num_hidden_layers" else _LARGEST
         several = annotation != "int" and isinstance(value, (list, tuple)) and len(value) > 0
-        if all(
-            _is(numbers.Integral, x) and low <= x <= high for x in (value if several else [value])
-        ):
+        values: Any = value if several else [value]
+        if all(_is(numbers.Integral, x) and low <= x <= high for x in values):
             return None
         return f"a whole number from {low} to {high}" + (", or several" * (annotation != "int"))
     if annotation == "float":
