@@ -141,7 +141,8 @@ def attention_masks(
     """Of each kind of layer, "sliding" and "full".
 
     `tokens` [B, T] are the queries, and without a cache the keys. `attention_mask` is bool
-    [B, T, S], S = T or the slots of the cache, behind which they will be stored; None for causal.
+    [B, T, S], S = T or the slots of the cache, which they will be stored behind; None for causal.
+    `segment_ids` [B, T] come without a cache alone.
     """
     both_ways = config.image_blocks_attend_both_ways
     images = image_ids(tokens, config) if both_ways else None

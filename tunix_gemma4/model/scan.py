@@ -196,7 +196,7 @@ def _stack(pattern: BlockPattern, group: int, layers: list[Any]) -> nnx.Module:
     stacked = _stack_values(axes, [jax.tree.leaves(state) for state in states])
     variables, structure = jax.tree.flatten(states[0], is_leaf=is_variable)
     both = zip(variables, stacked, strict=True)
-    variables = [_with_axes(*one, lambda names: (None, None, *names)) for one in both]
+    variables = [_with_axes(*pair, lambda names: (None, None, *names)) for pair in both]
     return nnx.merge(graphdefs[0], jax.tree.unflatten(structure, variables))
 
 
@@ -227,10 +227,10 @@ def _unstack(state: nnx.State, index: tuple[int, int]) -> nnx.State:
     def one(variable: nnx.Variable) -> nnx.Variable:
         value = variable.get_raw_value()
         if isinstance(value, jax.ShapeDtypeStruct):
-            single = jax.ShapeDtypeStruct(value.shape[2:], value.dtype)
+            value = jax.ShapeDtypeStruct(value.shape[2:], value.dtype)
         else:
-            single = value[index]
-        return _with_axes(variable, single, lambda names: names[2:])
+            value = value[index]
+        return _with_axes(variable, value, lambda names: names[2:])
 
     return jax.tree.map(one, state, is_leaf=is_variable)
 
