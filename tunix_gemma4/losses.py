@@ -7,7 +7,6 @@ chunk of the batch at a time, forward and backward.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -15,7 +14,6 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from .config import ModelConfig
 from .model.layers import as_array, over_chunks
 from .model.vocabulary import hidden_gradient, soft_cap, uncapped_logits
 
@@ -49,9 +47,8 @@ def per_token_logps(
     Returns:
         Log-probabilities [B, T] and entropies [B, T] in nats.
     """
-    return _chunked(
-        model, hidden, targets, temperature, with_entropy=True, suppressed=tuple(suppressed)
-    )
+    wanted = {"with_entropy": True, "suppressed": tuple(suppressed)}
+    return _chunked(model, hidden, targets, temperature, **wanted)
 
 
 def next_token_loss(
@@ -80,99 +77,79 @@ def next_token_loss(
         A float32 scalar.
     """
     hidden, _ = model(
-        input_tokens,
-        positions,
-        None,
-        attention_mask,
-        segment_ids=segment_ids,
-        images=images,
-        skip_lm_head=True,
+        input_tokens, positions, None, attention_mask, segment_ids, images, skip_lm_head=True
     )
     supervised = input_mask[:, 1:] != 0
     if segment_ids is not None:
         supervised &= segment_ids[:, 1:] == segment_ids[:, :-1]
-    targets = input_tokens[:, 1:]
-    logps, _ = _chunked(model, hidden[:, :-1], targets, 1.0, with_entropy=False)
+    logps, _ = _chunked(model, hidden[:, :-1], input_tokens[:, 1:], 1.0)
     total = -jnp.where(supervised, logps, 0.0).sum()
     if loss_denominator is None:
         return total / jnp.maximum(supervised.sum(), 1)
     return total / loss_denominator.astype(jnp.float32).mean()
 
 
-@dataclasses.dataclass(frozen=True)
-class _Scores:
-    """Log-probabilities and entropies of a chunk: float32 [B, chunk] each.
-
-    Attributes:
-        config: of the model.
-        with_entropy: whether entropies are wanted; they are 0 otherwise.
-        suppressed: ids that have no probability.
-    """
-
-    config: ModelConfig
-    with_entropy: bool
-    suppressed: tuple[int, ...]
-
-    def of_logits(self, logits, targets, temperature):
-        logits = soft_cap(logits, self.config) / temperature
-        if self.suppressed:
-            words = jnp.isin(jnp.arange(logits.shape[-1]), jnp.array(self.suppressed))
-            logits = jnp.where(words, _NO_PROBABILITY, logits)
-        normaliser = jax.nn.logsumexp(logits, axis=-1)
-        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        if not self.with_entropy:
-            return chosen - normaliser, jnp.zeros_like(normaliser)
-        shares = jnp.exp(logits - normaliser[..., None])
-        return chosen - normaliser, normaliser - (shares * logits).sum(axis=-1)
-
-    def of_states(self, table, temperature, hidden, targets):
-        logits = uncapped_logits(table, hidden, self.config)
-        return self.of_logits(logits, targets, temperature)
-
-    def and_slopes(self, table, temperature, hidden, targets):
-        """Also the gradient of each log-probability for its state: [B, chunk, D]."""
-        logits = uncapped_logits(table, hidden, self.config)
-        scores, pull = jax.vjp(lambda x: self.of_logits(x, targets, temperature), logits)
-        (d_logits,) = pull((jnp.ones_like(scores[0]), jnp.zeros_like(scores[1])))
-        return *scores, hidden_gradient(table, d_logits, self.config).astype(hidden.dtype)
+def _of_logits(logits, targets, temperature, config, with_entropy, suppressed):
+    """Log-probabilities and entropies, 0 if not wanted, of a chunk: float32 [B, chunk] each."""
+    logits = soft_cap(logits, config) / temperature
+    if suppressed:
+        words = jnp.isin(jnp.arange(logits.shape[-1]), jnp.array(suppressed))
+        logits = jnp.where(words, _NO_PROBABILITY, logits)
+    normaliser = jax.nn.logsumexp(logits, axis=-1)
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    if not with_entropy:
+        return chosen - normaliser, jnp.zeros_like(normaliser)
+    shares = jnp.exp(logits - normaliser[..., None])
+    return chosen - normaliser, normaliser - (shares * logits).sum(axis=-1)
 
 
-def _chunked(model, hidden, targets, temperature, *, with_entropy, suppressed=()):
+def _chunked(model, hidden, targets, temperature, *, with_entropy=False, suppressed=()):
     """Log-probabilities and, if asked for, entropies, a chunk at a time.
 
-    Where the table is frozen, the forward pass also keeps the slopes of log-probabilities, and
-    the backward pass needs no logits at all.
+    Where the table is frozen, the forward pass also keeps `d_states`, the gradient of each
+    log-probability for its state [B, T, D], and the backward pass needs no logits at all.
     """
-    scores = _Scores(model.config, with_entropy, suppressed)
+    config, wanted = model.config, (model.config, with_entropy, suppressed)
     size = max(1, CHUNK_TOKENS // hidden.shape[0])
 
+    def of_states(table, temperature, hidden, targets):
+        logits = uncapped_logits(table, hidden, config)
+        return _of_logits(logits, targets, temperature, *wanted)
+
+    def with_d_states(table, temperature, hidden, targets):
+        logits = uncapped_logits(table, hidden, config)
+        scores, pull = jax.vjp(lambda x: _of_logits(x, targets, temperature, *wanted), logits)
+        (d_logits,) = pull((jnp.ones_like(scores[0]), jnp.zeros_like(scores[1])))
+        return *scores, hidden_gradient(table, d_logits, config).astype(hidden.dtype)
+
+    def by_chunks(function, table, temperature, *rows):
+        return over_chunks(lambda _, *xs: (_, function(table, temperature, *xs)), size, *rows)[1]
+
     @jax.custom_vjp
-    def scored(table, temperature, *rows):
-        score = lambda _, *xs: (_, scores.of_states(table, temperature, *xs))  # noqa: E731
-        return over_chunks(score, size, *rows)[1]
+    def scored(*inputs):
+        return by_chunks(of_states, *inputs)
 
     def forward(*primals):
-        table, temperature, *rows = inputs = [primal.value for primal in primals]
+        inputs = [primal.value for primal in primals]
         if primals[0].perturbed:
             return scored(*inputs), (inputs, None)
-        score = lambda _, *xs: (_, scores.and_slopes(table, temperature, *xs))  # noqa: E731
-        _, (*found, slopes) = over_chunks(score, size, *rows)
-        return tuple(found), (inputs, slopes)
+        *scores, d_states = by_chunks(with_d_states, *inputs)
+        return tuple(scores), (inputs, d_states)
 
-    def backward(residuals, cotangents):
-        (table, temperature, *rows), slopes = residuals
-        if slopes is not None and isinstance(cotangents[1], SymbolicZero):
-            d_hidden = as_array(cotangents[0])[..., None] * slopes
-            return None, None, d_hidden.astype(slopes.dtype), None
+    def backward(residuals, d_scores):
+        (table, temperature, *rows), d_states = residuals
+        # Of entropies no gradient was kept.
+        if d_states is not None and isinstance(d_scores[1], SymbolicZero):
+            d_hidden = as_array(d_scores[0])[..., None] * d_states
+            return None, None, d_hidden.astype(d_states.dtype), None
 
         def gradients(d_table, hidden, targets, *d_scores):
-            score = lambda *xs: scores.of_states(xs[0], temperature, xs[1], targets)  # noqa: E731
+            score = lambda *xs: of_states(xs[0], temperature, xs[1], targets)  # noqa: E731
             d_more, d_hidden = jax.vjp(score, table, hidden)[1](d_scores)
             return d_table + d_more, d_hidden
 
-        d_table, d_hidden = over_chunks(
-            gradients, size, *rows, *map(as_array, cotangents), carry=jnp.zeros_like(table)
-        )
+        rows += map(as_array, d_scores)
+        d_table, d_hidden = over_chunks(gradients, size, *rows, carry=jnp.zeros_like(table))
         return d_table, None, d_hidden, None
 
     scored.defvjp(forward, backward, symbolic_zeros=True)

@@ -40,8 +40,6 @@ _MESH_AXIS = {
     # or scored where they lie, and neither they nor their gradients are ever gathered.
     "vocab": ("fsdp", "tp"),
 }
-
-
 # Of the axes of heads, what a mesh that does not divide their number leaves whole.
 _REPLICATED_HEADS = {"kv_heads": "key/value", "vision_heads": "vision"}
 
@@ -72,19 +70,19 @@ def spread(axis: str | None) -> tuple[str, ...]:
     return names if axis is None else (axis, *(name for name in names if name != axis))
 
 
-def _fitting_spec(
-    axes: tuple, shape: tuple[int, ...], mesh: Any, *, heads: int | None = None
-) -> PartitionSpec:
+def _axes(variable: nnx.Variable) -> tuple:
+    return tuple(variable.get_metadata().get("out_sharding") or ())
+
+
+def _fitting_spec(axes: tuple, shape: tuple, mesh: Any, heads: int | None = None) -> PartitionSpec:
     """`axes` without those that `mesh` lacks or that do not divide `shape`, or its heads."""
     if len(axes) > len(shape):
         return PartitionSpec()
     fitting = [_fitting_axis(axis, size, mesh) for axis, size in zip(axes, shape, strict=False)]
     if heads is not None and heads % _head_parts(mesh):
         # The other side takes the mesh axis that the heads leave, so that no chip stores them all.
-        fitting = [
-            axis and (_fitting_axis(spread(axis), size, mesh) or axis)
-            for axis, size in zip(map(_without_heads, fitting), shape, strict=False)
-        ]
+        others = zip(map(_without_heads, fitting), shape, strict=False)
+        fitting = [axis and (_fitting_axis(spread(axis), n, mesh) or axis) for axis, n in others]
     while fitting and fitting[-1] is None:
         fitting.pop()
     return PartitionSpec(*fitting)
@@ -138,22 +136,15 @@ def _check_heads(state: Any, mesh: Mesh) -> None:
             for of, name in _REPLICATED_HEADS.items()
             if any(kind == of for kind, _ in cut)
         )
-        logging.log_first_n(
-            logging.WARNING,
-            "mesh: %s cannot be split over %s of size %d; each part of %s has all of them.",
-            1,
-            *(whole, axis, parts, axis),
-        )
+        message = "mesh: %s cannot be split over %s of size %d; each part of %s has all of them."
+        logging.log_first_n(logging.WARNING, message, 1, whole, axis, parts, axis)
 
 
 def param_shardings(state: Any, mesh: Mesh) -> Any:
-    """The `NamedSharding` of every array of `state`, in the structure of `state`.
+    """The `NamedSharding` on `mesh` of every array of `state`, in the structure of `state`.
 
-    Key/value heads whose number `tp` does not divide are replicated, which is logged once.
-
-    Args:
-        state: an `nnx.State`, or any tree of `nnx.Variable`, of arrays or shapes.
-        mesh: the mesh to place it on.
+    That is an `nnx.State` or any tree of `nnx.Variable`, of arrays or shapes. Key/value heads whose
+    number `tp` does not divide are replicated, which is logged once.
 
     Raises:
         ValueError: for a mesh with explicit axes, whose shardings the model does not spell out,
@@ -167,28 +158,23 @@ def param_shardings(state: Any, mesh: Mesh) -> Any:
     _check_heads(state, mesh)
 
     def of_variable(variable: nnx.Variable) -> nnx.Variable:
-        declared = variable.get_metadata()
-        axes = tuple(declared.get("out_sharding") or ())
-        _, heads = declared.get("heads") or (None, None)
-        return variable.replace(
-            jax.tree.map(
-                lambda leaf: NamedSharding(
-                    mesh, _fitting_spec(axes, leaf.shape, mesh, heads=heads)
-                ),
-                variable.get_raw_value(),
-            )
-        )
+        _, heads = variable.get_metadata().get("heads") or (None, None)
+
+        def place(leaf: Any) -> NamedSharding:
+            return NamedSharding(mesh, _fitting_spec(_axes(variable), leaf.shape, mesh, heads))
+
+        return variable.replace(jax.tree.map(place, variable.get_raw_value()))
 
     return jax.tree.map(of_variable, state, is_leaf=is_variable)
 
 
 def shapes_on(state: Any, mesh: Mesh) -> Any:
     """`state` as shapes, each with the sharding that `param_shardings` gives it."""
-    return jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-        state,
-        param_shardings(state, mesh),
-    )
+
+    def placed(leaf: Any, where: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+    return jax.tree.map(placed, state, param_shardings(state, mesh))
 
 
 def shard_model(model: nnx.Module, mesh: Mesh) -> nnx.Module:
@@ -219,10 +205,8 @@ def mesh_of(tree: Any) -> Any | None:
 
 def active_mesh() -> Any | None:
     """The mesh of `jax.set_mesh`, or else of `with mesh:`, which Tunix reads; None without one."""
-    for mesh in (jax.sharding.get_abstract_mesh(), _thread_resources.env.physical_mesh):
-        if not mesh.empty:
-            return mesh
-    return None
+    meshes = jax.sharding.get_abstract_mesh(), _thread_resources.env.physical_mesh
+    return next((mesh for mesh in meshes if not mesh.empty), None)
 
 
 def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
@@ -240,8 +224,7 @@ def _constrain(x: jax.Array, axes: tuple) -> jax.Array:
 
 def gathered(variable: nnx.Variable) -> jax.Array:
     """A parameter's array, whole on every chip; its gradient goes back to where its parts lie."""
-    value = variable[...]
-    axes = tuple(variable.get_metadata().get("out_sharding") or ())
+    value, axes = variable[...], _axes(variable)
     return _gathered(value, axes[len(axes) - value.ndim :])
 
 
@@ -282,18 +265,14 @@ def map_shards(
 ) -> Any:
     """`function` of every chip's own parts of `arrays`, for what the compiler cannot split itself.
 
-    Args:
-        function: of the parts; gives a part of an array that is split like the first one.
-        arrays: whole ones.
-        logical_axes: of each array, as `constrain` takes them.
+    It gives a part of an array that is split like the first one. `logical_axes` are of each array,
+    as `constrain` takes them.
     """
     mesh = active_mesh()
     if mesh is None:
         return function(*arrays)
-    specs = tuple(
-        _fitting_spec(metadata(*axes)["out_sharding"], x.shape, mesh)
-        for x, axes in zip(arrays, logical_axes, strict=True)
-    )
+    split = [metadata(*axes)["out_sharding"] for axes in logical_axes]
+    specs = tuple(_fitting_spec(axes, x.shape, mesh) for x, axes in zip(arrays, split, strict=True))
     # Kernels do not say over which axes their results vary, so that is not checked.
     mapped = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)
     return mapped(*arrays)

@@ -40,14 +40,8 @@ def check_tensors(
 ) -> collections.Counter[str]:
     """Compares names, shapes and dtypes; raises one ValueError for all that is wrong.
 
-    Args:
-        directory: for messages.
-        model: what is wanted, abstract or not.
-        stored: what the directory holds.
-        optional: names of tensors that may be missing.
-
-    Returns:
-        How many tensors are left in the files on purpose, by reason.
+    `stored` is what `directory` holds, `model`, abstract or not, what is wanted; tensors of
+    `optional` names may be missing. Returns how many are left in the files on purpose, by reason.
     """
     config = model.config
     expected = {
@@ -166,10 +160,8 @@ def _hint(missing: list[str], unexpected: list[str]) -> str:
             "Gemma4ForTokenScores.from_policy(load_checkpoint(directory))"
         )
     if SCORE_HEAD in unexpected:
-        return (
-            "The directory has a score head and is no policy's; pass "
-            "model_class=Gemma4ForTokenScores"
-        )
+        found = "The directory has a score head and is no policy's"
+        return f"{found}; pass model_class=Gemma4ForTokenScores"
     if any(name.endswith(_OF_QUANTIZERS) for name in unexpected):
         return (
             "The weights are quantised, and only floating-point ones are read; use the directory "

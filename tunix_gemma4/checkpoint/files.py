@@ -245,11 +245,9 @@ def write_tensors(
 ) -> None:
     """Writes one safetensors file, or several and their index, one block at a time.
 
-    Args:
-        directory: where to; None makes every tensor and writes nothing, for the processes that
-            take part in gathering a tensor without writing it.
-        tensors: what, in the order in which files are filled.
-        max_shard_bytes: a file holds no more than this, or a single tensor.
+    `directory` None makes every tensor and writes nothing, for the processes that take part in
+    gathering a tensor without writing it. Files are filled in the order of `tensors`; one holds no
+    more than `max_shard_bytes`, or a single tensor.
     """
     shards: list[list[NewTensor]] = [[]]
     filled = 0
@@ -259,8 +257,7 @@ def write_tensors(
             filled = 0
         shards[-1].append(tensor)
         filled += tensor.nbytes
-    count = len(shards)
-    weight_map = {}
+    count, weight_map = len(shards), {}
     for number, shard in enumerate(shards, 1):
         file = SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
         _write_file(None if directory is None else directory / file, shard)
@@ -303,8 +300,7 @@ def _write_blocks(stream: BinaryIO | None, tensor: NewTensor) -> None:
 
 def _width(code: str) -> int:
     """Bits of a number of this dtype; the codes end in it, but for F8's variants and BOOL."""
-    digits = "".join(filter(str.isdigit, code.split("_")[0]))
-    return int(digits or 8)
+    return int("".join(filter(str.isdigit, code.split("_")[0])) or 8)
 
 
 # ---- Replacing directories.
@@ -471,10 +467,8 @@ def locked(directory: Path) -> Iterator[None]:
                 "another output_dir"
             ) from error
         except OSError as error:  # Some network file systems have none for directories.
-            logging.warning(
-                "%s cannot be locked (%s): take care that no other run writes to it.",
-                *(directory, error),
-            )
+            message = "%s cannot be locked (%s): take care that no other run writes to it."
+            logging.warning(message, directory, error)
         yield
     finally:
         os.close(descriptor)

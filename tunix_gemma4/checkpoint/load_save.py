@@ -33,17 +33,9 @@ from ..model.gemma4 import (
     require_single_layers,
 )
 from ..sharding import param_shardings
-from . import files, names as weights
-from .check import (
-    AUDIO,
-    SCORE_HEAD,
-    TIED_HEAD,
-    VISION,
-    check_head,
-    check_tensors,
-    check_tokenizer,
-    require_finite,
-)
+from . import check, files, names as weights
+
+Stored = dict[str, files.StoredTensor]
 
 # ---- Loading.
 
@@ -87,9 +79,10 @@ def load_checkpoint(
     changes = {name: value for name, value in given.items() if value is not None}
     config = _settle_config(directory, text_only, config, **changes)
     model = abstract_model(config, model_class)
-    skipped = check_tensors(directory, model, stored)
-    check_head(directory, stored, tied=config.source.get("tie_word_embeddings", True) is not False)
-    check_tokenizer(directory, config)
+    skipped = check.check_tensors(directory, model, stored)
+    tied = config.source.get("tie_word_embeddings", True) is not False
+    check.check_head(directory, stored, tied=tied)
+    check.check_tokenizer(directory, config)
     if skipped:
         counts = ", ".join(f"{count} of {reason}" for reason, count in skipped.items())
         logging.info("%s: tensors left out on purpose: %s", directory, counts)
@@ -121,9 +114,7 @@ def _settle_config(
     return dataclasses.replace(config, **origin, **changes)
 
 
-def _fill_parameters(
-    model: nnx.Module, stored: dict[str, files.StoredTensor], mesh: Mesh | None, dtype: Any
-) -> None:
+def _fill_parameters(model: nnx.Module, stored: Stored, mesh: Mesh | None, dtype: Any) -> None:
     """Gives every abstract variable of `model` its array, one at a time."""
     state = nnx.state(model)
     shardings = {}
@@ -206,7 +197,7 @@ def save_checkpoint(
     _refuse_unmerged(model)
     files.check_target(directory, overwrite)
     named = weights.named_parameters(model)
-    require_finite({name: held.variable for name, held in named.items()}, str(directory))
+    check.require_finite({name: held.variable for name, held in named.items()}, str(directory))
     where = source if source is not None else model.config.source_directory
     origin = None if where is None else Path(where)
     stored = {} if origin is None else _read_origin(model, origin)
@@ -234,7 +225,7 @@ def _refuse_unmerged(model: nnx.Module) -> None:
         )
 
 
-def _read_origin(model: Gemma4Model, origin: Path) -> dict[str, files.StoredTensor]:
+def _read_origin(model: Gemma4Model, origin: Path) -> Stored:
     """The tensors of the directory that completes `model`, which must be of its shapes."""
     if not origin.is_dir():
         raise ValueError(
@@ -245,14 +236,12 @@ def _read_origin(model: Gemma4Model, origin: Path) -> dict[str, files.StoredTens
     stored = files.read_directory(origin)
     _settle_config(origin, model.config.text_only, model.config)
     # A head that the origin lacks was made here.
-    check_tensors(origin, model, stored, optional=(SCORE_HEAD,))
-    check_head(origin, stored, tied=True)
+    check.check_tensors(origin, model, stored, optional=(check.SCORE_HEAD,))
+    check.check_head(origin, stored, tied=True)
     return stored
 
 
-def _new_tensors(
-    model: Gemma4Model, stored: dict[str, files.StoredTensor]
-) -> list[files.NewTensor]:
+def _new_tensors(model: Gemma4Model, stored: Stored) -> list[files.NewTensor]:
     """What to write: parameters, buffers, then what `stored` holds beyond them."""
     tensors = []
     for name, (path, variable) in weights.named_parameters(model).items():
@@ -265,7 +254,7 @@ def _new_tensors(
         dtype = files.FLOATS.get(code, np.dtype(model.config.param_dtype))
         read = functools.partial(weights.buffer_array, buffer, dtype)
         tensors.append(files.new_tensor(name, buffer.shape, dtype, read))
-    written = {tensor.name for tensor in tensors} | {TIED_HEAD}
+    written = {tensor.name for tensor in tensors} | {check.TIED_HEAD}
     return tensors + [tensor.copied() for name, tensor in stored.items() if name not in written]
 
 
@@ -294,9 +283,9 @@ def _hf_config(model: Gemma4Model, origin: Path | None, names: list[str]) -> dic
     if origin is not None:
         config = dataclasses.replace(config, source=ModelConfig.from_hf(origin).source)
     result = config.to_hf()
-    if SCORE_HEAD in names:
+    if check.SCORE_HEAD in names:
         result |= {"architectures": [type(model).__name__], "num_labels": 1}
-    for key, prefixes in (("vision_config", VISION), ("audio_config", AUDIO)):
+    for key, prefixes in (("vision_config", check.VISION), ("audio_config", check.AUDIO)):
         if not any(name.startswith(prefixes) for name in names):
             result[key] = None
     sizes: collections.Counter[str] = collections.Counter()

@@ -31,13 +31,11 @@ class Domain:
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             return False
         if self.whole:
-            if not isinstance(value, numbers.Integral):
-                return False
-        else:
-            given, value = value, _in_float32(value)  # 1e39 is infinite in a step,
-            if value == 0 != given:  # and 1e-50 is 0, which is not what it says.
-                return False
-        return self.bounds(value)
+            return isinstance(value, numbers.Integral) and self.bounds(value)
+        held = _in_float32(value)  # 1e39 is infinite in a step,
+        if held == 0 != value:  # and 1e-50 is 0, which is not what it says.
+            return False
+        return self.bounds(held)
 
     def bounds(self, value: Any) -> bool:
         """Whether a number is finite and within, whatever its type can hold."""

@@ -21,18 +21,8 @@ from typing import Any
 import jax.numpy as jnp
 from absl import logging
 
-from .parts import (
-    ATTENTION_IMPLEMENTATIONS,
-    DEFAULT_ROPE,
-    KINDS,
-    LayerSpec,
-    RematConfig,
-    VisionConfig,
-    check_fields,
-    complaint,
-    refuse_unsupported,
-    require_one_of,
-)
+from . import parts
+from .parts import DEFAULT_ROPE, LayerSpec, RematConfig, VisionConfig, check_fields, require_one_of
 from .source import DEFAULTS, dtype_of, read_source, refuse_quantized, section, settle_layers
 from .tunix_names import TunixNames, check_sharding, is_sharding, takes_tunix_names
 
@@ -137,7 +127,7 @@ class ModelConfig(TunixNames):
                 f"layer_types: expected {count} entries (num_hidden_layers), found {len(types)}"
             )
         for index, layer_type in enumerate(types):
-            require_one_of(f"layer_types[{index}]", layer_type, KINDS)
+            require_one_of(f"layer_types[{index}]", layer_type, parts.KINDS)
         both_ways = self.use_bidirectional_attention
         require_one_of("use_bidirectional_attention", both_ways, (None, "vision"))
         _validate_sharing(self)
@@ -202,10 +192,8 @@ class ModelConfig(TunixNames):
         result["text_config"].pop("per_layer_config", None)
         if self.tower_config is not None:
             vision = dataclasses.asdict(self.tower_config)
-            vision["rope_parameters"] = vision["rope_parameters"] or {
-                "rope_type": "default",
-                "rope_theta": 100.0,
-            }
+            default = {"rope_type": "default", "rope_theta": 100.0}
+            vision["rope_parameters"] = vision["rope_parameters"] or default
             vision["model_type"] = "gemma4_vision"
             result["vision_config"] = (result.get("vision_config") or {}) | vision
         result |= {name: getattr(self, name) for name in _MEDIA_IDS}
@@ -235,7 +223,7 @@ class ModelConfig(TunixNames):
             specs.append(
                 LayerSpec(
                     index=index,
-                    kind=KINDS[layer_type],
+                    kind=parts.KINDS[layer_type],
                     head_dim=(self.global_head_dim or self.head_dim) if full else self.head_dim,
                     num_kv_heads=kv_heads or self.num_key_value_heads,
                     window=None if full else self.sliding_window,
@@ -313,10 +301,8 @@ def _preset(name: str, twin: str):
                 raise ValueError(f"{twin}: sharding_config is given twice")
             text_only, sharding_config = True, text_only
         if not isinstance(text_only, bool):
-            raise ValueError(
-                f"{twin}: expected text_only, True or False, or a ShardingConfig, found "
-                f"{text_only!r}"
-            )
+            expected = "text_only, True or False, or a ShardingConfig"
+            raise ValueError(f"{twin}: expected {expected}, found {text_only!r}")
         if sharding_config is not None:
             check_sharding(sharding_config)
         text = resources.files("tunix_gemma4").joinpath(f"presets/{name}.json").read_text("utf-8")
@@ -354,7 +340,7 @@ def _read_fields(cls: type[ModelConfig], source: dict[str, Any]) -> dict[str, An
     if "text_config" in source and source["text_config"] is None:
         raise ValueError("text_config: expected an object, found null")
     text, vision = section(source, "text_config") or {}, section(source, "vision_config")
-    refuse_unsupported(model_type, text, vision)
+    parts.refuse_unsupported(model_type, text, vision)
     given = {key: text[key] for key in _TEXT_FIELDS if key in text}
     given |= {name: source[name] for name in _MEDIA_IDS if source.get(name) is not None}
     check_fields(cls, given)
@@ -396,26 +382,21 @@ def _float_dtype(name: str, value: Any) -> jnp.dtype:
 
 def _validate_attention(config: ModelConfig) -> None:
     name = "attention_implementation"
-    require_one_of(name, config.attention_implementation, ATTENTION_IMPLEMENTATIONS)
+    require_one_of(name, config.attention_implementation, parts.ATTENTION_IMPLEMENTATIONS)
     if config.use_flash_attention and config.attention_implementation == "xla":
         raise ValueError(
             "use_flash_attention: found True with attention_implementation='xla', which "
             "contradict each other; leave one of them at its default"
         )
-    if config.flash_attention_block_size < 128:
-        raise ValueError(
-            "flash_attention_block_size: expected at least 128, found "
-            f"{config.flash_attention_block_size}"
-        )
+    if (size := config.flash_attention_block_size) < 128:
+        raise ValueError(f"flash_attention_block_size: expected at least 128, found {size}")
 
 
 def _validate_sharing(config: ModelConfig) -> None:
     shared, count = config.num_kv_shared_layers, config.num_hidden_layers
     if not 0 <= shared < count:
-        raise ValueError(
-            f"num_kv_shared_layers: expected 0 to {count - 1} (num_hidden_layers - 1), "
-            f"found {shared}"
-        )
+        expected = f"0 to {count - 1} (num_hidden_layers - 1)"
+        raise ValueError(f"num_kv_shared_layers: expected {expected}, found {shared}")
     sources = config.layer_types[: count - shared]
     for index in range(count - shared, count):
         if config.layer_types[index] not in sources:
@@ -436,7 +417,7 @@ def _validate_rope(config: ModelConfig) -> None:
                 f"{name}: expected rope_type {expected!r} with a rope_theta, found {rope!r}"
             )
         for key in ("rope_theta", "factor", "partial_rotary_factor"):
-            wanted = complaint(key, "float", rope.get(key, 1.0))
+            wanted = parts.complaint(key, "float", rope.get(key, 1.0))
             if key == "partial_rotary_factor" and wanted is None and rope.get(key, 1.0) > 1:
                 wanted = "at most 1"
             if wanted is not None:
@@ -445,25 +426,21 @@ def _validate_rope(config: ModelConfig) -> None:
 
 def _validate_sizes(config: ModelConfig) -> None:
     for spec in config.layers:
+        where = f"layer {spec.index} ({spec.kind})"
         if config.num_attention_heads % spec.num_kv_heads:
             raise ValueError(
                 f"num_attention_heads: {config.num_attention_heads} is not divisible by the "
-                f"{spec.num_kv_heads} key/value heads of layer {spec.index} ({spec.kind})"
+                f"{spec.num_kv_heads} key/value heads of {where}"
             )
         if spec.head_dim % 2:
-            raise ValueError(
-                f"head_dim: expected an even number, found {spec.head_dim} in layer {spec.index} "
-                f"({spec.kind})"
-            )
+            raise ValueError(f"head_dim: expected an even number, found {spec.head_dim} in {where}")
     if config.enable_moe_block:
         for name in ("num_experts", "top_k_experts", "moe_intermediate_size"):
             if not (found := getattr(config, name)):
                 raise ValueError(f"{name}: enable_moe_block needs it, found {found!r}")
-        if config.top_k_experts > config.num_experts:
-            raise ValueError(
-                f"top_k_experts: expected at most num_experts ({config.num_experts}), "
-                f"found {config.top_k_experts}"
-            )
+        most, found = config.num_experts, config.top_k_experts
+        if found > most:
+            raise ValueError(f"top_k_experts: expected at most num_experts ({most}), found {found}")
     if not config.text_only and config.model_type == "gemma4_unified":
         raise ValueError(
             "text_only=False: model_type 'gemma4_unified' (Gemma 4 12B) is supported for text "

@@ -8,7 +8,7 @@ import enum
 import math
 import numbers
 from collections.abc import Collection, Mapping
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal
 
 Kind = Literal["sliding", "full"]
 
@@ -123,10 +123,9 @@ class VisionConfig:
         theta = rope.get("rope_theta", 100.0)
         if not isinstance(theta, (int, float)) or not 0 < theta < math.inf:
             raise ValueError(f"{where}.rope_theta: expected a positive number, found {theta!r}")
-        if self.head_dim % 4:
-            raise ValueError(
-                f"vision_config.head_dim: expected a multiple of 4, found {self.head_dim}"
-            )
+        size = self.head_dim
+        if size % 4:
+            raise ValueError(f"vision_config.head_dim: expected a multiple of 4, found {size}")
 
 
 ATTENTION_IMPLEMENTATIONS = ("auto", "xla", "splash", "triton")
@@ -175,11 +174,13 @@ def complaint(name: str, annotation: str, value: Any) -> str | None:
         low = 0 if name in _AT_LEAST_0 or name.endswith("_token_id") else 1
         high = _MOST_LAYERS if name == "num_hidden_layers" else _LARGEST
         several = annotation != "int" and isinstance(value, (list, tuple)) and len(value) > 0
-        if all(_is_whole(x) and low <= x <= high for x in (value if several else [value])):
+        values: Any = value if several else [value]
+        if all(_is(numbers.Integral, x) and low <= x <= high for x in values):
             return None
         return f"a whole number from {low} to {high}" + (", or several" * (annotation != "int"))
     if annotation == "float":
-        return None if _is_number(value) and 0 < value < math.inf else "a positive number"
+        positive = _is(numbers.Real, value) and 0 < value < math.inf
+        return None if positive else "a positive number"
     if annotation == "list[str]":
         of_strings = isinstance(value, (list, tuple)) and all(isinstance(x, str) for x in value)
         return None if of_strings else "a list of strings"
@@ -187,12 +188,8 @@ def complaint(name: str, annotation: str, value: Any) -> str | None:
     return None if isinstance(value, kind) else wanted
 
 
-def _is_whole(value: Any) -> TypeGuard[int]:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+def _is(kind: type, value: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def require_one_of(name: str, value: Any, supported: Collection[Any]) -> None:

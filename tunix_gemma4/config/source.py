@@ -18,9 +18,8 @@ from typing import Any
 def parse_json(text: str | bytes, *, finite: bool = False) -> Any:
     """What JSON holds.
 
-    Args:
-        text: the JSON.
-        finite: refuse NaN, Infinity and numbers beyond float64, which the format does not have.
+    With `finite`, NaN, Infinity and numbers beyond float64, which the format does not have, are
+    refused.
 
     Raises:
         ValueError: `json.JSONDecodeError` where it is no JSON; otherwise naming a key that stands
@@ -150,13 +149,9 @@ def refuse_quantized(source: Mapping[str, Any], directory: Path | None) -> None:
 def settle_layers(fields: dict[str, Any], text: Mapping[str, Any], types: list[str]) -> None:
     """Turns `per_layer_config`, of transformers from 5.15 on, into the fields of earlier ones.
 
-    Args:
-        fields: of `ModelConfig`, defaults included; changed in place.
-        text: the file's `text_config`.
-        types: of all layers.
-
-    Raises:
-        ValueError: layers that differ in what this model has one value of per type of layer.
+    Changes `fields`, those of `ModelConfig` with their defaults, in place. `text` is the file's
+    `text_config`. Raises ValueError for layers that differ in what this model has one value of per
+    type of layer.
     """
     overrides = text.get("per_layer_config")
     if overrides is None:

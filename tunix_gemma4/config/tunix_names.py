@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import inspect
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -100,10 +101,8 @@ class TunixNames:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             why = _ELSEWHERE.get(name) or (f"did you mean {near[0]}?" if near else "")
-            raise AttributeError(
-                f"ModelConfig has no field {name!r}: assigning it would change nothing"
-                + (f"; {why}" if why else "")
-            )
+            message = f"ModelConfig has no field {name!r}: assigning it would change nothing"
+            raise AttributeError(f"{message}; {why}" if why else message)
         if name == "shd_config" and value is not None:
             check_sharding(value)
         super().__setattr__(name, value)
@@ -212,12 +211,8 @@ for _name, _field in SAME.items():
 @functools.cache
 def _settable(kind: type) -> frozenset[str]:
     """Fields, and properties that can be written."""
-    properties = {
-        name
-        for base in kind.__mro__
-        for name, value in vars(base).items()
-        if isinstance(value, property) and value.fset is not None
-    }
+    members = inspect.getmembers(kind, lambda member: isinstance(member, property))
+    properties = {name for name, member in members if member.fset is not None}
     return frozenset({field.name for field in dataclasses.fields(kind)} | properties)
 
 
@@ -248,9 +243,8 @@ def takes_tunix_names(kind: type) -> type:
 
 def is_sharding(value: Any) -> bool:
     """Whether `value` is a `ShardingConfig` of one of Tunix's models."""
-    return dataclasses.is_dataclass(value) and callable(
-        getattr(type(value), "get_default_sharding", None)
-    )
+    default = getattr(type(value), "get_default_sharding", None)
+    return dataclasses.is_dataclass(value) and callable(default)
 
 
 def check_sharding(value: Any) -> None:

@@ -40,9 +40,8 @@ Model = TypeVar("Model", bound=nnx.Module)
 QTYPES = ("nf4", "int8")
 TILE_SIZES = (64, 32, 16)
 # The bound of PEFT's default initial A, 1 / sqrt(in), so that learning rates carry over.
-_init_a = jax.jit(
-    nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform"), static_argnums=(1, 2)
-)
+_uniform = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+_init_a = jax.jit(_uniform, static_argnums=(1, 2))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,10 +70,8 @@ class LoraConfig:
     def __post_init__(self):
         require_fields(self)
         if self.quantize not in (None, *QTYPES):
-            raise ValueError(
-                f"quantize: expected None (null) or one of {', '.join(QTYPES)}, found "
-                f"{self.quantize!r}"
-            )
+            known = f"None (null) or one of {', '.join(QTYPES)}"
+            raise ValueError(f"quantize: expected {known}, found {self.quantize!r}")
         check_targets(self.targets)
         if isinstance(self.targets, list):  # It must be hashable.
             object.__setattr__(self, "targets", tuple(self.targets))
@@ -118,11 +115,7 @@ def _merge(
 
 
 def adapt(linear: nnx.Linear, *, name: str, config: LoraConfig, key: jax.Array) -> LoraLinear:
-    """What takes the place of `linear`, on its kernel's own devices.
-
-    A is random and B zero, so that it computes what `linear` did, or what its quantised kernel
-    does.
-    """
+    """What takes the place of `linear`, on its kernel's own devices; see `apply_lora`."""
     kernel = linear.kernel
     metadata = kernel.get_metadata()
     rows, columns = metadata.get("out_sharding") or (None, None)
@@ -130,21 +123,18 @@ def adapt(linear: nnx.Linear, *, name: str, config: LoraConfig, key: jax.Array) 
     mesh = mesh_of(kernel.get_raw_value())
 
     def boxed(kind: type[Kind], value: jax.Array, axes: tuple) -> Kind:
-        return _placed(
-            kind(value, **(metadata | {"out_sharding": axes, "eager_sharding": False})), mesh
-        )
+        own = metadata | {"out_sharding": axes, "eager_sharding": False}
+        return _placed(kind(value, **own), mesh)
 
     a = _init_a(key, (in_features, config.rank), jnp.float32)
     b = jnp.asarray(np.zeros((config.rank, out_features), np.float32))  # No program to compile.
     a = boxed(nnx.LoRAParam, a, (spread(rows), None))
     b = boxed(nnx.LoRAParam, b, (None, spread(columns)))
-    result = LoraLinear(linear, a, b, scale=config.scale, lora=config)
+    result = LoraLinear(linear, a, b, config)
     if config.quantize is not None:
         tile = tile_size(name, in_features, config)
-        quantized = _quantize(kernel[...], qtype=config.quantize, tile=tile)
-        result.kernel = jax.tree.map(
-            lambda leaf: boxed(nnx.Param, leaf, (rows, columns)), quantized
-        )
+        leaves = _quantize(kernel[...], qtype=config.quantize, tile=tile)
+        result.kernel = jax.tree.map(lambda x: boxed(nnx.Param, x, (rows, columns)), leaves)
     return result
 
 
@@ -153,13 +143,8 @@ def merged(linear: LoraLinear) -> nnx.Linear:
     # The variable of the kernel's own shape, quantised or not.
     main: Any = getattr(linear.kernel, "qvalue", linear.kernel)
     kernel = unboxed(linear.kernel) if isinstance(linear.kernel, qwix.QArray) else main[...]
-    value = _merge(
-        kernel,
-        linear.kernel_lora_a[...],
-        linear.kernel_lora_b[...],
-        scale=linear.scale,
-        dtype=linear.kernel_dtype,
-    )
+    a, b = linear.kernel_lora_a[...], linear.kernel_lora_b[...]
+    value = _merge(kernel, a, b, scale=linear.scale, dtype=linear.kernel_dtype)
     mesh = mesh_of(main.get_raw_value())
     return plain_linear(linear, _placed(nnx.Param(value, **main.get_metadata()), mesh))
 
@@ -212,19 +197,16 @@ def add_adapters(model: Model, names: list[str], config: LoraConfig, rngs: nnx.R
         for name in names:
             if config.quantize is not None and name != SCORE:
                 tile_size(name, projections[name].in_features, config)
-        keys = jax.random.split(key, len(names))
         # There is no memory to save in a head of one column.
-        head = dataclasses.replace(config, quantize=None)
-        settings = {name: head if name == SCORE else config for name in names}
+        settings = {SCORE: dataclasses.replace(config, quantize=None)}
         replacements = {
-            name: adapt(projections[name], name=name, config=settings[name], key=one_key)
-            for name, one_key in zip(names, keys, strict=True)
+            name: adapt(projections[name], name=name, config=settings.get(name, config), key=own)
+            for name, own in zip(names, jax.random.split(key, len(names)), strict=True)
         }
         replace_modules(model, replacements)
         return model
 
-    leaves = jax.tree.leaves(variables)
-    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(variables)):
         return eval_shape(add, model, rngs.params())
     return add(model, rngs.params())
 

@@ -23,15 +23,8 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from safetensors.numpy import save_file
 
+from ..checkpoint import files
 from ..checkpoint.check import require_finite
-from ..checkpoint.files import (
-    FLOATS,
-    StoredTensor,
-    copy_companions,
-    listing,
-    read_header,
-    replacing,
-)
 from ..checkpoint.names import SCORE, module_name
 from ..config.source import read_json
 from ..model.gemma4 import Gemma4Model, require_single_layers
@@ -42,6 +35,7 @@ CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _WRITER = {"writer": "tunix_gemma4"}
+Tensors = dict[str, files.StoredTensor]
 
 # Settings of PEFT that do not change what a trained adapter computes, whatever their value.
 _HARMLESS = {
@@ -99,11 +93,7 @@ def save_adapter(
     if not modules:
         raise ValueError("the model has no adapters to save; apply_lora adds them")
     _check_target(directory)
-    matrices = {
-        _tensor_name(name, side): variable[...]
-        for name, module in modules.items()
-        for side, variable in _matrices(module).items()
-    }
+    matrices = {name: variable[...] for name, variable in _matrices(modules).items()}
     require_finite(matrices, str(directory))
     tensors = {}
     for name, array in matrices.items():
@@ -115,22 +105,28 @@ def save_adapter(
         return  # Every process took part in gathering; one writes.
     source = model.config.source_directory
     settings = _settings(modules, base_model_name_or_path or source)
-    with replacing(directory) as new:
+    with files.replacing(directory) as new:
         (new / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
         save_file(tensors, new / TENSORS, {"format": "pt"} | _WRITER)
         if source is not None:
-            copy_companions(Path(source), new)
-        written = len(read_header(new / TENSORS)[0])
+            files.copy_companions(Path(source), new)
+        written = len(files.read_header(new / TENSORS)[0])
         if written != trained:
             raise RuntimeError(f"{written} tensors were written of {trained} trained; not saved")
 
 
-def _matrices(module: LoraLinear) -> dict[str, nnx.LoRAParam]:
-    return {"A": module.kernel_lora_a, "B": module.kernel_lora_b}
+def _matrices(modules: dict[str, LoraLinear]) -> dict[str, nnx.LoRAParam]:
+    """A and B of each, by the names of their tensors."""
+    matrices = {}
+    for name, module in modules.items():
+        a, b = _tensor_names(name)
+        matrices |= {a: module.kernel_lora_a, b: module.kernel_lora_b}
+    return matrices
 
 
-def _tensor_name(name: str, side: str) -> str:
-    return f"{_PREFIX}{module_name((name, 'kernel'))}.lora_{side}.weight"
+def _tensor_names(name: str) -> tuple[str, str]:
+    full = f"{_PREFIX}{module_name((name, 'kernel'))}"
+    return f"{full}.lora_A.weight", f"{full}.lora_B.weight"
 
 
 def _settings(modules: dict[str, LoraLinear], base: str | None) -> dict[str, Any]:
@@ -156,7 +152,7 @@ def _check_target(directory: Path) -> None:
     if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
         return
     file = directory / TENSORS
-    if not file.is_file() or not _WRITER.items() <= read_header(file)[1].items():
+    if not file.is_file() or not _WRITER.items() <= files.read_header(file)[1].items():
         raise ValueError(
             f"{directory}: exists and is no adapter that save_adapter wrote; choose another "
             "directory, or remove it yourself"
@@ -185,8 +181,12 @@ def load_adapter(model: Gemma4Model, directory: str | Path) -> Gemma4Model:
     config = check_adapter(directory)
     tensors = _read_tensors(model, directory)
     present = adapted(model)
-    if present:
-        _check_scale(next(iter(present.values())).lora, config, directory)
+    own = next(iter(present.values())).lora if present else config
+    if (own.rank, own.scale) != (config.rank, config.scale):
+        raise ValueError(
+            f"{directory}: rank {config.rank} and scale {config.scale:g}; the model's adapters "
+            f"have rank {own.rank} and scale {own.scale:g}. Load it into a model without adapters"
+        )
     names = list(present) or _adapted_by(tensors, read_json(directory / CONFIG), model)
     _check_tensors(model, names, tensors, config.rank, directory)
     if present:
@@ -196,21 +196,17 @@ def load_adapter(model: Gemma4Model, directory: str | Path) -> Gemma4Model:
         model = add_adapters(model, names, config, nnx.Rngs(0))
         logging.info("%s", describe(model))
     spoilt = []
-    for name, module in adapted(model).items():
-        for side, variable in _matrices(module).items():
-            tensor = _tensor_name(name, side)
-            matrix = tensors[tensor].view().astype(np.float32).T
-            if not np.isfinite(matrix).all():
-                spoilt.append(tensor)
-            variable[...] = jax.device_put(matrix, variable.get_raw_value().sharding)
+    for name, variable in _matrices(adapted(model)).items():
+        matrix = tensors[name].view().astype(np.float32).T
+        if not np.isfinite(matrix).all():
+            spoilt.append(name)
+        variable[...] = jax.device_put(matrix, variable.get_raw_value().sharding)
     if spoilt:
-        raise ValueError(f"{directory / TENSORS}: NaN or infinity in {listing(spoilt)}")
+        raise ValueError(f"{directory / TENSORS}: NaN or infinity in {files.listing(spoilt)}")
     return model
 
 
-def _adapted_by(
-    tensors: dict[str, StoredTensor], settings: dict[str, Any], model: nnx.Module
-) -> list[str]:
+def _adapted_by(tensors: Tensors, settings: dict[str, Any], model: nnx.Module) -> list[str]:
     """The projections that have tensors, or should have by the settings that they came with."""
     projections = list(linears(model))
     found = [name for name in projections if tensors.keys() & set(_tensor_names(name))]
@@ -254,10 +250,6 @@ def _is_targeted(name: str, settings: dict[str, Any]) -> bool:
         )
     except (re.error, TypeError):  # It is none that PEFT has written.
         return False
-
-
-def _tensor_names(name: str) -> tuple[str, str]:
-    return _tensor_name(name, "A"), _tensor_name(name, "B")
 
 
 def check_adapter(directory: str | Path) -> LoraConfig:
@@ -319,26 +311,23 @@ def _read_config(directory: Path) -> LoraConfig:
     return LoraConfig(rank=rank, alpha=alpha, use_rslora=bool(rslora))
 
 
-def _read_file(directory: Path) -> dict[str, StoredTensor]:
+def _read_file(directory: Path) -> Tensors:
     file = directory / TENSORS
     if not file.is_file():
         raise ValueError(
             f"{file}: no such file; an adapter saved as adapter_model.bin has to be saved again "
             "by PEFT with safe_serialization=True"
         )
-    return read_header(file)[0]
+    return files.read_header(file)[0]
 
 
-def _read_tensors(model: Gemma4Model, directory: Path) -> dict[str, StoredTensor]:
+def _read_tensors(model: Gemma4Model, directory: Path) -> Tensors:
     """The adapter's tensors, by the names that we write."""
     tensors, skipped = {}, []
     for name, tensor in _read_file(directory).items():
         # A model class without vision has no `language_model` in its names.
-        name = re.sub(
-            rf"^{re.escape(_PREFIX)}model\.(layers|per_layer_model_projection)\.",
-            rf"{_PREFIX}model.language_model.\1.",
-            name,
-        )
+        bare = rf"^{re.escape(_PREFIX)}model\.(layers|per_layer_model_projection)\."
+        name = re.sub(bare, rf"{_PREFIX}model.language_model.\1.", name)
         if name in tensors:
             raise ValueError(f"{directory / TENSORS}: {name} is there under two spellings")
         if _is_never_computed(model, name):
@@ -346,9 +335,8 @@ def _read_tensors(model: Gemma4Model, directory: Path) -> dict[str, StoredTensor
         else:
             tensors[name] = tensor
     if skipped:
-        logging.info(
-            "%s: skipped keys and values of layers that reuse others': %s", directory, skipped
-        )
+        message = "%s: skipped keys and values of layers that reuse others': %s"
+        logging.info(message, directory, skipped)
     return tensors
 
 
@@ -359,40 +347,26 @@ def _is_never_computed(model: Gemma4Model, name: str) -> bool:
     return bool(match) and int(match[1]) < len(layers) and layers[int(match[1])].shares_kv
 
 
-def _check_scale(own: LoraConfig, config: LoraConfig, directory: Path) -> None:
-    if (own.rank, own.scale) != (config.rank, config.scale):
-        raise ValueError(
-            f"{directory}: rank {config.rank} and scale {config.scale:g}; the model's adapters "
-            f"have rank {own.rank} and scale {own.scale:g}. Load it into a model without adapters"
-        )
-
-
 def _check_tensors(
-    model: nnx.Module,
-    names: list[str],
-    tensors: dict[str, StoredTensor],
-    rank: int,
-    directory: Path,
+    model: nnx.Module, names: list[str], tensors: Tensors, rank: int, directory: Path
 ) -> None:
     """Raises unless the tensors are those of `names`, in their shapes, and no others."""
-    projections = linears(model)
-    expected = {}
+    projections, expected = linears(model), {}
     for name in names:
         linear = projections[name]
         a, b = _tensor_names(name)
         expected |= {a: (rank, linear.in_features), b: (linear.out_features, rank)}
-    misshapen = [
-        f"{name}: expected shape {shape}, found {tensors[name].shape}"
-        for name, shape in expected.items()
-        if name in tensors and tensors[name].shape != shape
-    ]
     complaints = {
         "missing": [name for name in expected if name not in tensors],
         "unexpected": [name for name in tensors if name not in expected],
-        "misshapen": misshapen,
-        "not floating point": [name for name, t in tensors.items() if t.dtype not in FLOATS],
+        "misshapen": [
+            f"{name}: expected shape {shape}, found {tensors[name].shape}"
+            for name, shape in expected.items()
+            if name in tensors and tensors[name].shape != shape
+        ],
+        "not floating point": [name for name, t in tensors.items() if t.dtype not in files.FLOATS],
     }
-    lines = [f"{what}: {listing(found)}" for what, found in complaints.items() if found]
+    lines = [f"{what}: {files.listing(found)}" for what, found in complaints.items() if found]
     if not expected and not lines:
         lines = ["it holds no tensors"]
     if lines:

@@ -45,9 +45,8 @@ def linears(model: nnx.Module) -> dict[str, nnx.Linear]:
 
 def natural_key(name: str) -> list[tuple[bool, int, str]]:
     """Sorts `layers.2` before `layers.10`."""
-    return [
-        (not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split(".")
-    ]
+    parts = name.split(".")
+    return [(not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in parts]
 
 
 def resolve(model: nnx.Module, targets: str | Sequence[str]) -> list[str]:
@@ -77,9 +76,8 @@ def resolve(model: nnx.Module, targets: str | Sequence[str]) -> list[str]:
     for entry, pattern in check_targets(targets).items():
         _refuse_experts(model, entry, pattern)
         of_tunix = is_tunix_pattern(entry)
-        spellings = {
-            name: _tunix_names(name, names) if of_tunix else _own_names(name) for name in names
-        }
+        words = (_tunix_names(name, names) if of_tunix else _own_names(name) for name in names)
+        spellings = dict(zip(names, words, strict=True))
         require_reached(f"targets={entry!r}", pattern.pattern, spellings)
         reached |= {name for name in names if any(map(pattern.fullmatch, spellings[name]))}
     return [name for name in names if name in reached]
@@ -122,10 +120,7 @@ def is_tunix_pattern(pattern: str) -> bool:
 def require_reached(what: str, pattern: str, spellings: dict[str, list[str]]) -> None:
     """Raises ValueError where `pattern`, or an alternative in it, reaches none of the projections.
 
-    Args:
-        what: the pattern's name in the message.
-        pattern: a regular expression, which has to match all of a spelling.
-        spellings: of each projection, by its name.
+    It has to match all of one of a projection's `spellings`; messages call it `what`.
     """
     words = [word for several in spellings.values() for word in several]
 
@@ -142,10 +137,8 @@ def require_reached(what: str, pattern: str, spellings: dict[str, list[str]]) ->
     idle = [part for part, alone in alternatives(pattern) if not reaches(alone)]
     if idle:
         parts = ", ".join(map(repr, dict.fromkeys(idle)))
-        raise ValueError(
-            f"{what}: {parts} matches no projection of this model; leave it out or correct it.\n"
-            f"{hint}"
-        )
+        wrong = f"{parts} matches no projection of this model; leave it out or correct it"
+        raise ValueError(f"{what}: {wrong}.\n{hint}")
 
 
 class _Group(NamedTuple):
@@ -245,12 +238,10 @@ def _tunix_names(name: str, names: list[str]) -> list[str]:
 
 
 def _refuse_experts(model: nnx.Module, targets: str, pattern: re.Pattern) -> None:
-    experts = [".".join(map(str, path)) for path, _ in nnx.iter_modules(model)]
-    experts = [name for name in experts if name.endswith(".experts")]
-    if not experts:
-        return
-    reached = [name for name in experts if any(map(pattern.fullmatch, _own_names(name)))]
-    if reached or "experts" in targets:
+    modules = [".".join(map(str, path)) for path, _ in nnx.iter_modules(model)]
+    experts = [_own_names(name) for name in modules if name.endswith(".experts")]
+    reached = any(pattern.fullmatch(word) for words in experts for word in words)
+    if reached or (experts and "experts" in targets):
         raise ValueError(
             f"targets={targets!r} reaches the experts (language_model.layers.*.experts), which "
             "cannot carry adapters: their [E, D, F] kernels are no projections. "
@@ -277,12 +268,11 @@ def as_regex(names: Iterable[str]) -> str:
     layers: dict[tuple[str, str], list[str]] = collections.defaultdict(list)
     single = []
     for name in names:
-        match = re.fullmatch(r"(.*\.layers)\.(\d+)\.(.*)", name)
-        if match is None:
-            single.append(re.escape(name))
-        else:
+        if match := re.fullmatch(r"(.*\.layers)\.(\d+)\.(.*)", name):
             prefix, index, tail = match.groups()
             layers[prefix, tail].append(index)
+        else:
+            single.append(re.escape(name))
     branches: dict[tuple[str, tuple[str, ...]], list[str]] = collections.defaultdict(list)
     for (prefix, tail), indices in layers.items():
         branches[prefix, tuple(indices)].append(tail)

@@ -36,18 +36,10 @@ def attend(
 
     In long rows a block of queries meets a block of keys at a time, so that nothing [N, T, S]
     exists: in a sliding layer the keys of their window alone, in a full one none behind them. A
-    kernel may take the place of that in whole rows.
+    kernel may take the place of that in whole rows, if `attention_implementation` asks for one.
 
-    Args:
-        config: whose `attention_implementation` says whether a kernel is wanted.
-        q: [B, T, N, H].
-        k: [B, S, K, H] with N a multiple of K.
-        v: like k.
-        mask: who may look at whom.
-
-    Returns:
-        [B, T, N, H] in the dtype of q. A query that may see nothing gets a mean of values, which
-        is finite.
+    q is [B, T, N, H], k and v are [B, S, K, H] with N a multiple of K; the result is like q, in its
+    dtype. A query that may see nothing gets a mean of values, which is finite.
     """
     kernel = _kernel(config, q, mask)
     if kernel == "splash":
@@ -94,12 +86,8 @@ def _kernel(config: ModelConfig, q: jax.Array, mask: AttentionMask) -> str | Non
     obstacle = _obstacle(wanted, q, mask)
     if obstacle is None:
         return wanted
-    logging.log_first_n(
-        logging.WARNING,
-        "attention_implementation=%r: %s, so XLA's attention runs there.",
-        3,
-        *(wanted, obstacle),
-    )
+    message = "attention_implementation=%r: %s, so XLA's attention runs there."
+    logging.log_first_n(logging.WARNING, message, 3, wanted, obstacle)
     return None
 
 
@@ -167,9 +155,8 @@ class Attention(nnx.Module):
         return self.o_proj(out.reshape(*x.shape[:2], -1)), (k, v), cache
 
     def _heads(self, x: jax.Array) -> jax.Array:
-        return constrain(
-            x.reshape(*x.shape[:2], -1, self.spec.head_dim), "batch", None, "heads", None
-        )
+        x = x.reshape(*x.shape[:2], -1, self.spec.head_dim)
+        return constrain(x, "batch", None, "heads", None)
 
     def _own(self) -> tuple[nnx.Linear, ...]:
         """Projections to keys and, where they are not the keys' own, values."""
@@ -180,6 +167,4 @@ class Attention(nnx.Module):
     def _keys_values(self, raw, cos_sin, cache):
         """Of what `_own` gave, each [B, T, K, H]."""
         k, v = rotate(self.k_norm(raw[0]), cos_sin), self.v_norm(raw[-1])
-        if cache is None:
-            return k, v, None
-        return store(self.config, self.spec, cache, k, v)
+        return (k, v, None) if cache is None else store(self.config, self.spec, cache, k, v)

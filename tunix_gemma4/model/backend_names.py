@@ -12,7 +12,10 @@ engines.
 
 from __future__ import annotations
 
+import re
 from typing import Any
+
+Axes = dict[str, tuple[int, ...]]
 
 _ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 _MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -21,8 +24,8 @@ _NORMS = (
     *("pre_feedforward_layernorm", "post_feedforward_layernorm"),
 )
 _EXPERT_NORMS = tuple(
-    f"{name}_layernorm_{number}"
-    for name, number in (("post_feedforward", 1), ("post_feedforward", 2), ("pre_feedforward", 2))
+    f"{place}_feedforward_layernorm_{number}"
+    for place, number in (("post", 1), ("post", 2), ("pre", 2))
 )
 _PER_LAYER = ("per_layer_input_gate", "per_layer_projection")
 _TEXT = (
@@ -71,7 +74,7 @@ def vllm_name(name: str) -> str:
         }.get(rest, rest)
         name = f"model.{rest}"
     name = name.replace("vision_tower.encoder.", "vision_tower.").replace(".linear.", ".")
-    return _leaf(name, {"kernel": "weight", "embedding": "weight"})
+    return re.sub(r"\.(kernel|embedding)$", ".weight", name)
 
 
 def sglang_name(name: str) -> str:
@@ -79,12 +82,7 @@ def sglang_name(name: str) -> str:
     name = name.replace("language_model.", "model.", 1)
     name = name.replace("vision_tower.encoder.", "visual.").replace("vision_tower.", "visual.")
     name = name.replace("embed_vision.", "visual.projector.").replace(".linear.", ".")
-    return name if name.endswith("router.proj.kernel") else _leaf(name, {"kernel": "weight"})
-
-
-def _leaf(name: str, leaves: dict[str, str]) -> str:
-    rest, _, leaf = name.rpartition(".")
-    return f"{rest}.{leaves.get(leaf, leaf)}"
+    return re.sub(r"(?<!router\.proj)\.kernel$", ".weight", name)
 
 
 def _vllm() -> dict[str, Any]:
@@ -100,14 +98,14 @@ def _vllm() -> dict[str, Any]:
 
 
 def _sglang() -> dict[str, Any]:
-    adapters = {}
-    for name in (*_ATTENTION, *_MLP):
-        for ours, theirs in (("lora_a", "A_buffer"), ("lora_b", "B_buffer")):
-            source = f"language_model.layers.*.{name}.kernel_{ours}"
-            adapters[source] = (f"model.layers.*.{name}.{theirs}", ())
+    adapters = {
+        f"language_model.layers.*.{name}.kernel_lora_{side}": f"model.layers.*.{name}.{theirs}"
+        for name in (*_ATTENTION, *_MLP)
+        for side, theirs in (("a", "A_buffer"), ("b", "B_buffer"))
+    }
     return {
         "to_hf_mappings": {name: (sglang_name(name), ()) for name in NAMES},
-        "lora_to_hf_mappings": adapters,
+        "lora_to_hf_mappings": {ours: (theirs, ()) for ours, theirs in adapters.items()},
         # [in, rank] to [1, rank, in]. A regular expression: Tunix would apply one with a star
         # before it adds the first axis.
         "lora_to_hf_transpose_keys": {r"language_model\.layers\.\d+\..+_lora_[ab]": (0, 2, 1)},
@@ -134,9 +132,8 @@ class BackendNames:
         """
         backend = backend or "vllm_jax"
         if backend not in BACKEND_MAPPINGS:
-            raise ValueError(
-                f"backend: expected one of {', '.join(BACKEND_MAPPINGS)}, found {backend!r}"
-            )
+            known = ", ".join(BACKEND_MAPPINGS)
+            raise ValueError(f"backend: expected one of {known}, found {backend!r}")
         return BACKEND_MAPPINGS[backend]
 
     @classmethod
@@ -150,14 +147,12 @@ class BackendNames:
         return cls.mapping_for(backend)["lora_to_hf_mappings"]
 
     @classmethod
-    def to_hf_transpose_keys(cls, backend: str | None = None) -> dict[str, tuple[int, ...]]:
+    def to_hf_transpose_keys(cls, backend: str | None = None) -> Axes:
         """Axes of variables that the engine orders in another way."""
         return dict(cls.mapping_for(backend)["to_hf_transpose_keys"])
 
     @classmethod
-    def lora_to_hf_transpose_keys(
-        cls, backend: str | None = None
-    ) -> dict[str, tuple[int, ...]] | None:
+    def lora_to_hf_transpose_keys(cls, backend: str | None = None) -> Axes | None:
         """Axes of adapters that the engine orders in another way."""
         return cls.mapping_for(backend).get("lora_to_hf_transpose_keys")
 

@@ -40,13 +40,8 @@ def block_pairs(mask: AttentionMask, block: int, queries: int, keys: int) -> Blo
 
     A sliding layer has one for each block of queries, with the keys of their window; a full layer
     of whole rows one for each two blocks, none behind its queries; what may look anywhere one for
-    each block of queries, with all keys.
-
-    Args:
-        mask: of queries and keys.
-        block: queries in a block.
-        queries: their number, a multiple of `block`.
-        keys: their number; in whole rows that of queries.
+    each block of queries, with all keys. The number of queries is a multiple of `block`, that of
+    keys the same in whole rows.
     """
     firsts = range(0, queries, block)
     if mask.own is None:
@@ -66,26 +61,12 @@ def block_pairs(mask: AttentionMask, block: int, queries: int, keys: int) -> Blo
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def blockwise_attention(
-    pairs: BlockPairs,
-    kernel: bool,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    mask: AttentionMask,
+    pairs: BlockPairs, kernel: bool, q: jax.Array, k: jax.Array, v: jax.Array, mask: AttentionMask
 ) -> jax.Array:
-    """Softmax attention with scale 1, one of `pairs` at a time, softmax in float32.
+    """`attention.attend` by one of `pairs` at a time, which hold all that `mask` lets meet.
 
-    Args:
-        pairs: together they hold every pair of tokens that `mask` lets meet.
-        kernel: forward by `triton_forward`, whose pairs of tokens `pairs` must hold.
-        q: [B, T, N, H].
-        k: [B, S, K, H] with N a multiple of K.
-        v: like k.
-        mask: of queries and keys.
-
-    Returns:
-        [B, T, N, H] in the dtype of q. A query that may see nothing gets the mean of the values in
-        its blocks.
+    A query that may see nothing gets the mean of the values in its blocks. Where `kernel` is true,
+    `triton_forward` runs forward, whose pairs of tokens `pairs` must hold.
     """
     return _forward(pairs, kernel, q, k, v, mask)[0]
 
@@ -139,9 +120,8 @@ def _steps(pairs: BlockPairs, after: jax.Array) -> tuple[jax.Array, Any]:
     """
     queries, keys = zip(*pairs.starts, strict=True)
     fresh = [i == 0 or queries[i] != queries[i - 1] for i in range(len(queries))]
-    return jax.lax.optimization_barrier(
-        (after, (jnp.array(queries), jnp.array(keys), jnp.array(fresh)))
-    )
+    steps = tuple(map(jnp.array, (queries, keys, fresh)))
+    return jax.lax.optimization_barrier((after, steps))
 
 
 def _loop(step, carry, steps):
@@ -186,10 +166,10 @@ def _forward(pairs, kernel, q, k, v, mask):
         return out, log_sums, running
 
     small = (batch, k.shape[2], pairs.queries, groups)
-    zeros = lambda shape: jnp.zeros(shape, jnp.float32)  # noqa: E731
-    running = (zeros(small), zeros(small), zeros((*small, size))) if online else ()
+    shapes = (small, small, (*small, size)) if online else ()
+    running = tuple(jnp.zeros(shape, jnp.float32) for shape in shapes)
     out = constrain(jnp.zeros(q.shape, q.dtype), "batch", None, "heads", None)
-    log_sums = zeros((batch, k.shape[2], length, groups))
+    log_sums = jnp.zeros((batch, k.shape[2], length, groups), jnp.float32)
     out, log_sums, _ = _loop(step, (out, log_sums, running), steps)
     return out, (q, k, v, mask, out, log_sums)
 
@@ -209,16 +189,16 @@ def _backward(pairs, kernel, saved, d_out):
 
     def step(carry, starts, fresh):
         d_q, d_k, d_v, running = carry
-        q_block, d_out_block = (
-            _grouped(_slice(x, starts[0], pairs.queries), kv_heads) for x in (q, d_out)
-        )
+        slices = (_slice(x, starts[0], pairs.queries) for x in (q, d_out))
+        q_block, d_out_block = (_grouped(x, kv_heads) for x in slices)
         k_block, v_block = (_slice(x, starts[1], pairs.keys) for x in (k, v))
-        of_queries = lambda x: _slice(x, starts[0], pairs.queries, axis=2)[..., None]  # noqa: E731
-        scores = _scores(pairs, q_block, k_block, mask, starts)
-        weights = jnp.exp(scores - of_queries(log_sums))
+        log_sum, common = (
+            _slice(x, starts[0], pairs.queries, axis=2)[..., None] for x in (log_sums, product)
+        )
+        weights = jnp.exp(_scores(pairs, q_block, k_block, mask, starts) - log_sum)
         d_v = add(d_v, _over_queries(d_out_block, weights.astype(q.dtype)), starts[1])
         d_weights = _of_pairs(d_out_block, v_block)
-        d_scores = (weights * (d_weights - of_queries(product))).astype(q.dtype)
+        d_scores = (weights * (d_weights - common)).astype(q.dtype)
         d_k = add(d_k, _over_queries(q_block, d_scores), starts[1])
         running = _over_keys(d_scores, k_block) + jnp.where(fresh, 0, running)
         block = jnp.moveaxis(running, 1, 2)

@@ -31,11 +31,9 @@ def init_cache(config: ModelConfig, batch_size: int, max_seq_len: int, dtype) ->
             continue
         size = min(spec.window, max_seq_len) if is_ring(config, spec.kind) else max_seq_len
         shape = (batch_size, size, spec.num_kv_heads, spec.head_dim)
-        cache[cache_name(spec.index)] = {
-            "k": jnp.zeros(shape, dtype),
-            "v": jnp.zeros(shape, dtype),
-            "end_index": jnp.zeros((batch_size,), jnp.int32),
-        }
+        entry = {name: jnp.zeros(shape, dtype) for name in ("k", "v")}
+        entry["end_index"] = jnp.zeros((batch_size,), jnp.int32)
+        cache[cache_name(spec.index)] = entry
     return cache
 
 
@@ -74,9 +72,8 @@ def cached_slots(config: ModelConfig, cache: Cache, length: int) -> dict[str, ja
         elif length == 1:
             slots[spec.kind] = _ring_slots(size, end)
         else:
-            slots[spec.kind] = jnp.concatenate(
-                [_ring_slots(size, end - 1), end + jnp.arange(length)]
-            )
+            held = _ring_slots(size, end - 1)
+            slots[spec.kind] = jnp.concatenate([held, end + jnp.arange(length)])
     return slots
 
 
@@ -88,23 +85,16 @@ def store(
     What is returned stands in the order of `cached_slots`.
     """
     length, size, end = k.shape[1], cache["k"].shape[1], cache["end_index"][0]
-    k, v = (x.astype(cache["k"].dtype) for x in (k, v))
     ring = is_ring(config, spec.kind)
-    if not ring or length == 1:
-        # A slice, which is written in place where a scatter may be a pass over the whole cache.
-        start = end % size if ring else end
-        place = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=1)  # noqa: E731
-    else:
+    pairs = [(cache[name], x.astype(cache[name].dtype)) for name, x in (("k", k), ("v", v))]
+    if ring and length > 1:
         kept = min(length, size)
         places = (end + length - kept + jnp.arange(kept)) % size
-        place = lambda old, new: old.at[:, places].set(new[:, length - kept :])  # noqa: E731
-    stored = {
-        "k": place(cache["k"], k),
-        "v": place(cache["v"], v),
-        "end_index": cache["end_index"] + length,
-    }
-    if ring and length > 1:
-        k = jnp.concatenate([cache["k"], k], axis=1)
-        v = jnp.concatenate([cache["v"], v], axis=1)
-        return k, v, stored
-    return stored["k"], stored["v"], stored
+        stored = [old.at[:, places].set(new[:, length - kept :]) for old, new in pairs]
+        seen = [jnp.concatenate(pair, axis=1) for pair in pairs]
+    else:
+        # A slice, which is written in place where a scatter may be a pass over the whole cache.
+        write = jax.lax.dynamic_update_slice_in_dim
+        stored = seen = [write(*pair, end % size if ring else end, axis=1) for pair in pairs]
+    entry = {"k": stored[0], "v": stored[1], "end_index": cache["end_index"] + length}
+    return seen[0], seen[1], entry

@@ -94,10 +94,8 @@ class Gemma4Model(nnx.Module):
     ) -> tuple[jax.Array, jax.Array]:
         """Merged embeddings [B, T, D], and tokens with media placeholders turned into pads."""
         config = self.config
-        media = jnp.zeros(tokens.shape, bool)
-        for token_id in (config.image_token_id, config.video_token_id, config.audio_token_id):
-            media = media | (tokens == token_id)
-        text_tokens = jnp.where(media, config.pad_token_id, tokens)
+        media = jnp.array([config.image_token_id, config.video_token_id, config.audio_token_id])
+        text_tokens = jnp.where(jnp.isin(tokens, media), config.pad_token_id, tokens)
         x = self.language_model.embed(text_tokens)
         if config.has_vision and (tokens.shape[1] > 1 or images is not None):
             soft_tokens = None
@@ -234,12 +232,7 @@ class Gemma4ForConditionalGeneration(Gemma4Model, BackendNames):
                 and soft tokens that disagree.
         """
         x, cache = self.hidden_states(
-            tokens,
-            positions,
-            cache,
-            attention_mask,
-            segment_ids,
-            images,
+            *(tokens, positions, cache, attention_mask, segment_ids, images),
             output_hidden_states=output_hidden_states,
             image_repeats=image_repeats,
         )
@@ -264,12 +257,7 @@ class Gemma4ForTokenScores(Gemma4Model):
 
     The head starts at zero, so that a new critic expects nothing, and its first step moves the
     head alone. It is float32 in every model: small changes of a bfloat16 head would be rounded
-    away, and it has only `hidden_size` numbers.
-
-    Args:
-        config: what to build, as of a policy.
-        rngs: source of the random initial weights of the body.
-        text_only: in place of the `text_only` of `config`, which decides if this is None.
+    away, and it has only `hidden_size` numbers. Arguments are those of `Gemma4Model`.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, text_only: bool | None = None):
@@ -334,8 +322,7 @@ class Gemma4ForTokenScores(Gemma4Model):
 
 def _score_head(config: ModelConfig) -> nnx.Linear:
     return nnx.Linear(
-        config.hidden_size,
-        1,
+        *(config.hidden_size, 1),
         use_bias=False,
         dtype=jnp.float32,
         param_dtype=jnp.float32,
@@ -347,14 +334,11 @@ def _score_head(config: ModelConfig) -> nnx.Linear:
 
 def num_parameters(model: nnx.Module) -> int:
     """Numbers in all parameters and buffers, the tied head counted once; works on shapes too."""
-    leaves = jax.tree.leaves(nnx.state(model, nnx.Param))
-    buffers = (
-        math.prod(shape)
-        for _, module in nnx.iter_modules(model)
-        if isinstance(module, HasBuffers)
-        for shape in module.buffer_shapes().values()
-    )
-    return sum(math.prod(leaf.shape) for leaf in leaves) + sum(buffers)
+    shapes = [leaf.shape for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))]
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, HasBuffers):
+            shapes += module.buffer_shapes().values()
+    return sum(map(math.prod, shapes))
 
 
 AnyModel = TypeVar("AnyModel", bound=Gemma4Model)
@@ -395,6 +379,7 @@ def stack_layers(model: AnyModel) -> AnyModel:
     text.stacks = nnx.List([])
     for pattern in block_patterns(model.config.layers):
         count = pattern.end - pattern.first
+        # No list may keep single layers: their arrays would stay beside the stacked ones.
         text.stacks.append(LayerStack(pattern, layers[:count]))
         del layers[:count]
     if model.config.has_vision:
@@ -425,7 +410,5 @@ def unstack_layers(model: AnyModel) -> AnyModel:
 def require_single_layers(model: nnx.Module) -> None:
     """Raises ValueError if the layers of `model` are stacked, for what speaks of single ones."""
     if is_stacked(model):
-        raise ValueError(
-            "the model's decoder layers are stacked, and this names single ones: call "
-            "unstack_layers(model) first"
-        )
+        single = "the model's decoder layers are stacked, and this names single ones"
+        raise ValueError(f"{single}: call unstack_layers(model) first")

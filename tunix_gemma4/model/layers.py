@@ -92,23 +92,15 @@ def gelu(x: jax.Array) -> jax.Array:
 
 
 class MLP(nnx.Module):
-    """`down(gelu(gate(x)) * up(x))`, of projections that `make` makes.
+    """`down(gelu(gate(x)) * up(x))`, of projections that `make` makes with its `options`.
 
     Source: transformers 5.12 `Gemma4TextMLP`, `Gemma4VisionMLP`.
     """
 
-    def __init__(
-        self,
-        size: int,
-        width: int,
-        *,
-        config: ModelConfig,
-        rngs: nnx.Rngs,
-        make: Callable[..., Any] = linear,
-    ):
-        self.gate_proj = make(size, width, axes=("embed", "mlp"), config=config, rngs=rngs)
-        self.up_proj = make(size, width, axes=("embed", "mlp"), config=config, rngs=rngs)
-        self.down_proj = make(width, size, axes=("mlp", "embed"), config=config, rngs=rngs)
+    def __init__(self, size: int, width: int, *, make: Callable[..., Any] = linear, **options: Any):
+        self.gate_proj = make(size, width, axes=("embed", "mlp"), **options)
+        self.up_proj = make(size, width, axes=("embed", "mlp"), **options)
+        self.down_proj = make(width, size, axes=("mlp", "embed"), **options)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.down_proj(gelu(self.gate_proj(x)) * self.up_proj(x))
@@ -230,9 +222,8 @@ def over_chunks(
         x = jnp.moveaxis(x, 0, 1).reshape(batch, count * size, *x.shape[3:])[:, :length]
         return constrain(x, "batch", *(None,) * (x.ndim - 1))
 
-    carry, parts = jax.lax.scan(
-        lambda carry, xs: function(carry, *xs), carry, tuple(map(split, rows))
-    )
+    xs = tuple(map(split, rows))
+    carry, parts = jax.lax.scan(lambda carry, xs: function(carry, *xs), carry, xs)
     return carry, jax.tree.map(join, parts)
 
 

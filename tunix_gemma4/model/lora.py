@@ -23,25 +23,19 @@ class LoraLinear(nnx.Linear):
 
     Source: PEFT 0.21 `Linear`.
 
-    Args:
-        linear: whose kernel and dtypes it has.
-        a: [in, rank].
-        b: [rank, out].
-        scale: factor of the update.
-        lora: what it was made by, for who saves it; a `LoraConfig`.
+    It has the kernel and dtypes of `linear`, A [in, rank] and B [rank, out]. `lora` is the
+    `LoraConfig` that it was made by, for who saves it.
     """
 
     kernel: nnx.Param | qwix.QArray
 
-    def __init__(
-        self, linear: nnx.Linear, a: nnx.LoRAParam, b: nnx.LoRAParam, *, scale: float, lora: Any
-    ):
+    def __init__(self, linear: nnx.Linear, a: nnx.LoRAParam, b: nnx.LoRAParam, lora: Any):
         super().__init__(**_arguments(linear, linear.kernel))
         self.kernel = linear.kernel
         self.kernel_dtype = linear.kernel.dtype  # What merging returns the kernel to.
         # Qwix's names of the two, which Tunix looks for when it sends weights to a rollout.
         self.kernel_lora_a, self.kernel_lora_b = a, b
-        self.scale, self.lora = scale, lora
+        self.scale, self.lora = lora.scale, lora
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return project(x, self)[0]
@@ -122,13 +116,10 @@ def _dot32(x: jax.Array, matrix: jax.Array) -> jax.Array:
     return _contract(x, matrix, (x.ndim - 1,), (0,))
 
 
-def _contract(
-    one: jax.Array, other: jax.Array, of_one: tuple[int, ...], of_other: tuple[int, ...]
-) -> jax.Array:
+def _contract(one: jax.Array, other: jax.Array, of_one: tuple, of_other: tuple) -> jax.Array:
     """Sum of products over axes of both, in float32."""
-    return jax.lax.dot_general(
-        one, other, ((of_one, of_other), ((), ())), preferred_element_type=jnp.float32
-    )
+    axes = (of_one, of_other), ((), ())
+    return jax.lax.dot_general(one, other, axes, preferred_element_type=jnp.float32)
 
 
 def _dot32_forward(x: jax.Array, matrix: jax.Array) -> tuple[jax.Array, tuple]:

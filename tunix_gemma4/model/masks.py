@@ -45,21 +45,15 @@ def visible_pairs(
         full    = causal and the caller's
         sliding = (that, or the same image where `images` are given) and in the window
 
-    and the same segment in both. Slots 0..4, window 3; full and sliding:
+    and the same segment in both. A full layer has no window; in a sliding one fewer slots than it
+    lie between two tokens, on either side. Slots 0..4, window 3; full and sliding:
 
         1 0 0 0 0     1 0 0 0 0
         1 1 0 0 0     1 1 0 0 0
         1 1 1 0 0     1 1 1 0 0
         1 1 1 1 0     0 1 1 1 0
         1 1 1 1 1     0 0 1 1 1
-
-    Args:
-        queries: who looks.
-        keys: who is looked at.
-        window: of a sliding layer: fewer slots lie between, on either side. None in a full one.
-        visible: the caller's mask of these pairs.
     """
-
     query, key = queries.slots[..., :, None], keys.slots[..., None, :]
     result = query >= key
     if visible is not None:
@@ -107,16 +101,13 @@ class AttentionMask:
     def block(self, queries: tuple[Any, int], keys: tuple[Any, int]) -> jax.Array:
         """The pairs of some queries and some keys, bool [B or 1, 1 or queries, keys].
 
-        Args:
-            queries: index of the first one, which may be traced, and their number.
-            keys: likewise.
+        Of each the index of the first one, which may be traced, and their number.
         """
 
         def tokens(first: Any, count: int) -> Tokens:
-            marks = (
-                x if x is None else _part(x, first, count) for x in (self.segments, self.images)
-            )
-            return Tokens((first + jnp.arange(count))[None], *marks)
+            marks = (self.segments, self.images)
+            parts = (x if x is None else _part(x, first, count) for x in marks)
+            return Tokens((first + jnp.arange(count))[None], *parts)
 
         visible = self.visible
         if visible is not None:
@@ -149,12 +140,9 @@ def attention_masks(
 ) -> dict[str, AttentionMask]:
     """Of each kind of layer, "sliding" and "full".
 
-    Args:
-        config: decides windows and image blocks.
-        tokens: int [B, T], the queries, and without a cache the keys.
-        attention_mask: bool [B, T, S], S = T or the slots of the cache; None for causal.
-        segment_ids: int [B, T] or None; not with a cache.
-        cache: what the tokens are to be stored behind.
+    `tokens` [B, T] are the queries, and without a cache the keys. `attention_mask` is bool
+    [B, T, S], S = T or the slots of the cache, which they will be stored behind; None for causal.
+    `segment_ids` [B, T] come without a cache alone.
     """
     both_ways = config.image_blocks_attend_both_ways
     images = image_ids(tokens, config) if both_ways else None
@@ -199,14 +187,9 @@ def full_mask(mask: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
         ValueError: for another shape, and for floats, where 0 means visible and not hidden.
     """
     if not (jnp.issubdtype(mask.dtype, jnp.bool_) or jnp.issubdtype(mask.dtype, jnp.integer)):
-        raise ValueError(
-            "attention_mask: expected bool or int, true where a key may be seen, found "
-            f"{mask.dtype}"
-        )
-    fits = mask.ndim == 3 and all(
-        found in (1, size) for found, size in zip(mask.shape, shape, strict=True)
-    )
-    if not fits:
+        expected = "bool or int, true where a key may be seen"
+        raise ValueError(f"attention_mask: expected {expected}, found {mask.dtype}")
+    if mask.ndim != 3 or any(n not in (1, size) for n, size in zip(mask.shape, shape, strict=True)):
         raise ValueError(
             f"attention_mask: expected shape {shape}, any axis of which may be 1, found "
             f"{mask.shape}; get_attention_mask makes one from tokens"

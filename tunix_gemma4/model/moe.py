@@ -42,13 +42,11 @@ class Router(nnx.Module):
         size, experts = config.hidden_size, config.num_experts
         self.top_k, self.root = config.top_k_experts, size**-0.5
         self.norm = RMSNorm(None, config=config)
-        self.proj = linear(
-            size, experts, axes=("embed", None), config=config, rngs=rngs, dtype=jnp.float32
-        )
-        self.scale = nnx.Param(jnp.ones((size,), config.param_dtype), **metadata(None))
-        self.per_expert_scale = nnx.Param(
-            jnp.ones((experts,), config.param_dtype), **metadata(None)
-        )
+        make: dict[str, Any] = {"config": config, "rngs": rngs, "dtype": jnp.float32}
+        self.proj = linear(size, experts, axes=("embed", None), **make)
+        ones = lambda count: jnp.ones((count,), config.param_dtype)  # noqa: E731
+        self.scale = nnx.Param(ones(size), **metadata(None))
+        self.per_expert_scale = nnx.Param(ones(experts), **metadata(None))
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """x [..., D] to weights float32 and expert indices int32, both [..., top_k]."""
@@ -90,17 +88,8 @@ def expert_mix(
 ) -> jax.Array:
     """Sum over a token's experts of `weight * down(gelu(gate(x)) * up(x))`.
 
-    Products are in the dtype of x, sums and weights in float32.
-
-    Args:
-        x: [B, T, D].
-        weights: float32 [B, T, top_k].
-        indices: int [B, T, top_k], an expert once at most for each token.
-        gate_up: [E, D, 2F], gate first.
-        down: [E, F, D].
-
-    Returns:
-        [B, T, D] in the dtype of x.
+    Products are in the dtype of x [B, T, D], which the result has, sums and weights in float32. An
+    expert is among a token's `indices` [B, T, top_k] once at most. Matrices are as in `Experts`.
     """
 
     def some(_, *rows):
@@ -140,12 +129,9 @@ def _chunk_size(x: jax.Array) -> int:
 def _on_chips(function, rows, experts, carry) -> list[jax.Array]:
     """`function` on every chip for its own experts and all rows; what it gives for rows, summed.
 
-    Args:
-        function: of a `_Plan`, rows [tokens, ...], the chip's experts and its `carry`; gives a
-            tuple of results for rows, and then the next `carry`.
-        rows: [B, T, ...]; the third are the experts of each.
-        experts: [E, ...] each.
-        carry: like `experts`, or nothing.
+    It takes a `_Plan`, rows [tokens, ...], the chip's experts and its `carry`, and gives results
+    for rows and then the next `carry`, which is like `experts` or nothing. Of `rows` [B, T, ...]
+    the third are the experts of each.
     """
     shape, num_experts = rows[0].shape[:2], experts[0].shape[0]
     flat = [constrain(x.reshape(-1, x.shape[-1]), None, None) for x in rows]
@@ -279,10 +265,8 @@ def _backward(plan, rows, experts, carry):
         if d_experts:
             scaled = (weight * d_out).astype(x.dtype)
             parts = _dot(inputs.T, d_gate_up), _dot(inner.T, scaled)
-            d_experts = [
-                total.at[expert].add(part.astype(total.dtype))
-                for total, part in zip(d_experts, parts, strict=True)
-            ]
+            sums = zip(d_experts, parts, strict=True)
+            d_experts = [d.at[expert].add(part.astype(d.dtype)) for d, part in sums]
         return d_x, d_weights, *d_experts
 
     zeros = jnp.zeros(x.shape, jnp.float32), jnp.zeros(weights.size, jnp.float32)

@@ -50,11 +50,8 @@ class BlockPattern(NamedTuple):
     def indices(self, group: int) -> list[int]:
         """Layers of a group, counted from the first, block by block."""
         size, start = sum(self.layers_per_block), sum(self.layers_per_block[:group])
-        return [
-            block * size + start + number
-            for block in range(self.blocks)
-            for number in range(self.layers_per_block[group])
-        ]
+        numbers = range(start, start + self.layers_per_block[group])
+        return [block * size + number for block in range(self.blocks) for number in numbers]
 
 
 def block_patterns(layers: tuple[LayerSpec, ...]) -> list[BlockPattern]:
@@ -67,6 +64,7 @@ def block_patterns(layers: tuple[LayerSpec, ...]) -> list[BlockPattern]:
     own = sum(not spec.shares_kv for spec in layers)
     found = []
     for first, end in ((0, own), (own, len(layers))):
+        # Two layers are equal if they differ in nothing but where they stand.
         part = [dataclasses.replace(spec, index=0, kv_from=0) for spec in layers[first:end]]
         for size in range(1, len(part) + 1):
             block = part[:size]
@@ -95,41 +93,28 @@ class LayerStack(nnx.Module):
         groups = [[layers[i] for i in pattern.indices(group)] for group in range(count)]
         # Whoever holds a single layer holds its arrays too: what is stacked must be let go.
         layers.clear()
-        self.buffers = tuple(
-            tuple(zip(*(_buffers(layer) for layer in group), strict=True)) for group in groups
-        )
+        of_groups = [map(_buffers, group) for group in groups]
+        self.buffers = tuple(tuple(zip(*layers, strict=True)) for layers in of_groups)
         self.layers: Any = nnx.List([_stack(pattern, *one) for one in enumerate(groups)])
 
     def scan(
-        self,
-        body: Callable[[Any, Any, Any], Any],
-        carry: Any,
-        extras: jax.Array | None = None,
-        *,
-        dtype: Any,
+        self, body: Callable[[Any, Any, Any], Any], carry: Any, extras: Any = None, *, dtype: Any
     ) -> Any:
         """`carry` after `body(layer, carry, extra)` gave the next for every layer in order.
 
         Two loops, one in the other: over blocks, and in each group over its layers. A compiler
-        sees each group's layer once.
-
-        Args:
-            body: what to do with one layer.
-            carry: the first one.
-            extras: [layers, ...], of which each layer gets its own.
-            dtype: of buffers.
+        sees each group's layer once. Of `extras` [layers, ...], if given, each layer gets its own;
+        `dtype` is that of buffers.
         """
         blocks, counts = self.pattern.blocks, self.pattern.layers_per_block
         of_groups = [None] * len(counts)
         if extras is not None:
+            # Cut as the parameters are: by blocks first, which are alike, then by groups.
             extras = extras.reshape(blocks, -1, *extras.shape[1:])
-            ends = list(itertools.accumulate(counts))
-            of_groups = jnp.split(extras, ends[:-1], axis=1)
+            of_groups = jnp.split(extras, list(itertools.accumulate(counts))[:-1], axis=1)
         # Numbers of Python in a single layer; in a loop each round has its own, so arrays.
-        buffers = [
-            [jnp.array(values, dtype).reshape(blocks, -1) for values in group]
-            for group in self.buffers
-        ]
+        array = lambda values: jnp.array(values, dtype).reshape(blocks, -1)  # noqa: E731
+        buffers = [list(map(array, group)) for group in self.buffers]
         states = [nnx.state(layer) for layer in self.layers]
 
         def block(carry: Any, of_block: Any) -> tuple[Any, None]:
@@ -151,16 +136,16 @@ class LayerStack(nnx.Module):
     def unstacked(self, specs: tuple[LayerSpec, ...] | None = None) -> list[Any]:
         """The layers one by one, with slices of the parameters; `specs` are the decoder's."""
         found: dict[int, Any] = {}
-        for group, (layer, count) in enumerate(
-            zip(self.layers, self.pattern.layers_per_block, strict=True)
-        ):
+        for group, layer in enumerate(self.layers):
             graphdef, state = nnx.split(layer)
+            count = self.pattern.layers_per_block[group]
             for number, index in enumerate(self.pattern.indices(group)):
                 single = nnx.merge(graphdef, _unstack(state, divmod(number, count)))
                 _set_buffers(single, [values[number] for values in self.buffers[group]])
                 if specs is not None:
                     _name(single, specs[self.pattern.first + index])
                 found[index] = single
+        # Groups take turns in the decoder, so one after the other is not its order.
         return [found[index] for index in sorted(found)]
 
 
@@ -190,6 +175,8 @@ def _set_buffers(layer: nnx.Module, values: list[Any]) -> None:
 
 def _stack(pattern: BlockPattern, group: int, layers: list[Any]) -> nnx.Module:
     """One module from the equal ones of a group."""
+    # Before they are compared, all get the buffers and the name of the first: these are static
+    # attributes, and would make equal layers differ.
     buffers, spec = _buffers(layers[0]), getattr(layers[0], "spec", None)
     for layer in layers:
         _set_buffers(layer, buffers)
@@ -200,18 +187,16 @@ def _stack(pattern: BlockPattern, group: int, layers: list[Any]) -> nnx.Module:
     for index, graphdef in zip(indices, graphdefs, strict=True):
         if graphdef != graphdefs[0]:
             raise ValueError(
-                f"layers {indices[0]} and {index}: they cannot "
-                "be stacked, because they differ in more than their values, as adapters on some "
-                "layers alone make them. Leave the layers as they are (scan_layers: false)"
+                f"layers {indices[0]} and {index}: they cannot be stacked, because they differ in "
+                "more than their values, as adapters on some layers alone make them. Leave the "
+                "layers as they are (scan_layers: false)"
             )
     layers.clear()
     axes = (pattern.blocks, pattern.layers_per_block[group])
     stacked = _stack_values(axes, [jax.tree.leaves(state) for state in states])
     variables, structure = jax.tree.flatten(states[0], is_leaf=is_variable)
-    variables = [
-        _with_axes(variable, value, lambda names: (None, None, *names))
-        for variable, value in zip(variables, stacked, strict=True)
-    ]
+    both = zip(variables, stacked, strict=True)
+    variables = [_with_axes(*pair, lambda names: (None, None, *names)) for pair in both]
     return nnx.merge(graphdefs[0], jax.tree.unflatten(structure, variables))
 
 
@@ -224,17 +209,18 @@ def _stack_values(axes: tuple[int, int], layers: list[list[Any]]) -> list[Any]:
     def stack(layers: list[list[jax.Array]]) -> list[jax.Array]:
         return [jnp.stack(xs).reshape(*axes, *xs[0].shape) for xs in zip(*layers, strict=True)]
 
+    def stacked(value: jax.Array) -> NamedSharding | None:
+        where = getattr(value, "sharding", None)
+        if not isinstance(where, NamedSharding):
+            return None
+        return NamedSharding(where.mesh, PartitionSpec(None, None, *where.spec))
+
     if isinstance(layers[0][0], jax.ShapeDtypeStruct):
         return jax.eval_shape(stack, layers)
-    shardings = [getattr(value, "sharding", None) for value in layers[0]]
-    where = [
-        NamedSharding(one.mesh, PartitionSpec(None, None, *one.spec))
-        if isinstance(one, NamedSharding)
-        else None
-        for one in shardings
-    ]
-    traced = isinstance(layers[0][0], Tracer)
-    return stack(layers) if traced else jax.jit(stack, out_shardings=where)(layers)
+    if isinstance(layers[0][0], Tracer):
+        return stack(layers)
+    # The compiler would else put what it makes anew wherever it likes.
+    return jax.jit(stack, out_shardings=list(map(stacked, layers[0])))(layers)
 
 
 def _unstack(state: nnx.State, index: tuple[int, int]) -> nnx.State:

@@ -21,24 +21,17 @@ def check_images(
             "images: this model was built without its vision tower; build or load it with "
             "text_only=False"
         )
-    vision = config.vision_config
+    width, pooled = config.vision_config.patch_dim + 2, config.vision_config.pooling_kernel_size**2
     rows, rest = divmod(tokens.shape[0], image_repeats)
-    expected = f"[{rows}, I, M, {vision.patch_dim + 2}]"
-    fits = (
-        images.ndim == 4
-        and images.shape[0] == rows
-        and not rest
-        and images.shape[3] == vision.patch_dim + 2
-    )
-    if not fits:
+    if images.ndim != 4 or (images.shape[0], images.shape[3]) != (rows, width) or rest:
         raise ValueError(
-            f"images: expected shape {expected} (patches of 3 * patch_size**2 values, then x, y), "
-            f"found {images.shape}; Processor makes them"
+            f"images: expected shape [{rows}, I, M, {width}] (patches of 3 * patch_size**2 values, "
+            f"then x, y), found {images.shape}; Processor makes them"
         )
-    if images.shape[2] % vision.pooling_kernel_size**2:
+    if images.shape[2] % pooled:
         raise ValueError(
             f"images: expected a number of patches M divisible by pooling_kernel_size**2 = "
-            f"{vision.pooling_kernel_size**2}, found {images.shape[2]}"
+            f"{pooled}, found {images.shape[2]}"
         )
     if images.dtype != jnp.float32:
         raise ValueError(
@@ -49,19 +42,11 @@ def check_images(
 def merge_soft_tokens(
     x: jax.Array, placeholders: jax.Array, soft_tokens: tuple[jax.Array, jax.Array] | None
 ) -> jax.Array:
-    """Replaces embeddings at placeholders by soft tokens, in order, row by row.
+    """Replaces embeddings x [B, T, D] at placeholders [B, T] by soft tokens, in order, row by row.
 
-    Args:
-        x: embeddings [B, T, D].
-        placeholders: bool [B, T].
-        soft_tokens: values [B, S, D] and which are valid, bool [B, S]; None: no images.
-
-    Returns:
-        [B, T, D]. A row with more or fewer placeholders than valid soft tokens is all NaN where
-        the counts are traced: a shifted or missing image must not train in silence.
-
-    Raises:
-        ValueError: for such a row when the counts are concrete.
+    Those are values [B, S, D] and which are valid, bool [B, S]; None: no images. A row with more or
+    fewer placeholders than valid soft tokens raises ValueError when the counts are concrete, and is
+    all NaN where they are traced: a shifted or missing image must not train in silence.
     """
     expected = placeholders.sum(axis=1)
     found = jnp.zeros_like(expected) if soft_tokens is None else soft_tokens[1].sum(axis=1)

@@ -40,8 +40,7 @@ class DecoderLayer(nnx.Module, HasBuffers):
             self.post_feedforward_layernorm_1 = norm()
             self.post_feedforward_layernorm_2 = norm()
             self.pre_feedforward_layernorm_2 = norm()
-        if config.hidden_size_per_layer_input:
-            width = config.hidden_size_per_layer_input
+        if width := config.hidden_size_per_layer_input:
             make = {"config": config, "rngs": rngs}
             self.per_layer_input_gate = linear(size, width, axes=("embed", None), **make)
             self.per_layer_projection = linear(width, size, axes=(None, "embed"), **make)
@@ -85,14 +84,9 @@ class DecoderLayer(nnx.Module, HasBuffers):
 
 
 def _embed(num: int, features: int, config: ModelConfig, rngs: nnx.Rngs) -> nnx.Embed:
-    return nnx.Embed(
-        num,
-        features,
-        dtype=config.dtype,
-        param_dtype=config.param_dtype,
-        embedding_metadata=metadata("vocab", None),
-        rngs=rngs,
-    )
+    dtypes = {"dtype": config.dtype, "param_dtype": config.param_dtype}
+    placed = metadata("vocab", None)
+    return nnx.Embed(num, features, **dtypes, embedding_metadata=placed, rngs=rngs)
 
 
 class TextModel(nnx.Module):
@@ -105,13 +99,9 @@ class TextModel(nnx.Module):
         size, per_layer = config.hidden_size, config.hidden_size_per_layer_input
         self.embed_tokens = _embed(config.vocab_size, size, config, rngs)
         if per_layer:
-            packed = config.num_hidden_layers * per_layer
-            self.embed_tokens_per_layer = _embed(
-                config.vocab_size_per_layer_input, packed, config, rngs
-            )
-            self.per_layer_model_projection = linear(
-                size, packed, axes=("embed", "mlp"), config=config, rngs=rngs
-            )
+            packed, make = config.num_hidden_layers * per_layer, {"config": config, "rngs": rngs}
+            self.embed_tokens_per_layer = _embed(config.vocab_size_per_layer_input, packed, **make)
+            self.per_layer_model_projection = linear(size, packed, axes=("embed", "mlp"), **make)
             self.per_layer_projection_norm = RMSNorm(per_layer, config=config)
         self.layers = nnx.List([DecoderLayer(config, spec, rngs=rngs) for spec in config.layers])
         self.norm = RMSNorm(size, config=config)
@@ -165,8 +155,7 @@ class TextModel(nnx.Module):
         new_cache: Cache = {}
         outputs = []
         for layer in self.single_layers():
-            spec = layer.spec
-            name = cache_name(spec.index)
+            spec, name = layer.spec, cache_name(layer.spec.index)
             entry = cache[name] if cache is not None and not spec.shares_kv else None
             extra = None if per_layer_inputs is None else per_layer_inputs[:, :, spec.index]
             x, entry = inputs.call(layer, x, extra, entry)
@@ -184,12 +173,10 @@ class TextModel(nnx.Module):
 
     def _inputs(self, positions, masks, remat) -> _Inputs:
         turned = {}
-        for spec in self.config.layers:
-            if spec.kind not in turned:
-                turning = {"fraction": spec.rope_fraction, "factor": spec.rope_factor}
-                turned[spec.kind] = angles(
-                    positions, frequencies(spec.head_dim, spec.rope_theta, **turning)
-                )
+        for kind, spec in {spec.kind: spec for spec in self.config.layers}.items():
+            turning = {"fraction": spec.rope_fraction, "factor": spec.rope_factor}
+            frequency = frequencies(spec.head_dim, spec.rope_theta, **turning)
+            turned[kind] = angles(positions, frequency)
         shared = {spec.kind for spec in self.config.layers if spec.shares_kv}
         return _Inputs(remat, turned, masks, shared, {})
 

@@ -36,9 +36,8 @@ class PatchEmbedder(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         vision = config.vision_config
         self.dtype = config.dtype
-        self.input_proj = linear(
-            vision.patch_dim, vision.hidden_size, axes=(None, "embed"), config=config, rngs=rngs
-        )
+        sizes = vision.patch_dim, vision.hidden_size
+        self.input_proj = linear(*sizes, axes=(None, "embed"), config=config, rngs=rngs)
         shape = (2, vision.position_embedding_size, vision.hidden_size)
         table = nnx.initializers.normal(0.02)(rngs.params(), shape, config.param_dtype)
         self.position_embedding_table = nnx.Param(table, **metadata(None, None, "embed"))
@@ -65,18 +64,13 @@ class VisionAttention(nnx.Module):
             ClippableLinear(size, inner, axes=("embed", "vision_heads"), **make) for _ in range(3)
         )
         self.o_proj = ClippableLinear(inner, size, axes=("vision_heads", "embed"), **make)
-        self.q_norm, self.k_norm = (
-            RMSNorm(self.head_dim, config=config, eps=vision.rms_norm_eps) for _ in range(2)
-        )
-        self.v_norm = RMSNorm(None, config=config, eps=vision.rms_norm_eps)
+        norm = lambda size: RMSNorm(size, config=config, eps=vision.rms_norm_eps)  # noqa: E731
+        self.q_norm, self.k_norm, self.v_norm = map(norm, (self.head_dim, self.head_dim, None))
 
     def __call__(self, x: jax.Array, by_axis: Angles, valid: jax.Array) -> jax.Array:
-        q, k, v = (
-            projection(x).reshape(*x.shape[:2], -1, self.head_dim)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )  # [I, M, N, H]
-        q = rotate_2d(self.q_norm(q), *by_axis)
-        k = rotate_2d(self.k_norm(k), *by_axis)
+        projected = [projection(x) for projection in (self.q_proj, self.k_proj, self.v_proj)]
+        q, k, v = (y.reshape(*x.shape[:2], -1, self.head_dim) for y in projected)  # [I, M, N, H]
+        q, k = (rotate_2d(y, *by_axis) for y in (self.q_norm(q), self.k_norm(k)))
         out = attend(self.config, q, k, self.v_norm(v), AttentionMask(valid[:, None, :]))
         return self.o_proj(out.reshape(*x.shape[:2], -1))
 
@@ -187,9 +181,8 @@ class VisionProjector(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         vision = config.vision_config
         self.norm = RMSNorm(None, config=config, eps=vision.rms_norm_eps)
-        self.embedding_projection = linear(
-            vision.hidden_size, config.hidden_size, axes=(None, "embed"), config=config, rngs=rngs
-        )
+        sizes = vision.hidden_size, config.hidden_size
+        self.embedding_projection = linear(*sizes, axes=(None, "embed"), config=config, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.embedding_projection(self.norm(x))

@@ -23,17 +23,12 @@ LOOKUP_ELEMENTS = 2**26
 
 
 def lookup(table: nnx.Embed, tokens: jax.Array) -> jax.Array:
-    """Rows [B, T, features] of a table whose words are split over all chips.
+    """Rows [B, T, features] of tokens [B, T] in a table [words, features] split over all chips.
 
     Each chip looks up its own words for the rows of all chips, which are then summed: as many as
     the mesh has, unless it is done by chunks.
-
-    Args:
-        table: its embedding is [words, features].
-        tokens: int [B, T].
     """
-    mesh = active_mesh()
-    size = tokens.shape[1]
+    mesh, size = active_mesh(), tokens.shape[1]
     if mesh is not None and mesh.size > 1:
         size = max(1, LOOKUP_ELEMENTS // (tokens.shape[0] * table.features))
     return _lookup(size, table.dtype, table.embedding[...], tokens)
@@ -49,30 +44,25 @@ def _lookup(size: int, dtype: Any, table: jax.Array, tokens: jax.Array) -> jax.A
     return over_chunks(some, size, tokens)[1]
 
 
-def _lookup_backward(
-    size: int, dtype: Any, saved: tuple, d_rows: jax.Array
-) -> tuple[jax.Array, None]:
+def _lookup_forward(size, dtype, table, tokens):
+    return _lookup(size, dtype, table, tokens), (table, tokens)
+
+
+def _lookup_backward(size, dtype, saved, d_rows):
     """Adds to the table's gradient in place, in the table's own dtype.
 
     JAX's own would make one for each part of the rows, and add up in that of activations.
     """
-    del dtype
     table, tokens = saved
 
-    def add(d_table: jax.Array, tokens: jax.Array, rows: jax.Array) -> tuple[jax.Array, None]:
-        return d_table.at[tokens].add(rows.astype(d_table.dtype)), None
+    def add(d_table, tokens, d_rows):
+        return d_table.at[tokens].add(d_rows.astype(d_table.dtype)), None
 
     zeros = constrain(jnp.zeros_like(table), "vocab", None)
     return over_chunks(add, size, tokens, d_rows, carry=zeros)[0], None
 
 
-_lookup.defvjp(
-    lambda size, dtype, table, tokens: (
-        _lookup(size, dtype, table, tokens),
-        (table, tokens),
-    ),
-    _lookup_backward,
-)
+_lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
 def uncapped_logits(table: jax.Array, hidden: jax.Array, config: ModelConfig) -> jax.Array:
