@@ -23,8 +23,7 @@ from ..data.processor import Batch
 from ..losses import CHUNK_TOKENS
 from ..model.cache import init_cache
 from ..model.gemma4 import Gemma4ForConditionalGeneration, Gemma4Model
-from ..plugin.rl.cluster import example_shapes, make_algorithm, make_trainer
-from ..plugin.rl.context import RolloutContext
+from ..plugin.rl.cluster import example_shapes, make_trainer
 from ..plugin.rl.logps import chunked_logps
 from ..plugin.sft.trainer import Gemma4Trainer
 from ..plugin.train_step import TrainStep
@@ -217,21 +216,11 @@ def _resident(
 def _grpo_trainer(config: GrpoRunConfig, shapes: Shapes) -> tuple[Any, tuple]:
     """The policy's trainer, the policy, its optimizer and, where it has its own weights, the
     reference."""
-    _, algorithm = make_algorithm(config)
-    # The loss reads it, and the host's dataclass does not have it.
-    vars(algorithm)["temperature"] = config.temperature
 
     def make(base: Gemma4ForConditionalGeneration) -> tuple[Any, tuple]:
         policy, reference = grpo.prepare_models(config, base, logging.debug)
-        trainer = make_trainer(
-            policy,
-            _optimizer(config),
-            algorithm,
-            mini=config.mini,
-            micro=config.micro,
-            pad_id=shapes.config.pad_token_id,
-            eos_id=_EOS,
-        )
+        ids = {"pad_id": shapes.config.pad_token_id, "eos_id": _EOS}
+        trainer = make_trainer(policy, _optimizer(config), config, **ids)
         # With adapters the reference is the policy's own backbone.
         kept = () if config.lora is not None or reference is None else (reference,)
         return trainer, (trainer.model, trainer.optimizer, *kept)
@@ -250,19 +239,8 @@ def grpo_programs(
     resident = _resident(model, optimizer, *reference)
     suppressed = (*sampling.media_ids(shapes.config), shapes.config.pad_token_id)
     rows = config.micro * config.num_generations
-    example = example_shapes(
-        shapes.rows,
-        (rows, config.data.max_prompt_length, config.max_completion_length),
-        RolloutContext(
-            images=shapes.images(rows, images, config.data),
-            image_repeats=config.num_generations,
-            temperature=config.temperature,
-            suppressed=suppressed,
-        ),
-        reference=bool(config.beta),
-        old=config.updates_per_batch > 1,
-        token_mean=config.loss_type == "dapo",
-    )
+    pictures = shapes.images(rows, images, config.data)
+    example = example_shapes(shapes.rows, config, pictures, suppressed)
     step = _step(trainer.create_train_step_fn(), model, optimizer, example)
     logits = shapes.logits(rows * config.max_completion_length)
     runs = config.mini // config.micro
