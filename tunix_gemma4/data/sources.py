@@ -41,7 +41,6 @@ class Rows:
 
     def __init__(self, source: str | Path | Sequence):
         self._before: np.ndarray | None = None
-        self._sums_before: np.ndarray | None = None
         self._records: Any
         self._folder: Path | None = None
         if isinstance(source, str) and "://" in source:
@@ -95,22 +94,13 @@ class Rows:
         now, result = self.fingerprints, copy.copy(self)
         result._before = places
         if now is not None:
-            result._sums_before = np.where(places < 0, _GONE, now[places]).astype(np.uint32)
+            sums = np.where(places < 0, _GONE, now[places]).astype(np.uint32)
+            vars(result)["fingerprints"] = sums  # in place of those of the rows as they are
         return result
 
-    @property
+    @functools.cached_property
     def fingerprints(self) -> np.ndarray | None:
         """A number for what each row holds, images left out; None where that takes too long."""
-        return self._sums if self._sums_before is None else self._sums_before
-
-    @property
-    def fingerprints_text(self) -> str | None:
-        """The same as text, which `follow_rows` reads."""
-        now = self.fingerprints
-        return None if now is None else base64.b64encode(now.tobytes()).decode()
-
-    @functools.cached_property
-    def _sums(self) -> np.ndarray | None:
         if len(self._records) > _MOST_FINGERPRINTS:
             return None
         if isinstance(self._records, _JsonLines):
@@ -118,6 +108,12 @@ class Rows:
         if not isinstance(self._records, list | tuple | _ParquetTable):
             return None
         return np.array([_sum_of(row) for row in self._records], np.uint32)
+
+    @property
+    def fingerprints_text(self) -> str | None:
+        """The same as text, which `follow_rows` reads."""
+        now = self.fingerprints
+        return None if now is None else base64.b64encode(now.tobytes()).decode()
 
     def sha256(self) -> str | None:
         """Of the file's bytes; None for a sequence."""

@@ -192,10 +192,8 @@ class Health:
         frozen = nonfinite_variables(model, nnx.Not(trained_kind(model)))
         if frozen:
             return f"The model's own weights hold NaN or infinity: {shown(frozen)}"
-        fields = step.inputs if isinstance(step.inputs, dict) else {}
-        if dataclasses.is_dataclass(step.inputs):
-            names = (field.name for field in dataclasses.fields(step.inputs))
-            fields = {name: getattr(step.inputs, name) for name in names}
+        fields = vars(step.inputs) if dataclasses.is_dataclass(step.inputs) else step.inputs
+        fields = fields if isinstance(fields, dict) else {}
         kinds = jax.Array | np.ndarray
         inputs = nonfinite({n: x for n, x in fields.items() if isinstance(x, kinds) and x.size})
         said = f"The batch holds NaN or infinity ({shown(inputs)}). " if inputs else ""
