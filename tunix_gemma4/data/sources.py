@@ -123,12 +123,9 @@ class Rows:
 def find_rows(before: np.ndarray, now: np.ndarray) -> tuple[np.ndarray, np.ndarray] | int:
     """Where the rows of an earlier run are now, and which of them are gone or others.
 
-    Args:
-        before, now: fingerprints.
-
-    Returns:
-        For each row of before its index now, or -1 if it was taken out; and the indices of before
-        of rows that were taken out or changed. Where there are rows besides, the first of these.
+    By fingerprints: for each row of `before` its index now, or -1 if it was taken out; and the
+    indices in `before` of rows that were taken out or changed. Where there are rows besides, the
+    first of these.
     """
     gone = before == _GONE
     if len(before) == len(now) and not gone.any():
@@ -143,12 +140,8 @@ def find_rows(before: np.ndarray, now: np.ndarray) -> tuple[np.ndarray, np.ndarr
 def follow_rows(rows: Rows, before: str | None) -> tuple[Rows, list[int]] | None:
     """The rows of an earlier run, numbered as it did, and those that are gone or others now.
 
-    Args:
-        rows: of the source as it is.
-        before: `Plan.fingerprints` of the earlier run.
-
-    Returns:
-        None where nothing changed, or where what changed cannot be told.
+    `rows` are those of the source as it is, `before` is the earlier run's `Plan.fingerprints`. None
+    where nothing changed, or where what changed cannot be told.
 
     Raises:
         ValueError: there are rows that the earlier run did not know.
