@@ -94,15 +94,8 @@ def generate(
     config = model.config
     check_settings(max_new_tokens, temperature, top_k, top_p)
     _check_prompts(config, batch, image_repeats)
-    rules = _Rules(
-        stop_ids=jnp.ravel(jnp.array(config.eos_token_id if stop_ids is None else stop_ids)),
-        pad_id=jnp.int32(config.pad_token_id if pad_id is None else pad_id),
-        suppressed=jnp.array([*media_ids(config), *suppress_ids], jnp.int32),
-        key=jax.random.key(seed),
-        places=jnp.array(range(len(batch.tokens)) if places is None else places, jnp.uint32),
-        temperature=jnp.float32(temperature) if temperature else None,
-        top_p=None if top_p is None else jnp.float32(top_p),
-    )
+    places = range(len(batch.tokens)) if places is None else places
+    rules = _rules(config, stop_ids, pad_id, suppress_ids, temperature, top_p, seed, places)
     graphdef, state = nnx.split(model)
     with _on_its_mesh(state):
         tokens, padding = jnp.asarray(batch.tokens), jnp.asarray(batch.padding_mask) != 0
@@ -234,6 +227,19 @@ class _Rules(NamedTuple):
     places: jax.Array
     temperature: jax.Array | None
     top_p: jax.Array | None
+
+
+def _rules(config, stop_ids, pad_id, suppress_ids, temperature, top_p, seed, places) -> _Rules:
+    """The settings of `generate` as arrays."""
+    return _Rules(
+        stop_ids=jnp.ravel(jnp.array(config.eos_token_id if stop_ids is None else stop_ids)),
+        pad_id=jnp.int32(config.pad_token_id if pad_id is None else pad_id),
+        suppressed=jnp.array([*media_ids(config), *suppress_ids], jnp.int32),
+        key=jax.random.key(seed),
+        places=jnp.array(places, jnp.uint32),
+        temperature=jnp.float32(temperature) if temperature else None,
+        top_p=None if top_p is None else jnp.float32(top_p),
+    )
 
 
 class _Loop(NamedTuple):
