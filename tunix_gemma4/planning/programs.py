@@ -37,45 +37,27 @@ from .measure import bits, bytes_per_chip
 
 @dataclasses.dataclass(frozen=True)
 class Resident:
-    """What lies in memory all the time, in bytes per chip.
+    """What lies in memory all the time, in bytes per chip."""
 
-    Attributes:
-        weights: frozen ones, or all of them where all are trained.
-        adapters: trained low-rank ones.
-        optimizer: its state.
-        reference: weights that only the reference has.
-    """
-
-    weights: int
-    adapters: int
-    optimizer: int
-    reference: int = 0
+    weights: int  # frozen ones, or all of them where all are trained
+    adapters: int  # trained low-rank ones
+    optimizer: int  # its state
+    reference: int = 0  # weights that only the reference has
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """One compiled program of a recipe. Bytes are per chip.
+    """One compiled program of a recipe. Bytes are per chip."""
 
-    Attributes:
-        name: "step", "log-probs" or "rollout".
-        mesh: that it runs on.
-        resident: what lies in memory there all the time.
-        trace: traces it.
-        runs: times per optimizer step.
-        logits, caches: bytes among its temporaries.
-        beside: bytes that lie in memory while it runs and are not its arguments.
-        while_trips: most rounds of its loop that may end early.
-    """
-
-    name: str
-    mesh: Mesh
-    resident: Resident
-    trace: Callable[[], jax.stages.Traced]
-    runs: float
-    logits: int
+    name: str  # "step", "log-probs" or "rollout"
+    mesh: Mesh  # that it runs on
+    resident: Resident  # what lies in memory there all the time
+    trace: Callable[[], jax.stages.Traced]  # traces it
+    runs: float  # times per optimizer step
+    logits: int  # bytes among its temporaries, as caches are
     caches: int = 0
-    beside: int = 0
-    while_trips: int = 1
+    beside: int = 0  # bytes that lie in memory while it runs and are not its arguments
+    while_trips: int = 1  # most rounds of its loop that may end early
 
     @property
     def arguments(self) -> int:

@@ -31,19 +31,13 @@ _ACCUMULATED, _STRICT = "acc_grads", "_strict"
 
 
 class Flags(NamedTuple):
-    """What a step's program says of it; numbers, so that they travel as one array.
+    """What a step's program says of it; numbers, so that they travel as one array."""
 
-    Attributes:
-        loss, gradient, state: whether they are not finite.
-        skipped: optimizer steps that were skipped, of the whole run.
-        exceeded: whether these are too many.
-    """
-
-    loss: int
+    loss: int  # whether it is not finite, and so for the next two
     gradient: int
     state: int
-    skipped: int
-    exceeded: int
+    skipped: int  # optimizer steps that were skipped, of the whole run
+    exceeded: int  # whether these are too many
 
 
 def flags_of(parameters: Any, optimizer: Any, loss: jax.Array, gradient_norm: Any) -> jax.Array:
