@@ -26,7 +26,7 @@ from tunix.models.gemma4 import model as gemma4
 from tunix.rl.grpo.grpo_learner import TrainExample
 
 from tunix_gemma4.planning.hardware import hardware
-from tunix_gemma4.plugin.rl.cluster import make_algorithm, make_trainer
+from tunix_gemma4.plugin.rl.cluster import make_trainer
 from tunix_gemma4.settings.grpo import GrpoRunConfig
 
 ROWS, LENGTH = 8, 1024
@@ -54,15 +54,13 @@ def main() -> None:
     config.dtype = config.param_dtype = jnp.bfloat16
     targets = "q_einsum|kv_einsum|k_einsum|attn_vec_einsum|gate_proj|up_proj|down_proj"
     provider = qwix.LoraProvider(module_path=f".*({targets})", rank=RANK, alpha=RANK)
-    _, algorithm = make_algorithm(GrpoRunConfig(loss_type="grpo", num_generations=ROWS))
-    algorithm.temperature = 1.0
+    settings = GrpoRunConfig(num_generations=ROWS, batch_size=1)
     made = []
 
     def build() -> tuple[nnx.Module, nnx.Optimizer]:
         model = gemma4.Gemma4(config, rngs=nnx.Rngs(0))
         model = qwix.apply_lora_to_model(model, provider, **model.get_model_input())
-        sizes = {"mini": 1, "micro": 1, "pad_id": 0, "eos_id": 1}
-        made.append(make_trainer(model, optax.adamw(RATE), algorithm, **sizes))
+        made.append(make_trainer(model, optax.adamw(RATE), settings, pad_id=0, eos_id=1))
         return model, made[0].optimizer
 
     model, optimizer = nnx.eval_shape(build)

@@ -50,9 +50,9 @@ from tunix_gemma4.model.gemma4 import (
 )
 from tunix_gemma4.planning.hardware import hardware
 from tunix_gemma4.plugin.rl import context as binding
-from tunix_gemma4.plugin.rl.cluster import example_shapes, make_algorithm, make_trainer
+from tunix_gemma4.plugin.rl.cluster import example_shapes, make_trainer
 from tunix_gemma4.plugin.train_step import TrainStep
-from tunix_gemma4.settings.grpo import GrpoRunConfig
+from tunix_gemma4.settings.grpo import GrpoRunConfig, PromptConfig
 
 ROWS, GENERATIONS, RANK = 8, 4, 16
 PROGRAMS = ("logps", "score", "step")
@@ -151,24 +151,19 @@ def lower_score(shapes: Shapes):
 
 def lower_step(shapes: Shapes):
     """The step that `GRPOLearner` makes its actor's trainer take, as that jits it."""
-    settings = GrpoRunConfig(loss_type="grpo", num_generations=GENERATIONS, beta=0.04)
-    _, algorithm = make_algorithm(settings)
-    algorithm.temperature = 1.0
+    settings = GrpoRunConfig(
+        data=PromptConfig(max_prompt_length=shapes.arguments.prompt),
+        num_generations=GENERATIONS,
+        beta=0.04,
+        max_completion_length=shapes.arguments.completion,
+        batch_size=ROWS // GENERATIONS,
+    )
     made = []
 
     def build():
         model = Gemma4ForConditionalGeneration(shapes.config, rngs=nnx.Rngs(0))
         model = stack_layers(apply_lora(model, LoraConfig(rank=RANK)))
-        prompts = ROWS // GENERATIONS
-        made.append(
-            make_trainer(
-                *(model, optax.adamw(1e-5), algorithm),
-                mini=prompts,
-                micro=prompts,
-                pad_id=0,
-                eos_id=1,
-            )
-        )
+        made.append(make_trainer(model, optax.adamw(1e-5), settings, pad_id=0, eos_id=1))
         return made[0].model, made[0].optimizer
 
     model, optimizer = nnx.eval_shape(build)
@@ -177,15 +172,7 @@ def lower_step(shapes: Shapes):
     step = TrainStep(made[0].create_train_step_fn(), model, optimizer)
     example = example_shapes(
         lambda *shape, dtype=jnp.int32: shapes.rows(*shape[1:], dtype=dtype),
-        (ROWS, shapes.arguments.prompt, shapes.arguments.completion),
-        binding.RolloutContext(
-            images=shapes.images(of_rows=True),
-            image_repeats=GENERATIONS,
-            suppressed=(0, shapes.config.image_token_id),
-        ),
-        reference=True,
-        old=False,
-        token_mean=False,
+        *(settings, shapes.images(of_rows=True), (0, shapes.config.image_token_id)),
     )
     return step.jitted_fn.lower(*step.arguments(), example)
 

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import optax
@@ -14,7 +15,7 @@ from flax import nnx
 
 from tunix_gemma4.checkpoint.check import NonFiniteError
 from tunix_gemma4.plugin import stop
-from tunix_gemma4.plugin.checkpoints import CheckpointManager, Kept, kept_steps
+from tunix_gemma4.plugin.checkpoints import CheckpointManager, Kept
 
 
 class Run:
@@ -54,17 +55,19 @@ def saved(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "expected"),
+    ("kept", "steps", "expected"),
     [
-        (([1, 2, 3, 4], 2), {3, 4}),
-        (([1, 2, 3, 4], 1, (2, 7)), {2, 4}),
-        (([1, 2, 3, 4], 1, (), {1, 2}), {2, 4}),
-        (([1, 2, 3, 4], 2, (1,), {1, 2}), {1, 2, 3, 4}),
-        (([], 2), set()),
+        (Kept(2), [1, 2, 3, 4], {3, 4}),
+        (Kept(1, (2, 7)), [1, 2, 3, 4], {2, 4}),
+        (Kept(1, (), {1, 2}), [1, 2, 3, 4], {2, 4}),
+        (Kept(2, (1,), {1, 2}), [1, 2, 3, 4], {1, 2, 3, 4}),
+        (Kept(2), [], set()),
     ],
 )
-def test_newest_named_and_last_finite_steps_are_kept(arguments, expected):
-    assert kept_steps(*arguments) == expected
+def test_newest_named_and_last_finite_steps_are_kept(kept, steps, expected):
+    infos = [SimpleNamespace(step=step) for step in steps]
+    stays = kept.should_preserve(infos, context=None)
+    assert {step for step, stay in zip(steps, stays, strict=True) if stay} == expected
 
 
 def test_older_checkpoints_go_but_those_named(tmp_path):
@@ -170,7 +173,7 @@ def test_several_processes_agree_on_a_step_that_can_be_stopped_at(tmp_path, monk
     run.manager.whole = 3
     monkeypatch.setattr(run.manager._checkpoint_manager, "reached_preemption", reached)
     monkeypatch.setattr("jax.process_count", lambda: 2)
-    monkeypatch.setattr("tunix_gemma4.plugin.checkpoints._write", lambda *given: None)
+    monkeypatch.setattr(run.manager._checkpoint_manager, "save", lambda *given, **more: None)
     with pytest.raises(stop.Terminated, match="after step 6, which is saved"):
         for step in range(1, 20):
             run.save(step)

@@ -18,7 +18,6 @@ from tunix_gemma4.checkpoint.check import NonFiniteError
 from tunix_gemma4.data.processor import Processor
 from tunix_gemma4.lora import LoraConfig, apply_lora
 from tunix_gemma4.model.gemma4 import Gemma4ForTokenScores
-from tunix_gemma4.plugin.rl import losses
 from tunix_gemma4.plugin.rl.learner import set_processor
 
 MAX_TOKENS = 4
@@ -97,13 +96,13 @@ def assert_ppo_metrics(cluster):
 
 def test_a_fractional_reward_arrives_whole_in_returns_and_values(tiny_checkpoint, monkeypatch):
     zeros = []
-    original = losses._FloatZeros.zeros_like
+    original = ppo_learner.jnp.zeros_like
 
-    def zeros_like(self, array, *args, **kwargs):
+    def zeros_like(array, *args, **kwargs):
         zeros.append((array.shape, array.dtype, args, kwargs))
-        return original(self, array, *args, **kwargs)
+        return original(array, *args, **kwargs)
 
-    monkeypatch.setattr(losses._FloatZeros, "zeros_like", zeros_like)
+    monkeypatch.setattr(ppo_learner.jnp, "zeros_like", zeros_like)
     directory, mesh = tiny_checkpoint("demo"), one_device()
     actor = load_checkpoint(directory, mesh, text_only=False)
     critic = Gemma4ForTokenScores.from_policy(actor)

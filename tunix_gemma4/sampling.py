@@ -317,13 +317,9 @@ def _generate(
 
 def _append(loop: _Loop, logits: jax.Array, cache: dict, rules: _Rules, top_k: int | None) -> _Loop:
     """`loop` with one token more in each row, drawn from logits [B, V]."""
-    token = sample(
-        logits,
-        keys=_keys(rules, loop.step),
-        temperature=rules.temperature,
-        top_k=top_k,
-        top_p=rules.top_p,
-    )
+    fold = jax.random.fold_in
+    keys = jax.vmap(lambda place: fold(fold(rules.key, place), loop.step))(rules.places)
+    token = sample(logits, keys=keys, temperature=rules.temperature, top_k=top_k, top_p=rules.top_p)
     scores = jax.nn.log_softmax(logits if rules.temperature is None else logits / rules.temperature)
     logp = jnp.take_along_axis(scores, token[:, None], axis=1)[:, 0]
     token = jnp.where(loop.done, rules.pad_id, token)
@@ -335,12 +331,6 @@ def _append(loop: _Loop, logits: jax.Array, cache: dict, rules: _Rules, top_k: i
         done=loop.done | jnp.isin(token, rules.stop_ids),
         cache=cache,
     )
-
-
-def _keys(rules: _Rules, step: jax.Array) -> jax.Array:
-    """A key [B] for the token `step` of each row."""
-    fold = jax.random.fold_in
-    return jax.vmap(lambda place: fold(fold(rules.key, place), step))(rules.places)
 
 
 def sample(
@@ -373,14 +363,10 @@ def sample(
         probabilities = jax.nn.softmax(logits)
         before = jnp.cumsum(probabilities, axis=-1) - probabilities
         logits = jnp.where(before < top_p, logits, -jnp.inf)
-    choice = jnp.argmax(logits + _noise_of(keys, ids), axis=-1)
-    return jnp.take_along_axis(ids, choice[:, None], axis=1)[:, 0].astype(jnp.int32)
-
-
-def _noise_of(keys: jax.Array, ids: jax.Array) -> jax.Array:
-    """Gumbel noise [B, k] of tokens [B, k], each by its row's key and its id."""
     one = lambda key, token: jax.random.gumbel(jax.random.fold_in(key, token))  # noqa: E731
-    return jax.vmap(jax.vmap(one, (None, 0)))(keys, ids)
+    noise = jax.vmap(jax.vmap(one, (None, 0)))(keys, ids)
+    choice = jnp.argmax(logits + noise, axis=-1)
+    return jnp.take_along_axis(ids, choice[:, None], axis=1)[:, 0].astype(jnp.int32)
 
 
 def _nucleus(probabilities: jax.Array, top_p: jax.Array) -> jax.Array:

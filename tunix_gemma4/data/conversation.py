@@ -66,9 +66,7 @@ def read_conversation(row: Any, *, prompt_only: bool = False) -> Conversation:
     elif not completion and (not history or history[-1].role != "assistant"):
         _refuse_preference(read)
     # In a prompt a switch has the last word: what is not learnt by itself may be asked for.
-    trained = [read.whole or bool(message.trained) for message in history]
-    if prompt_only:
-        trained = [False] * len(history)
+    trained = [not prompt_only and (read.whole or bool(m.trained)) for m in history]
     conversation = read.view([*history, *completion], trained + [not prompt_only] * len(completion))
     if prompt_only:
         conversation = conversation.before(len(join(history)))

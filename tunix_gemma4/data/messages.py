@@ -519,24 +519,16 @@ def read_calls(given: Any, what: str) -> list[dict[str, Any]]:
                 f"{what}: expected 'arguments' to be an object or JSON of one, found "
                 f"{arguments!r:.80}"
             )
-        _refuse_infinite(arguments, f"{what}: {key!r}")
         # JSON in a string has nulls of its own.
         if not any(isinstance(v, str) for v in (given, written, given_arguments)):
             arguments = without_none(arguments)
+        for _, value in keys.walk(arguments):  # JSON cannot hold them.
+            if isinstance(value, float | np.floating) and np.isinf(value):
+                raise ValueError(f"{what}: {key!r}: expected finite numbers, found {value!r}")
         identity = {} if is_empty(call.get("id")) else {"id": call["id"]}
         function = {"name": function["name"], "arguments": dict(arguments)}
         result.append(identity | {"type": "function", "function": function})
     return result
-
-
-def _refuse_infinite(value: Any, what: str) -> None:
-    """Raises ValueError for an infinite number in an object, which JSON cannot hold."""
-    if isinstance(value, float | np.floating) and np.isinf(value):
-        raise ValueError(f"{what}: expected finite numbers, found {value!r}")
-    inner: Any = value.values() if isinstance(value, Mapping) else value
-    if isinstance(value, Mapping | np.ndarray) or is_list(value):
-        for part in inner:
-            _refuse_infinite(part, what)
 
 
 def read_tools(given: Any, what: str) -> list[dict[str, Any]] | None:

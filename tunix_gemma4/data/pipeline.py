@@ -20,7 +20,7 @@ import functools
 import json
 import sys
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -84,14 +84,6 @@ class Buckets:
             if rows:
                 result.append(MicroBatch(shape, rows))
         return result
-
-
-def count_batches(shapes: Mapping[Shape, int], batch_size: int) -> int:
-    """Micro-batches of an epoch that has so many examples of each shape, in whatever order."""
-    buckets = Buckets((), (), batch_size)
-    whole = sum(count // batch_size for count in shapes.values())
-    buckets.waiting = {shape: [None] * (count % batch_size) for shape, count in shapes.items()}
-    return whole + len(buckets.flush())
 
 
 _STATE_VERSION = 1
@@ -180,7 +172,8 @@ class Plan:
         """Says that the rows, of which so many are short enough, do not make a batch."""
         if self.encoder.bad and not self.encoder.long:
             return f"{self.rows.name}: {self.encoder.bad_text()}. Correct them."
-        counts = {"kept": kept, "rows": len(self.rows), "shortest": self.encoder.shortest()}
+        lengths = (m.lengths[0] for ms in self.encoder.measures.values() for m in ms)
+        counts = {"kept": kept, "rows": len(self.rows), "shortest": min(lengths, default=0)}
         found = {"name": self.rows.name, "limits": self.road.limit_text()} | counts
         return self.road.too_few_text.format(batch_size=self.batch_size, **found)
 
@@ -503,13 +496,17 @@ class BatchDataset(OfRows, grain.IterDataset):
         """Optimizer steps of an epoch, as `check` found: exact if all rows were checked."""
         if self.checked is None or not self.checked.examples:
             return None
-        plan, buckets = self.plan, Buckets(self.plan.bucket_lengths, self.plan.image_buckets, 1)
+        plan, size = self.plan, self.plan.batch_size
+        buckets = Buckets(plan.bucket_lengths, plan.image_buckets, size)
         shapes: collections.Counter = collections.Counter()
         for measure, count in self.checked.kept.items():
             shapes[buckets.shape(measure)] += count
         share = self.num_rows / self.checked.examined
         scaled = {shape: round(count * share) for shape, count in shapes.items()}
-        return -(-count_batches(scaled, plan.batch_size) // plan.gradient_accumulation_steps)
+        # Those that fill up, in whatever order rows come, and what the end of an epoch flushes.
+        buckets.waiting = {shape: [None] * (count % size) for shape, count in scaled.items()}
+        batches = sum(count // size for count in scaled.values()) + len(buckets.flush())
+        return -(-batches // plan.gradient_accumulation_steps)
 
     def refuse_other(self, position: dict) -> None:
         """Raises ValueError for a saved position that is not one in these rows and settings."""

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from ..config.source import naming
 from .conversation import Conversation, read_preference_pair
 from .pipeline import BatchDataset, BatchIterator, Plan
-from .processor import Example, ImageSlots, Processor
+from .processor import Example, Processor, image_slots, num_images
 from .road import How, Measure, OfRows, Road, rows_to_check
 from .sources import Rows
 
@@ -130,7 +130,8 @@ class PreferenceRoad(Road):
 
     def __init__(self, processor: Processor, max_prompt_length: int, max_response_length: int):
         super().__init__()
-        self._processor, self._slots = processor, ImageSlots()
+        self._processor = processor
+        self._slots = 0  # images per row of a batch: never fewer than before
         self.limits = {
             "max_prompt_length": max_prompt_length,
             "max_response_length": max_response_length,
@@ -147,15 +148,15 @@ class PreferenceRoad(Road):
         return [image for side in pair.values() for image in side.images]
 
     def measure(self, example: Preference) -> Measure:
-        images = 0 if example.images is None else len(example.images)
         answers = [len(example.chosen), len(example.rejected)]
-        return Measure((len(example.prompt), max(answers)), images, sum(answers))
+        lengths = len(example.prompt), max(answers)
+        return Measure(lengths, num_images(example), sum(answers))
 
     def collate(
         self, examples: list[Preference], shape: tuple[int, int], size: int, denominator: float
     ) -> dict[str, np.ndarray]:
-        slots = self._slots.of(examples)
-        return collate(examples, self._processor, images=slots, **self.limits)
+        self._slots = max(self._slots, *(image_slots(num_images(e)) for e in examples))
+        return collate(examples, self._processor, images=self._slots, **self.limits)
 
 
 class PreferenceBatches(OfRows):

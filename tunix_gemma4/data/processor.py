@@ -7,6 +7,7 @@ conversation -> Example (tokens, which of them are answers, patches of its image
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -31,6 +32,7 @@ from .images import ImagePacker, soft_tokens_of
 from .rows import without_bos
 
 THOUGHTS = ("last", "none", "each_turn")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -251,7 +253,7 @@ class Processor:
         try:
             pieces = iter(self._text_tokenizer.encode_batch(texts, add_special_tokens=False))
         except TypeError as error:
-            broken = next((text for text in texts if not _is_text(text)), "")
+            broken = next(filter(_SURROGATE.search, texts), "")
             raise UnicodeError(
                 f"{broken!r:.80} holds half of a surrogate pair, which is no text; correct it"
             ) from error
@@ -383,7 +385,7 @@ class Processor:
         if side not in ("right", "left"):
             raise ValueError(f"side: expected 'right' or 'left', found {side!r}")
         length = max(len(e.tokens) for e in examples) if length is None else length
-        counts = [0 if e.images is None else len(e.images) for e in examples]
+        counts = list(map(num_images, examples))
         slots = image_slots(max(counts)) if images is None else images
         shape = (len(examples), length)
         tokens = np.full(shape, self.pad_token_id, np.int32)
@@ -452,36 +454,20 @@ def _runs(values: np.ndarray) -> Iterator[tuple[Any, int, int]]:
         start = end
 
 
+def num_images(example: Any) -> int:
+    """How many there are, of what has `images` or None."""
+    return 0 if example.images is None else len(example.images)
+
+
 def image_slots(count: int) -> int:
     """How many images per row a batch makes room for: 0, 1, 2, 4, 8, ..., to compile seldom."""
     return 0 if count == 0 else 1 << (count - 1).bit_length()
-
-
-class ImageSlots:
-    """How many images per row the batches of a run make room for: never fewer than before."""
-
-    def __init__(self) -> None:
-        self._slots = 0
-
-    def of(self, examples: Sequence[Any]) -> int:
-        """For one more batch, of what has `images`."""
-        most = max(0 if e.images is None else len(e.images) for e in examples)
-        self._slots = max(self._slots, image_slots(most))
-        return self._slots
 
 
 def _read(conversation: Any, *, prompt_only: bool = False) -> Conversation:
     if isinstance(conversation, Conversation):
         return conversation
     return read_conversation(conversation, prompt_only=prompt_only)
-
-
-def _is_text(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _is_one_conversation(conversations: Sequence[Any]) -> bool:

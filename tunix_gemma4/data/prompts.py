@@ -13,7 +13,7 @@ from typing import Any
 
 from .conversation import Conversation, read_prompt
 from .pipeline import BatchDataset, Plan
-from .processor import Example, Processor
+from .processor import Example, Processor, num_images
 from .road import How, Measure, OfRows, Road, RowError, keep_rows
 from .sources import Rows, follow_rows
 
@@ -30,14 +30,7 @@ class Prompt:
     given: Any  # as the data set has it; reward functions get this
     text: str  # for logs
     example: Example  # its tokens and packed images
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Asked:
-    """A row that was read: what is asked, with the columns beside it, and in tokens."""
-
-    conversation: Conversation
-    example: Example
+    columns: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # beside it in its row
 
 
 class PromptRoad(Road):
@@ -63,9 +56,11 @@ class PromptRoad(Road):
         self._read_as: dict[str, Any] = {"column": column, "system": system, "names": tuple(names)}
         self.limits = {"data.max_prompt_length": max_prompt_length}
 
-    def read(self, row: Any) -> list[Asked]:
+    def read(self, row: Any) -> list[Prompt]:
         asked = self._read(row)
-        return [Asked(asked, self._processor.encode(asked, add_generation_prompt=True))]
+        example = self._processor.encode(asked, add_generation_prompt=True)
+        text = self._processor.decode(example.tokens, skip_special_tokens=False)
+        return [Prompt(asked.given, text, example, asked.columns | {"images": asked.images})]
 
     def images(self, row: Any) -> Sequence[Any]:
         return self._read(row).images
@@ -83,25 +78,19 @@ class PromptRoad(Road):
         """What a batch has besides `prompts`, once every row was looked at."""
         return tuple(sorted(self.notes["columns"]))
 
-    def measure(self, example: Asked) -> Measure:
-        images = example.example.images
-        return Measure((len(example.example.tokens),), 0 if images is None else len(images), 0)
+    def measure(self, example: Prompt) -> Measure:
+        return Measure((len(example.example.tokens),), num_images(example.example), 0)
 
     def collate(
-        self, examples: list[Asked], shape: tuple[int, int], size: int, denominator: float
+        self, examples: list[Prompt], shape: tuple[int, int], size: int, denominator: float
     ) -> dict[str, list[Any]]:
-        rows = [self.row(asked) | {"prompts": self._prompt(asked)} for asked in examples]
+        rows = [self.row(prompt) | {"prompts": prompt} for prompt in examples]
         return {name: [row[name] for row in rows] for name in rows[0]}
 
-    def row(self, asked: Asked) -> dict[str, Any]:
+    def row(self, prompt: Prompt) -> dict[str, Any]:
         """`prompts` and every column, None where the row has no such value."""
-        columns = asked.conversation.columns | {"images": asked.conversation.images}
-        messages = {"prompts": asked.conversation.given}
-        return messages | {name: columns.get(name) for name in self.columns}
-
-    def _prompt(self, asked: Asked) -> Prompt:
-        text = self._processor.decode(asked.example.tokens, skip_special_tokens=False)
-        return Prompt(asked.conversation.given, text, asked.example)
+        columns = {name: prompt.columns.get(name) for name in self.columns}
+        return {"prompts": prompt.given} | columns
 
 
 class PromptRows(OfRows):
@@ -188,14 +177,14 @@ class PromptRows(OfRows):
             if self._cache is not None:
                 keep_rows(self._cache, plan.fingerprints)
 
-    def first(self) -> Asked:
+    def first(self) -> Prompt:
         """The first prompt that is not left out."""
         return self._data.first()
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """One row: `prompts` and every column, None where the row has no such value."""
-        (asked,) = self.plan.encoder.hold(self.kept[index])
-        return self._road.row(asked)
+        (prompt,) = self.plan.encoder.hold(self.kept[index])
+        return self._road.row(prompt)
 
 
 def _require_column(rows: Rows, name: str | None) -> None:

@@ -254,10 +254,6 @@ class Encoder:
             f"{self.bad[min(self.bad)]}"
         )
 
-    def shortest(self) -> int:
-        """Tokens of the shortest example that was read."""
-        return min((m.lengths[0] for ms in self.measures.values() for m in ms), default=0)
-
     def look(self, index: int) -> None:
         """Reads a source row, whose images' files have to exist; templates and tokenizes nothing.
 

@@ -41,7 +41,6 @@ class Rows:
 
     def __init__(self, source: str | Path | Sequence):
         self._before: np.ndarray | None = None
-        self._sums_before: np.ndarray | None = None
         self._records: Any
         self._folder: Path | None = None
         if isinstance(source, str) and "://" in source:
@@ -95,22 +94,13 @@ class Rows:
         now, result = self.fingerprints, copy.copy(self)
         result._before = places
         if now is not None:
-            result._sums_before = np.where(places < 0, _GONE, now[places]).astype(np.uint32)
+            sums = np.where(places < 0, _GONE, now[places]).astype(np.uint32)
+            vars(result)["fingerprints"] = sums  # in place of those of the rows as they are
         return result
 
-    @property
+    @functools.cached_property
     def fingerprints(self) -> np.ndarray | None:
         """A number for what each row holds, images left out; None where that takes too long."""
-        return self._sums if self._sums_before is None else self._sums_before
-
-    @property
-    def fingerprints_text(self) -> str | None:
-        """The same as text, which `follow_rows` reads."""
-        now = self.fingerprints
-        return None if now is None else base64.b64encode(now.tobytes()).decode()
-
-    @functools.cached_property
-    def _sums(self) -> np.ndarray | None:
         if len(self._records) > _MOST_FINGERPRINTS:
             return None
         if isinstance(self._records, _JsonLines):
@@ -118,6 +108,12 @@ class Rows:
         if not isinstance(self._records, list | tuple | _ParquetTable):
             return None
         return np.array([_sum_of(row) for row in self._records], np.uint32)
+
+    @property
+    def fingerprints_text(self) -> str | None:
+        """The same as text, which `follow_rows` reads."""
+        now = self.fingerprints
+        return None if now is None else base64.b64encode(now.tobytes()).decode()
 
     def sha256(self) -> str | None:
         """Of the file's bytes; None for a sequence."""
@@ -127,12 +123,9 @@ class Rows:
 def find_rows(before: np.ndarray, now: np.ndarray) -> tuple[np.ndarray, np.ndarray] | int:
     """Where the rows of an earlier run are now, and which of them are gone or others.
 
-    Args:
-        before, now: fingerprints.
-
-    Returns:
-        For each row of before its index now, or -1 if it was taken out; and the indices of before
-        of rows that were taken out or changed. Where there are rows besides, the first of these.
+    By fingerprints: for each row of `before` its index now, or -1 if it was taken out; and the
+    indices in `before` of rows that were taken out or changed. Where there are rows besides, the
+    first of these.
     """
     gone = before == _GONE
     if len(before) == len(now) and not gone.any():
@@ -147,12 +140,8 @@ def find_rows(before: np.ndarray, now: np.ndarray) -> tuple[np.ndarray, np.ndarr
 def follow_rows(rows: Rows, before: str | None) -> tuple[Rows, list[int]] | None:
     """The rows of an earlier run, numbered as it did, and those that are gone or others now.
 
-    Args:
-        rows: of the source as it is.
-        before: `Plan.fingerprints` of the earlier run.
-
-    Returns:
-        None where nothing changed, or where what changed cannot be told.
+    `rows` are those of the source as it is, `before` is the earlier run's `Plan.fingerprints`. None
+    where nothing changed, or where what changed cannot be told.
 
     Raises:
         ValueError: there are rows that the earlier run did not know.

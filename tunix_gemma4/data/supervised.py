@@ -15,7 +15,7 @@ import numpy as np
 from ..config.domains import require
 from .conversation import read_conversation
 from .pipeline import BatchDataset, Plan
-from .processor import Batch, Example
+from .processor import Batch, Example, num_images
 from .road import Measure, Road
 from .sources import Rows
 
@@ -52,7 +52,7 @@ class ConversationRoad(Road):
         return read.images
 
     def measure(self, example: Example) -> Measure:
-        images = 0 if example.images is None else len(example.images)
+        images = num_images(example)
         if images > self._most_images:
             raise ValueError(
                 f"it has {images} images, and image_buckets ends at {self._most_images}: add "

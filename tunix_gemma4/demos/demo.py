@@ -37,25 +37,16 @@ ANSWER_TOKENS = 3  # a digit, the end of the turn, and one to spare
 
 @dataclasses.dataclass
 class Stage:
-    """What one stage of training showed.
+    """What one stage of training showed."""
 
-    Attributes:
-        title: for the table.
-        before, after: share of held-out questions answered right.
-        most_before, least_after: what these may and must be.
-        losses: of each training step.
-        curve: (step, share of the first held-out questions answered right).
-        answers: the trained model's, to the held-out questions.
-    """
-
-    title: str
-    before: float
+    title: str  # for the table
+    before: float  # share of held-out questions answered right, and that after training
     after: float
-    most_before: float
+    most_before: float  # what these may and must be
     least_after: float
-    losses: list[float]
-    curve: list[tuple[int, float]]
-    answers: list[str]
+    losses: list[float]  # of each training step
+    curve: list[tuple[int, float]]  # (step, share of the first held-out questions answered right)
+    answers: list[str]  # the trained model's, to the held-out questions
 
     @property
     def passed(self) -> bool:

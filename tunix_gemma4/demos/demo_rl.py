@@ -56,19 +56,12 @@ FIELDS = ("step", "held_out", *_METRICS, "seconds")
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """What is learnt.
+    """What is learnt."""
 
-    Attributes:
-        name: of its settings' files.
-        data: what to train on and what is held out.
-        start_data: what the supervised start is trained on.
-        enough: the start ends when it answers this share of the held-out questions right.
-    """
-
-    name: str
-    enough: float
-    data: TaskData
-    start_data: TaskData
+    name: str  # of its settings' files
+    enough: float  # the start ends when it answers this share of the held-out questions right
+    data: TaskData  # what to train on and what is held out
+    start_data: TaskData  # what the supervised start is trained on
 
 
 @dataclasses.dataclass
@@ -316,19 +309,12 @@ def _assigned(settings: dict[str, Any]) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-    """Runs that are drawn together.
+    """Runs that are drawn together."""
 
-    Attributes:
-        title: above them.
-        curves: one per seed, of equal length.
-        goal: a dashed line at this accuracy; None: none.
-        goal_is_ceiling: it must not be reached.
-    """
-
-    title: str
-    curves: list[Curve]
-    goal: float | None = None
-    goal_is_ceiling: bool = False
+    title: str  # above them
+    curves: list[Curve]  # one per seed, of equal length
+    goal: float | None = None  # a dashed line at this accuracy; None: none
+    goal_is_ceiling: bool = False  # it must not be reached
 
 
 def draw(panels: Sequence[Panel], path: Path) -> None:

@@ -23,8 +23,7 @@ from ..data.processor import Batch
 from ..losses import CHUNK_TOKENS
 from ..model.cache import init_cache
 from ..model.gemma4 import Gemma4ForConditionalGeneration, Gemma4Model
-from ..plugin.rl.cluster import example_shapes, make_algorithm, make_trainer
-from ..plugin.rl.context import RolloutContext
+from ..plugin.rl.cluster import example_shapes, make_trainer
 from ..plugin.rl.logps import chunked_logps
 from ..plugin.sft.trainer import Gemma4Trainer
 from ..plugin.train_step import TrainStep
@@ -38,45 +37,27 @@ from .measure import bits, bytes_per_chip
 
 @dataclasses.dataclass(frozen=True)
 class Resident:
-    """What lies in memory all the time, in bytes per chip.
+    """What lies in memory all the time, in bytes per chip."""
 
-    Attributes:
-        weights: frozen ones, or all of them where all are trained.
-        adapters: trained low-rank ones.
-        optimizer: its state.
-        reference: weights that only the reference has.
-    """
-
-    weights: int
-    adapters: int
-    optimizer: int
-    reference: int = 0
+    weights: int  # frozen ones, or all of them where all are trained
+    adapters: int  # trained low-rank ones
+    optimizer: int  # its state
+    reference: int = 0  # weights that only the reference has
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """One compiled program of a recipe. Bytes are per chip.
+    """One compiled program of a recipe. Bytes are per chip."""
 
-    Attributes:
-        name: "step", "log-probs" or "rollout".
-        mesh: that it runs on.
-        resident: what lies in memory there all the time.
-        trace: traces it.
-        runs: times per optimizer step.
-        logits, caches: bytes among its temporaries.
-        beside: bytes that lie in memory while it runs and are not its arguments.
-        while_trips: most rounds of its loop that may end early.
-    """
-
-    name: str
-    mesh: Mesh
-    resident: Resident
-    trace: Callable[[], jax.stages.Traced]
-    runs: float
-    logits: int
+    name: str  # "step", "log-probs" or "rollout"
+    mesh: Mesh  # that it runs on
+    resident: Resident  # what lies in memory there all the time
+    trace: Callable[[], jax.stages.Traced]  # traces it
+    runs: float  # times per optimizer step
+    logits: int  # bytes among its temporaries, as caches are
     caches: int = 0
-    beside: int = 0
-    while_trips: int = 1
+    beside: int = 0  # bytes that lie in memory while it runs and are not its arguments
+    while_trips: int = 1  # most rounds of its loop that may end early
 
     @property
     def arguments(self) -> int:
@@ -217,21 +198,11 @@ def _resident(
 def _grpo_trainer(config: GrpoRunConfig, shapes: Shapes) -> tuple[Any, tuple]:
     """The policy's trainer, the policy, its optimizer and, where it has its own weights, the
     reference."""
-    _, algorithm = make_algorithm(config)
-    # The loss reads it, and the host's dataclass does not have it.
-    vars(algorithm)["temperature"] = config.temperature
 
     def make(base: Gemma4ForConditionalGeneration) -> tuple[Any, tuple]:
         policy, reference = grpo.prepare_models(config, base, logging.debug)
-        trainer = make_trainer(
-            policy,
-            _optimizer(config),
-            algorithm,
-            mini=config.mini,
-            micro=config.micro,
-            pad_id=shapes.config.pad_token_id,
-            eos_id=_EOS,
-        )
+        ids = {"pad_id": shapes.config.pad_token_id, "eos_id": _EOS}
+        trainer = make_trainer(policy, _optimizer(config), config, **ids)
         # With adapters the reference is the policy's own backbone.
         kept = () if config.lora is not None or reference is None else (reference,)
         return trainer, (trainer.model, trainer.optimizer, *kept)
@@ -250,19 +221,8 @@ def grpo_programs(
     resident = _resident(model, optimizer, *reference)
     suppressed = (*sampling.media_ids(shapes.config), shapes.config.pad_token_id)
     rows = config.micro * config.num_generations
-    example = example_shapes(
-        shapes.rows,
-        (rows, config.data.max_prompt_length, config.max_completion_length),
-        RolloutContext(
-            images=shapes.images(rows, images, config.data),
-            image_repeats=config.num_generations,
-            temperature=config.temperature,
-            suppressed=suppressed,
-        ),
-        reference=bool(config.beta),
-        old=config.updates_per_batch > 1,
-        token_mean=config.loss_type == "dapo",
-    )
+    pictures = shapes.images(rows, images, config.data)
+    example = example_shapes(shapes.rows, config, pictures, suppressed)
     step = _step(trainer.create_train_step_fn(), model, optimizer, example)
     logits = shapes.logits(rows * config.max_completion_length)
     runs = config.mini // config.micro

@@ -125,13 +125,7 @@ class Search:
             name, start = "max_completion_length", self._config.max_completion_length
         else:
             name, start = "data.max_length", self._config.data.max_length
-        return name, largest(
-            lambda length: self.try_settings({name: length}).total,
-            capacity,
-            start=start,
-            unit=LENGTH_UNIT,
-            limit=_LONGEST,
-        )
+        return name, self._largest(capacity, name, start, LENGTH_UNIT, _LONGEST)
 
     def most_rows(self, capacity: int) -> tuple[str, int | None]:
         """The setting of the rows of a forward pass of training, and its largest that fits."""
@@ -140,13 +134,14 @@ class Search:
             sizes = reversed(_micro_sizes(self._config))
             fits = (s for s in sizes if self.try_settings({name: s}).total <= capacity)
             return name, next(fits, None)
-        return "batch_size", largest(
-            lambda rows: self.try_settings({"batch_size": rows}).total,
-            capacity,
-            start=self._config.batch_size,
-            unit=self._config.mesh.fsdp,
-            limit=_MOST_ROWS,
-        )
+        start, unit = self._config.batch_size, self._config.mesh.fsdp
+        return "batch_size", self._largest(capacity, "batch_size", start, unit, _MOST_ROWS)
+
+    def _largest(self, capacity: int, name: str, start: int, unit: int, limit: int) -> int | None:
+        def total(value: int) -> int:
+            return self.try_settings({name: value}).total
+
+        return largest(total, capacity, start=start, unit=unit, limit=limit)
 
 
 def _micro_sizes(config: GrpoRunConfig) -> list[int]:

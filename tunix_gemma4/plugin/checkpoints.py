@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import signal
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +31,6 @@ class UnusableError(ValueError):
     """There are checkpoints, and none can be read into this model."""
 
 
-def kept_steps(
-    steps: Sequence[int], newest: int, named: Collection[int] = (), finite: Collection[int] = ()
-) -> set[int]:
-    """Which checkpoints stay, of those whose steps are given in rising order.
-
-    So many of the newest, those that are named, and the last that is known to hold finite numbers
-    alone.
-    """
-    last_finite = [step for step in steps if step in finite][-1:]
-    return {*steps[-newest:], *last_finite, *(step for step in steps if step in named)}
-
-
 def newest_metadata(directory: Path) -> dict[str, Any]:
     """What was saved with the newest checkpoint of a run, read before there is a model.
 
@@ -59,11 +47,13 @@ def newest_metadata(directory: Path) -> dict[str, Any]:
 
 @dataclasses.dataclass
 class Kept(ocp.checkpoint_managers.PreservationPolicy):
-    """`kept_steps` for orbax.
+    """Which checkpoints stay.
 
     Attributes:
-        newest, named: see `kept_steps`.
-        finite: steps that were tested; filled by `CheckpointManager`.
+        newest: so many of the newest.
+        named: steps of others that stay.
+        finite: steps that are known to hold finite numbers alone, of which the last stays; filled
+            by `CheckpointManager`.
     """
 
     newest: int
@@ -71,8 +61,9 @@ class Kept(ocp.checkpoint_managers.PreservationPolicy):
     finite: set[int] = dataclasses.field(default_factory=set)
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        steps = [info.step for info in checkpoints]
-        kept = kept_steps(steps, self.newest, self.named, self.finite)
+        steps = [info.step for info in checkpoints]  # rising
+        last_finite = [step for step in steps if step in self.finite][-1:]
+        kept = {*steps[-self.newest :], *last_finite, *self.named}
         return [step in kept for step in steps]
 
 
@@ -129,7 +120,9 @@ class CheckpointManager(checkpoint_manager.CheckpointManager):
             require_finite_state(model, optimizer)
             self._tested.add(step)
             states = _states(model, optimizer, save_only_lora_params)
-            _write(manager, step, states, custom_metadata or {})
+            items = {name: ocp.args.PyTreeSave(state) for name, state in states.items()}
+            args = ocp.args.Composite(**items)
+            manager.save(step, args=args, custom_metadata=custom_metadata or {}, force=True)
             written = True
         if stopping:
             self.close()
@@ -200,7 +193,12 @@ class CheckpointManager(checkpoint_manager.CheckpointManager):
             self._tested.add(candidate)
             return candidate, metadata
         if problems:
-            raise UnusableError(_none_readable(manager.directory, problems))
+            steps, newest = ", ".join(map(str, sorted(problems))), max(problems)
+            raise UnusableError(
+                f"{manager.directory}: none of its checkpoints (steps {steps}) can be used; "
+                f"that of step {newest}: {problems[newest]}. They are left as they are: choose "
+                "another output_dir to start anew"
+            )
         return 0, {}
 
     def _read(
@@ -248,19 +246,6 @@ def resume(
     return steps
 
 
-def _write(
-    manager: ocp.CheckpointManager, step: int, states: dict[str, Any], metadata: dict[str, Any]
-) -> None:
-    items = {
-        name: ocp.args.PyTreeSave(
-            item=state, save_args=jax.tree.map(lambda _: ocp.SaveArgs(), state)
-        )
-        for name, state in states.items()
-    }
-    args = ocp.args.Composite(**items)
-    manager.save(step, args=args, custom_metadata=metadata, force=True)
-
-
 def _metadata(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
     # Orbax goes on without the file.
     if not (manager.directory / str(step) / _METADATA).is_file():
@@ -304,15 +289,6 @@ def _states(
     if optimizer is not None:
         states["optimizer_state"] = nnx.state(optimizer, nnx.optimizer.OptState)
     return states
-
-
-def _none_readable(directory: epath.Path, problems: dict[int, str]) -> str:
-    newest = max(problems)
-    return (
-        f"{directory}: none of its checkpoints (steps {', '.join(map(str, sorted(problems)))}) can "
-        f"be used; that of step {newest}: {problems[newest]}. They are left as they are: choose "
-        "another output_dir to start anew"
-    )
 
 
 def _unused(path: epath.Path) -> epath.Path:

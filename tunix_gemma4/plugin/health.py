@@ -31,19 +31,13 @@ _ACCUMULATED, _STRICT = "acc_grads", "_strict"
 
 
 class Flags(NamedTuple):
-    """What a step's program says of it; numbers, so that they travel as one array.
+    """What a step's program says of it; numbers, so that they travel as one array."""
 
-    Attributes:
-        loss, gradient, state: whether they are not finite.
-        skipped: optimizer steps that were skipped, of the whole run.
-        exceeded: whether these are too many.
-    """
-
-    loss: int
+    loss: int  # whether it is not finite, and so for the next two
     gradient: int
     state: int
-    skipped: int
-    exceeded: int
+    skipped: int  # optimizer steps that were skipped, of the whole run
+    exceeded: int  # whether these are too many
 
 
 def flags_of(parameters: Any, optimizer: Any, loss: jax.Array, gradient_norm: Any) -> jax.Array:
@@ -192,10 +186,8 @@ class Health:
         frozen = nonfinite_variables(model, nnx.Not(trained_kind(model)))
         if frozen:
             return f"The model's own weights hold NaN or infinity: {shown(frozen)}"
-        fields = step.inputs if isinstance(step.inputs, dict) else {}
-        if dataclasses.is_dataclass(step.inputs):
-            names = (field.name for field in dataclasses.fields(step.inputs))
-            fields = {name: getattr(step.inputs, name) for name in names}
+        fields = vars(step.inputs) if dataclasses.is_dataclass(step.inputs) else step.inputs
+        fields = fields if isinstance(fields, dict) else {}
         kinds = jax.Array | np.ndarray
         inputs = nonfinite({n: x for n, x in fields.items() if isinstance(x, kinds) and x.size})
         said = f"The batch holds NaN or infinity ({shown(inputs)}). " if inputs else ""

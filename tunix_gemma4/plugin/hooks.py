@@ -200,24 +200,19 @@ def _problems(kind: type, calls: dict[str, Any]) -> list[str]:
     for verb, methods in (("overrides", overridden), ("calls", calls)):
         for name, expected in methods.items():
             target = f"{base.__module__}:{base.__qualname__}.{name}"
-            found = _parameters(base, name)
-            if found is None:
+            accepted = expected if isinstance(expected, set) else {expected}
+            method = getattr(base, name, None)
+            if not callable(method):
                 problems.append(f"{target}: gone; {kind.__name__} {verb} it")
-            elif found not in (expected if isinstance(expected, set) else {expected}):
+                continue
+            found = tuple(inspect.signature(method).parameters)[1:]  # without `self`
+            if found not in accepted:
                 problems.append(
-                    f"{target}: its parameters are {_listed(found)}; {kind.__name__} {verb} it "
-                    f"with {_listed(expected)}"
+                    f"{target}: its parameters are {_listed({found})}; {kind.__name__} {verb} it "
+                    f"with {_listed(accepted)}"
                 )
     return problems
 
 
-def _parameters(kind: type, name: str) -> tuple[str, ...] | None:
-    """Of a method, `self` left out; None if there is none."""
-    method = getattr(kind, name, None)
-    return tuple(inspect.signature(method).parameters)[1:] if callable(method) else None
-
-
-def _listed(parameters: tuple[str, ...] | set[tuple[str, ...]]) -> str:
-    if isinstance(parameters, set):
-        return " or ".join(sorted(map(_listed, parameters)))
-    return f"({', '.join(parameters)})"
+def _listed(several: set[tuple[str, ...]]) -> str:
+    return " or ".join(sorted(f"({', '.join(parameters)})" for parameters in several))

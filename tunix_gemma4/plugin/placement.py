@@ -67,18 +67,14 @@ def wrap_load_model(original, self, model_or_path: Any, mesh: Any, data_type: An
         state = nnx.state(model_or_path)
         if utils.get_pytree_mesh_info(state) != mesh:
             model_or_path = nnx.clone(model_or_path)
-            nnx.update(model_or_path, _cast(state, data_type))
+            if data_type is not None:
+                state = jax.tree.map(
+                    lambda x: x.astype(data_type) if jnp.issubdtype(x.dtype, jnp.floating) else x,
+                    state,
+                )
+            nnx.update(model_or_path, state)
             shard_model(model_or_path, mesh)
     return original(self, model_or_path, mesh, data_type)
-
-
-def _cast(state: nnx.State, dtype: Any) -> nnx.State:
-    """`state` with its floating numbers in `dtype`; as it is for None."""
-
-    def cast(leaf: jax.Array) -> jax.Array:
-        return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
-
-    return state if dtype is None else jax.tree.map(cast, state)
 
 
 @around

@@ -60,19 +60,16 @@ class Progress:
         return f"step {step}/{'~' if self.estimated else ''}{self.total}"
 
     def rest(self, step: int) -> list[str]:
-        """Such as "epoch 0.50" and "left 1:23:45", as far as they are known."""
-        parts = [f"epoch {step / self.per_epoch:.2f}"] if self.per_epoch else []
-        left = self.seconds_left(step)
-        return parts if left is None else [*parts, f"left {_clock(left)}"]
+        """Such as "epoch 0.50" and "left 1:23:45", as far as they are known.
 
-    def seconds_left(self, step: int) -> float | None:
-        """At the pace since the first step, evaluation and checkpoints included."""
-        if self._first is None or self.total is None or step >= self.total:
-            return None
-        steps = self._latest[0] - self._first[0]
-        if steps <= 0:
-            return None
-        return (self.total - step) * (self._latest[1] - self._first[1]) / steps
+        What is left is at the pace since the first step, evaluation and checkpoints included.
+        """
+        parts = [f"epoch {step / self.per_epoch:.2f}"] if self.per_epoch else []
+        first, latest = self._first or self._latest, self._latest
+        if self.total is not None and step < self.total and first[0] < latest[0]:
+            seconds = (self.total - step) * (latest[1] - first[1]) / (latest[0] - first[0])
+            parts.append(f"left {_clock(seconds)}")
+        return parts
 
 
 def _clock(seconds: float) -> str:

@@ -27,7 +27,6 @@ from ...settings.grpo import GrpoRunConfig
 from ..checkpoints import resume
 from ..optimizer import trained_kind
 from ..training_config import CHECKPOINTS, make_training_config
-from .context import RolloutContext
 from .learner import set_processor
 from .losses import extended
 
@@ -114,24 +113,16 @@ def make_cluster(
         actor=policy, reference=reference, tokenizer=processor.tokenizer, cluster_config=told
     )
     set_processor(cluster, processor)
-    directory = checkpoint_directory(config.output_dir).absolute()
-    _restore(cluster, directory, config.updates_per_batch)
-    return cluster
-
-
-def _restore(cluster: RLCluster, directory: Path, updates_per_batch: int) -> None:
-    """Gives the trainer its checkpoints, and goes on from the latest."""
-    trainer = cluster.actor_trainer
+    trainer, directory = cluster.actor_trainer, checkpoint_directory(config.output_dir).absolute()
     # In between, some of a rollout step's updates are still to come.
-    steps = resume(trainer, str(directory), whole=updates_per_batch)
-    if not steps:
-        return
+    steps = resume(trainer, str(directory), whole=config.updates_per_batch)
     # The host's last checkpoint of a run has no metadata.
-    number = {"global_step": steps // updates_per_batch}
+    number = {"global_step": steps // config.updates_per_batch} if steps else {}
     trainer._restored_custom_metadata = number | trainer._restored_custom_metadata
-    if cluster.r2m[Role.ROLLOUT] != cluster.r2m[Role.ACTOR]:
+    if steps and cluster.r2m[Role.ROLLOUT] != cluster.r2m[Role.ACTOR]:
         kind = trained_kind(trainer.model)
         cluster.rollout.update_params(nnx.state(trainer.model, kind), (kind,))
+    return cluster
 
 
 def checkpoint_directory(output_dir: str | Path) -> Path:
@@ -177,24 +168,22 @@ def make_algorithm(config: GrpoRunConfig) -> tuple[type[GRPOLearner], GRPOConfig
 def make_trainer(
     policy: nnx.Module,
     optimizer: optax.GradientTransformation,
-    algorithm: GRPOConfig,
+    config: GrpoRunConfig,
     *,
-    mini: int,
-    micro: int,
     pad_id: int,
     eos_id: int,
 ) -> Trainer:
-    """The policy's trainer as the host's learner of `algorithm` sets it up.
-
-    An optimizer step takes `mini` prompts, and a forward pass `micro`.
-    """
+    """The policy's trainer as the host's learner of `config.loss_type` sets it up."""
     training = RLTrainingConfig(
         actor_optimizer=optimizer,
         eval_every_n_steps=1,
-        mini_batch_size=mini,
-        train_micro_batch_size=micro,
+        mini_batch_size=config.mini,
+        train_micro_batch_size=config.micro,
     )
     trainer = Trainer(policy, optimizer, training, dict)
+    _, algorithm = make_algorithm(config)
+    # The loss reads it, and the host's dataclass does not have it.
+    vars(algorithm)["temperature"] = config.temperature
     loss = function_registry.get_policy_loss_fn(algorithm.policy_loss_fn)
     trainer.with_loss_fn(
         lambda model, train_example, algo_config: loss(
@@ -209,24 +198,16 @@ def make_trainer(
 
 def example_shapes(
     make: Callable[..., jax.ShapeDtypeStruct],
-    shape: tuple[int, int, int],
-    context: RolloutContext,
-    *,
-    reference: bool,
-    old: bool,
-    token_mean: bool,
+    config: GrpoRunConfig,
+    images: jax.ShapeDtypeStruct | None,
+    suppressed: tuple[int, ...],
 ) -> TrainExample:
     """A micro-batch as the learner hands it to the trainer.
 
-    Args:
-        make: `make(*shape, dtype=int32)` gives a placed shape.
-        shape: completions, and tokens of a prompt and of a completion.
-        context: of the rollout, with shapes of the images of every row.
-        reference, old: whether log-probabilities of the reference and the old policy are there.
-        token_mean: whether the loss is a mean over the tokens of the optimizer step.
+    `make(*shape, dtype=int32)` gives a placed shape; `images` are those of every row.
     """
-    rows, prompt, completion = shape
-    prompts, completions = make(rows, prompt), make(rows, completion)
+    rows, completion = config.micro * config.num_generations, config.max_completion_length
+    prompts, completions = make(rows, config.data.max_prompt_length), make(rows, completion)
     floats = make(rows, completion, dtype=jnp.float32)
     return extended(TrainExample)(
         prompt_ids=prompts,
@@ -234,12 +215,13 @@ def example_shapes(
         completion_ids=completions,
         completion_mask=completions,
         advantages=make(rows, dtype=jnp.float32),
-        ref_per_token_logps=floats if reference else None,
-        old_per_token_logps=floats if old else None,
-        images=context.images,
+        ref_per_token_logps=floats if config.beta else None,
+        old_per_token_logps=floats if config.updates_per_batch > 1 else None,
+        images=images,
         rollout_logps=floats,
-        loss_denominator=make(rows, dtype=jnp.float32) if token_mean else None,
-        image_repeats=context.image_repeats if context.images is not None else 1,
-        temperature=context.temperature,
-        suppressed=context.suppressed,
+        # There the loss is a mean over the tokens of the optimizer step.
+        loss_denominator=make(rows, dtype=jnp.float32) if config.loss_type == "dapo" else None,
+        image_repeats=1 if images is None else config.num_generations,
+        temperature=config.temperature,
+        suppressed=suppressed,
     )

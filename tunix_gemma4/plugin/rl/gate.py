@@ -7,6 +7,7 @@ given them, and with packed rows is refused.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -21,16 +22,12 @@ _INNER = ("transformer", "base_model", "base", "model", "module", "inner")
 _TELLING = {"tokens", "positions", "attention_mask", "segment_ids"}
 
 
-def model_accepts_segment_ids(model: Any) -> bool:
-    """Whether a call of `model` may be given `segment_ids`.
+def _accepts(model: Any, name: str) -> bool:
+    """Whether a call of `model` may be given an argument of this name.
 
     Read from the signature, which adapters of Qwix keep. A `**kwargs` passes on what the wrapped
     model takes; without a wrapped model to look at, it is believed.
     """
-    return _accepts(model, "segment_ids")
-
-
-def _accepts(model: Any, name: str) -> bool:
     parameters = _parameters(model)
     if name in parameters:
         return True
@@ -88,4 +85,4 @@ def wrap_model_accepts_segment_ids(original: Callable | None) -> Callable:
     Theirs looks through fewer wrappers.
     """
     del original
-    return model_accepts_segment_ids
+    return functools.partial(_accepts, name="segment_ids")

@@ -171,28 +171,19 @@ def _step_mean(loss: jax.Array, example: Any) -> jax.Array:
 # ---- PPO.
 
 
-class _FloatZeros:
-    """`jax.numpy`, whose `zeros_like` of integers are float32.
+def wrap_jnp(original: ModuleType) -> ModuleType:
+    """Fractional rewards of PPO arrive whole, of every model."""
 
-    The host's PPO learner calls it once: it adds a reward to zeros shaped and typed like the
-    completion's ids, which are integers, so that 0.7 becomes 0.
-    """
-
-    def __init__(self, module: ModuleType):
-        self._module = module
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
-
-    def zeros_like(self, array: Any, *args: Any, **kwargs: Any) -> jax.Array:
+    def zeros_like(array: Any, *args: Any, **kwargs: Any) -> jax.Array:
+        # The host's PPO learner calls it once: it adds a reward to zeros shaped and typed like the
+        # completion's ids, which are integers, so that 0.7 becomes 0.
         if not (args or kwargs) and jnp.issubdtype(array.dtype, jnp.integer):
             kwargs = {"dtype": jnp.float32}
-        return self._module.zeros_like(array, *args, **kwargs)
+        return original.zeros_like(array, *args, **kwargs)
 
-
-def wrap_jnp(original: ModuleType) -> _FloatZeros:
-    """Fractional rewards of PPO arrive whole, of every model."""
-    return _FloatZeros(original)
+    module = ModuleType(original.__name__)
+    vars(module).update(vars(original) | {"zeros_like": zeros_like})
+    return module
 
 
 # ---- ORPO.

@@ -83,38 +83,29 @@ def _combined(combine: Callable, pairs: Sequence[tuple[Any, Any]]) -> Any:
 # ---- The norm of the gradient.
 
 
-class _Watched:
-    """An optimizer that notes the norm of the gradient it is given, or gathers."""
-
-    def __init__(self, optimizer: Any):
-        self._optimizer, self.norm = optimizer, None
-
-    def update(self, updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
-        mean = updates
-        if isinstance(state, optax.MultiStepsState):
-            share = 1 / (state.mini_step + 1)
-            mean = jax.tree.map(lambda acc, g: acc + (g - acc) * share, state.acc_grads, updates)
-        self.norm = optax.tree.norm(mean)
-        return self._optimizer.update(updates, state, params, **extra)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._optimizer, name)
-
-
 @around
 def wrap_train_step(original, self, model: Any, optimizer: Any, *inputs: Any, **more: Any) -> Any:
     """The norm of the gradient that the optimizer gets, not a mean over micro-batches."""
     # Newer hosts give the optimizer the mean alone.
     if not isinstance(model, Gemma4Model) or gradient_sums(self) is not None:
         return original(self, model, optimizer, *inputs, **more)
+    plain, norms = optimizer.tx, []
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        mean = updates
+        if isinstance(state, optax.MultiStepsState):
+            share = 1 / (state.mini_step + 1)
+            mean = jax.tree.map(lambda acc, g: acc + (g - acc) * share, state.acc_grads, updates)
+        norms.append(optax.tree.norm(mean))
+        return plain.update(updates, state, params, **extra)
+
     # The host's step calls `optimizer.tx` while it is traced: there the gradient can be seen.
-    plain = optimizer.tx
-    optimizer.tx = watched = _Watched(plain)
+    optimizer.tx = optax.GradientTransformationExtraArgs(plain.init, update)
     try:
         loss, aux, _ = original(self, model, optimizer, *inputs, **more)
     finally:
         optimizer.tx = plain
-    return loss, aux, watched.norm
+    return loss, aux, norms[-1]
 
 
 @around

@@ -58,7 +58,7 @@ def checked(reward_fn: RewardFn) -> Callable[..., list[float]]:
     called = getattr(reward_fn, "__name__", type(reward_fn).__name__)
     # The host's own count the letters of a completion.
     of_host = (getattr(reward_fn, "__module__", None) or "").split(".")[0] == "tunix"
-    timed = Timed(called, getattr(reward_fn, _LIMIT, None))
+    call = Timed(reward_fn, called)
 
     @functools.wraps(reward_fn)
     def reward(prompts: list[Any], completions: list[str], **columns: Any) -> list[float]:
@@ -77,7 +77,7 @@ def checked(reward_fn: RewardFn) -> Callable[..., list[float]]:
             # Lists of its own, so that one that sorts or empties them harms no other.
             copies = {n: list(v) if isinstance(v, list) else v for n, v in given.items()}
             with _same_folder(called):
-                found = timed(lambda: _call(reward_fn, copies))
+                found = call(copies)
         except RewardTimeout as error:
             first = _sample(0, prompts, said)
             raise RewardError(
@@ -85,9 +85,7 @@ def checked(reward_fn: RewardFn) -> Callable[..., list[float]]:
             ) from error
         except (Exception, SystemExit) as error:
             message = f"reward function {called} raised {type(error).__name__}: {error}"
-            culprit = _culprit(
-                lambda one: timed(lambda: _call(reward_fn, one)), given, prompts, said
-            )
+            culprit = _culprit(call, given, prompts, said)
             raise RewardError(f"{message}{_hint(error, said)}\n{culprit}") from error
         return _numbers(called, found, prompts, said)
 
@@ -259,72 +257,58 @@ def limited(reward_fn: Callable[..., Any], seconds: float) -> Callable[..., Any]
 
 
 class Timed:
-    """Calls a reward function's code.
+    """Calls a reward function, which is `called` so in messages.
 
-    With a limit it runs in a thread of its own, the same for all calls, which is left behind when
-    it does not return: Python cannot end it. Without one it runs in the caller's. The limit is in
-    seconds, and the function is `called` so in messages.
+    With a limit, of `limited`, it runs in a thread of its own, the same for all calls, which is
+    left behind when it does not return: Python cannot end it. Without one it runs in the caller's.
     """
 
-    def __init__(self, called: str, limit: float | None):
-        self._called, self._limit = called, limit
+    def __init__(self, reward_fn: RewardFn, called: str):
+        self._function, self._called = reward_fn, called
+        self._limit: float | None = getattr(reward_fn, _LIMIT, None)
         self._work: queue.SimpleQueue | None = None
 
-    def __call__(self, function: Callable[[], Any]) -> Any:
-        """What `function()` returns or raises.
+    def __call__(self, given: dict[str, Any]) -> Any:
+        """What the function returns or raises.
 
         Raises:
             RewardTimeout: if it does neither in time.
         """
-        with self._warning():
-            if self._limit is None:
-                return function()
-            return self._in_time(function)
-
-    @contextlib.contextmanager
-    def _warning(self) -> Iterator[None]:
-        timer = threading.Timer(
-            WARN_AFTER,
-            logging.warning,
-            (
-                "reward function %s has not returned for %.0f seconds; reward_timeout would end "
-                "the run.",
-                *(self._called, WARN_AFTER),
-            ),
-        )
+        text = "reward function %s has not returned for %.0f seconds; "
+        text += "reward_timeout would end the run."
+        timer = threading.Timer(WARN_AFTER, logging.warning, (text, self._called, WARN_AFTER))
         timer.daemon = True
         timer.start()
         try:
-            yield
+            if self._limit is None:
+                return _call(self._function, given)
+            return self._in_time(given)
         finally:
             timer.cancel()
 
-    def _in_time(self, function: Callable[[], Any]) -> Any:
+    def _in_time(self, given: dict[str, Any]) -> Any:
         if self._work is None:
             self._work = queue.SimpleQueue()
             threading.Thread(target=_serve, args=(self._work,), daemon=True).start()
-        answer: queue.SimpleQueue = queue.SimpleQueue()
-        self._work.put((contextvars.copy_context(), function, answer))
-        try:
-            result, error = answer.get(timeout=self._limit)
-        except queue.Empty:
+        answer = concurrent.futures.Future()
+        self._work.put((contextvars.copy_context(), self._function, given, answer))
+        concurrent.futures.wait([answer], self._limit)
+        if not answer.done():
             self._work = None  # Its thread is busy.
             raise RewardTimeout(
                 f"reward function {self._called} did not return within "
                 f"reward_timeout={self._limit:g} seconds"
-            ) from None
-        if error is not None:
-            raise error
-        return result
+            )
+        return answer.result()
 
 
 def _serve(work: queue.SimpleQueue) -> None:
     while True:
-        context, function, answer = work.get()
+        context, function, given, answer = work.get()
         try:
-            answer.put((context.run(function), None))
+            answer.set_result(context.run(_call, function, given))
         except BaseException as error:
-            answer.put((None, error))
+            answer.set_exception(error)
 
 
 # ---- Of several functions, some of which abstain.

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from tunix.rl.rollout import base_rollout, vanilla_rollout
 
-from ...data.processor import Batch, Example, ImageSlots, Processor
+from ...data.processor import Batch, Example, Processor, image_slots, num_images
 from ...data.prompts import Prompt
 from ...model.gemma4 import Gemma4ForConditionalGeneration
 from ...sampling import generate, media_ids
@@ -39,7 +39,7 @@ class Rollout(vanilla_rollout.VanillaRollout):
         self.is_gemma4 = isinstance(model, Gemma4ForConditionalGeneration)
         self._config: Any = model.config if self.is_gemma4 else None
         self._processor: Processor | None = None
-        self._image_slots = ImageSlots()
+        self._image_slots = 0  # images per row of a batch
         self._draws = (0, 0)  # outside a learner, as `RolloutContext.draws`
         self.seconds = 0.0  # spent generating, in all
 
@@ -84,8 +84,11 @@ class Rollout(vanilla_rollout.VanillaRollout):
 
     def images(self, examples: Sequence[Example]) -> np.ndarray | None:
         """Their images [B, I, M, C]; I never falls, so that few programs are compiled."""
-        slots = self._image_slots.of(examples)
-        return self.processor.collate(examples, images=slots).images if slots else None
+        slots = (image_slots(num_images(example)) for example in examples)
+        self._image_slots = max(self._image_slots, *slots)
+        if not self._image_slots:
+            return None
+        return self.processor.collate(examples, images=self._image_slots).images
 
     @overrides("prompts", "rollout_config", "kwargs")
     def generate(

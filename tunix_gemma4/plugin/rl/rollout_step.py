@@ -33,22 +33,15 @@ _EVAL_STREAM = 1 << 32
 
 @dataclasses.dataclass
 class RolloutStep:
-    """What a learner keeps of the rollout step it is in.
+    """What a learner keeps of the rollout step it is in."""
 
-    Attributes:
-        prompts: of an optimizer step.
-        mini_batches: optimizer steps between one rollout and the next, each counted once.
-        updates: the same, each counted `num_iterations` times.
-        waiting: micro-batches that are sampled and not yet trained on.
-        evaluated_at: optimizer steps that had been taken at the last evaluation.
-        drawn: of each mode the step that it last sampled in, and completions sampled in that.
-    """
-
-    prompts: int = 1
-    mini_batches: int = 1
-    updates: int = 1
+    prompts: int = 1  # of an optimizer step
+    mini_batches: int = 1  # optimizer steps between one rollout and the next, each counted once
+    updates: int = 1  # the same, each counted `num_iterations` times
+    # Micro-batches that are sampled and not yet trained on.
     waiting: collections.deque = dataclasses.field(default_factory=collections.deque)
-    evaluated_at: int | None = None
+    evaluated_at: int | None = None  # optimizer steps that had been taken at the last evaluation
+    # Of each mode the step that it last sampled in, and completions sampled in that.
     drawn: dict[Mode, tuple[int, int]] = dataclasses.field(default_factory=dict)
 
 

@@ -321,7 +321,9 @@ class Gemma4Trainer(peft_trainer.PeftTrainer):
                     if not self._train_steps:
                         stop.end(number, "before the first step")
                     self._save()  # Which ends the run.
-                weights.append(_loss_weight(batch))
+                # What the loss was divided by.
+                told = batch.loss_denominator
+                weights.append(supervised_tokens(batch) if told is None else float(np.mean(told)))
                 rows.append(batch.rows)
                 loss, _ = eval_step_fn(self._prepare_inputs(batch))
                 losses.append(loss)
@@ -362,10 +364,3 @@ class Gemma4Trainer(peft_trainer.PeftTrainer):
     def history(self, name: str, mode: str = "train") -> list[float]:
         """Every logged value of a metric, oldest first; empty if there is none."""
         return history(self, self.metrics_prefix, name, Mode(mode))
-
-
-def _loss_weight(batch: Batch) -> float:
-    """What the loss of `batch` was divided by: supervised tokens."""
-    if batch.loss_denominator is not None:
-        return float(np.mean(batch.loss_denominator))
-    return float(supervised_tokens(batch))
