@@ -195,7 +195,7 @@ def _check_prompts(config: ModelConfig, batch: Batch, image_repeats: int) -> Non
     found = jnp.zeros_like(expected)
     if images is not None:
         patches = (images[..., -1] >= 0).sum(axis=(1, 2))
-        found = jnp.repeat(patches // config.vision_config.pooling_kernel_size**2, image_repeats)
+        found = jnp.repeat(patches // config.tower.pooling_kernel_size**2, image_repeats)
     if (expected != found).any():
         row = int(jnp.argmax(expected != found))
         raise ValueError(

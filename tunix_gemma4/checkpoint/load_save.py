@@ -47,7 +47,7 @@ def load_checkpoint(
     dtype: Any = None,
     *,
     param_dtype: Any = None,
-    config: ModelConfig | None = None,  # pyright: ignore[reportGeneralTypeIssues]
+    config: ModelConfig | None = None,
     model_class: type[AnyModel] = Gemma4ForConditionalGeneration,
 ) -> AnyModel:
     """Reads a checkpoint directory as transformers writes it.
@@ -96,7 +96,7 @@ def load_checkpoint(
 def _settle_config(
     directory: Path,
     text_only: bool,
-    config: ModelConfig | None,  # pyright: ignore[reportGeneralTypeIssues]
+    config: ModelConfig | None,
     **changes: Any,
 ) -> ModelConfig:
     """The config to build: from `directory`, or the caller's with the directory's remembered."""

@@ -254,6 +254,18 @@ class ModelConfig(TunixNames):
         self.tower_config = value
 
     @property
+    def tower(self) -> VisionConfig:
+        """`vision_config` where there must be one; raises ValueError where there is none."""
+        if self.vision_config is None:
+            raise ValueError("the model has no vision tower: text_only is True")
+        return self.vision_config
+
+    @property
+    def experts(self) -> tuple[int, int, int]:
+        """`num_experts`, `top_k_experts` and `moe_intermediate_size`; zeros without experts."""
+        return self.num_experts or 0, self.top_k_experts or 0, self.moe_intermediate_size or 0
+
+    @property
     def rows_of_embedding(self) -> int:
         """Ids below this have a row in every table that tokens are looked up in."""
         per_layer = self.vocab_size_per_layer_input if self.hidden_size_per_layer_input else None
@@ -397,22 +409,23 @@ def _validate_sharing(config: ModelConfig) -> None:
     if not 0 <= shared < count:
         expected = f"0 to {count - 1} (num_hidden_layers - 1)"
         raise ValueError(f"num_kv_shared_layers: expected {expected}, found {shared}")
-    sources = config.layer_types[: count - shared]
+    types = config.layer_types or []
+    sources = types[: count - shared]
     for index in range(count - shared, count):
-        if config.layer_types[index] not in sources:
+        if types[index] not in sources:
             raise ValueError(
                 f"num_kv_shared_layers: with {shared} shared layers, layer {index} "
-                f"({config.layer_types[index]}) has no unshared layer of its kind to read from"
+                f"({types[index]}) has no unshared layer of its kind to read from"
             )
 
 
 def _validate_rope(config: ModelConfig) -> None:
-    for layer_type in sorted(set(config.layer_types)):
-        rope = config.rope_parameters.get(layer_type)
+    for layer_type in sorted(set(config.layer_types or ())):
+        rope = (config.rope_parameters or {}).get(layer_type)
         name = f"rope_parameters[{layer_type!r}]"
         expected = DEFAULT_ROPE[layer_type]["rope_type"]
-        typed = isinstance(rope, Mapping) and rope.get("rope_type") == expected
-        if not typed or "rope_theta" not in rope:
+        of_kind = isinstance(rope, Mapping) and rope.get("rope_type") == expected
+        if rope is None or not of_kind or "rope_theta" not in rope:
             raise ValueError(
                 f"{name}: expected rope_type {expected!r} with a rope_theta, found {rope!r}"
             )
@@ -438,7 +451,7 @@ def _validate_sizes(config: ModelConfig) -> None:
         for name in ("num_experts", "top_k_experts", "moe_intermediate_size"):
             if not (found := getattr(config, name)):
                 raise ValueError(f"{name}: enable_moe_block needs it, found {found!r}")
-        most, found = config.num_experts, config.top_k_experts
+        most, found, _ = config.experts
         if found > most:
             raise ValueError(f"top_k_experts: expected at most num_experts ({most}), found {found}")
     if not config.text_only and config.model_type == "gemma4_unified":

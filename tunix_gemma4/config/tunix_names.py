@@ -13,7 +13,7 @@ import functools
 import inspect
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from absl import logging
 
@@ -52,6 +52,7 @@ _ELSEWHERE = {
     "vision_encoder": "the vision tower is vision_config, a tunix_gemma4.VisionConfig",
     "audio_encoder": "there is no audio tower",
 }
+_Kind = TypeVar("_Kind", bound=type)
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 _KINDS = {AttentionType.LOCAL_SLIDING: _SLIDING, AttentionType.GLOBAL: _FULL}
 
@@ -216,7 +217,7 @@ def _settable(kind: type) -> frozenset[str]:
     return frozenset({field.name for field in dataclasses.fields(kind)} | properties)
 
 
-def takes_tunix_names(kind: type) -> type:
+def takes_tunix_names(kind: _Kind) -> _Kind:
     """Lets the constructor of a configuration, and with it `dataclasses.replace`, take them too."""
     own = kind.__init__
 

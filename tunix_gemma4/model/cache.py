@@ -29,7 +29,9 @@ def init_cache(config: ModelConfig, batch_size: int, max_seq_len: int, dtype) ->
     for spec in config.layers:
         if spec.shares_kv:
             continue
-        size = min(spec.window, max_seq_len) if is_ring(config, spec.kind) else max_seq_len
+        size = max_seq_len
+        if spec.window is not None and is_ring(config, spec.kind):
+            size = min(spec.window, size)
         shape = (batch_size, size, spec.num_kv_heads, spec.head_dim)
         entry = {name: jnp.zeros(shape, dtype) for name in ("k", "v")}
         entry["end_index"] = jnp.zeros((batch_size,), jnp.int32)

@@ -171,7 +171,7 @@ class Gemma4Model(nnx.Module):
         tokens = jnp.full((2, 4), self.config.bos_token_id, jnp.int32)
         inputs: dict[str, Any] = {"positions": None, "cache": None, "attention_mask": None}
         if self.config.has_vision:
-            vision = self.config.vision_config
+            vision = self.config.tower
             tokens = tokens.at[:, 1].set(self.config.image_token_id)
             kernel = vision.pooling_kernel_size
             grid = jnp.stack(jnp.meshgrid(jnp.arange(kernel), jnp.arange(kernel)), axis=-1)

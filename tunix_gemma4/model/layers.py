@@ -118,7 +118,7 @@ class ClippableLinear(nnx.Module, HasBuffers):
     def __init__(self, in_features: int, out_features: int, *, config: ModelConfig, **options: Any):
         """As `linear`, which takes the `options`."""
         self.linear = linear(in_features, out_features, config=config, **options)
-        self.clipped = config.vision_config.use_clipped_linears
+        self.clipped = config.tower.use_clipped_linears
         self.input_min, self.input_max = -math.inf, math.inf
         self.output_min, self.output_max = -math.inf, math.inf
 

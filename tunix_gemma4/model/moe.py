@@ -39,8 +39,8 @@ class Router(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        size, experts = config.hidden_size, config.num_experts
-        self.top_k, self.root = config.top_k_experts, size**-0.5
+        size, (experts, self.top_k, _) = config.hidden_size, config.experts
+        self.root = size**-0.5
         self.norm = RMSNorm(None, config=config)
         make: dict[str, Any] = {"config": config, "rngs": rngs, "dtype": jnp.float32}
         self.proj = linear(size, experts, axes=("embed", None), **make)
@@ -67,7 +67,7 @@ class Experts(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        size, width, experts = config.hidden_size, config.moe_intermediate_size, config.num_experts
+        size, (experts, _, width) = config.hidden_size, config.experts
         init = nnx.initializers.lecun_normal(batch_axis=(0,))
 
         def make(*shape: int) -> nnx.Param:

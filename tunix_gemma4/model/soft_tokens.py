@@ -21,7 +21,7 @@ def check_images(
             "images: this model was built without its vision tower; build or load it with "
             "text_only=False"
         )
-    width, pooled = config.vision_config.patch_dim + 2, config.vision_config.pooling_kernel_size**2
+    width, pooled = config.tower.patch_dim + 2, config.tower.pooling_kernel_size**2
     rows, rest = divmod(tokens.shape[0], image_repeats)
     if images.ndim != 4 or (images.shape[0], images.shape[3]) != (rows, width) or rest:
         raise ValueError(

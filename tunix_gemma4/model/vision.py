@@ -34,7 +34,7 @@ class PatchEmbedder(nnx.Module):
     """Projects pixels, moved to [-1, 1], and adds a learned embedding per column and row."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        vision = config.vision_config
+        vision = config.tower
         self.dtype = config.dtype
         sizes = vision.patch_dim, vision.hidden_size
         self.input_proj = linear(*sizes, axes=(None, "embed"), config=config, rngs=rngs)
@@ -55,7 +55,7 @@ class VisionAttention(nnx.Module):
     """Attention of every patch to every patch that is not padding."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        vision = config.vision_config
+        vision = config.tower
         self.config, self.head_dim = config, vision.head_dim
         size, heads = vision.hidden_size, vision.num_attention_heads
         inner = heads * vision.head_dim
@@ -79,7 +79,7 @@ class VisionLayer(nnx.Module):
     """Attention and MLP, each between two norms."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        vision = config.vision_config
+        vision = config.tower
         self.self_attn = VisionAttention(config, rngs=rngs)
         size, width = vision.hidden_size, vision.intermediate_size
         self.mlp = MLP(size, width, make=ClippableLinear, config=config, rngs=rngs)
@@ -103,11 +103,11 @@ class VisionEncoder(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
-        count = config.vision_config.num_hidden_layers
+        count = config.tower.num_hidden_layers
         self.layers = nnx.List([VisionLayer(config, rngs=rngs) for _ in range(count)])
 
     def __call__(self, x: jax.Array, positions: jax.Array, valid: jax.Array) -> jax.Array:
-        vision = self.config.vision_config
+        vision = self.config.tower
         frequency = frequencies(vision.head_dim // 2, vision.rope_theta)
         by_axis = tuple(angles(positions[..., axis], frequency) for axis in (0, 1))
         remat = self.config.remat is not RematConfig.NONE
@@ -126,7 +126,7 @@ class VisionTower(nnx.Module, HasBuffers):
     """Embeds, encodes, pools and, for 26B-A4B and 31B, standardises."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        vision = config.vision_config
+        vision = config.tower
         self.config = config
         self.patch_embedder = PatchEmbedder(config, rngs=rngs)
         self.encoder = VisionEncoder(config, rngs=rngs)
@@ -134,7 +134,7 @@ class VisionTower(nnx.Module, HasBuffers):
         self.std_scale = (1.0,) * vision.hidden_size
 
     def buffer_shapes(self) -> dict[str, tuple[int, ...]]:
-        vision = self.config.vision_config
+        vision = self.config.tower
         names = ("std_bias", "std_scale") if vision.standardize else ()
         return dict.fromkeys(names, (vision.hidden_size,))
 
@@ -145,7 +145,7 @@ class VisionTower(nnx.Module, HasBuffers):
         bool [I, M / k**2]. Pooling and standardisation run in float32: the bias of the released
         checkpoints is too large for float16.
         """
-        vision = self.config.vision_config
+        vision = self.config.tower
         pixels, positions = images[..., :-2], images[..., -2:].astype(jnp.int32)
         valid = positions[..., 0] >= 0
         x = self.patch_embedder(pixels, positions, valid)
@@ -179,7 +179,7 @@ class VisionProjector(nnx.Module):
     """Norms soft tokens, then projects them to the decoder's width: in this order."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        vision = config.vision_config
+        vision = config.tower
         self.norm = RMSNorm(None, config=config, eps=vision.rms_norm_eps)
         sizes = vision.hidden_size, config.hidden_size
         self.embedding_projection = linear(*sizes, axes=(None, "embed"), config=config, rngs=rngs)

@@ -114,7 +114,7 @@ class Shapes:
         """`count` images of a row, of the budget that `plan` has settled; None for none."""
         if not count or data.max_soft_tokens is None:
             return None
-        vision = self.config.vision_config
+        vision = self.config.tower
         patches = data.max_soft_tokens * vision.pooling_kernel_size**2
         return self.rows(rows, count, patches, vision.patch_dim + 2, dtype=jnp.float32)
 

@@ -85,7 +85,7 @@ def warn_of_idle_devices(used: int) -> None:
 
 def model_config(config: TrainSettings, source: Any) -> ModelConfig:
     """The model's config, from a directory or what its config.json holds."""
-    fields = {} if config.dtype is None else {"dtype": config.dtype}
+    fields: dict[str, Any] = {} if config.dtype is None else {"dtype": config.dtype}
     fields["attention_implementation"] = config.attention_implementation
     return ModelConfig.from_hf(
         source, text_only=config.text_only, remat_config=config.remat, **fields

@@ -202,13 +202,13 @@ def _random(config: ModelConfig, *, length: int, random: np.random.Generator) ->
 
     batches = {"text": _left_padded(config, [draw(length), draw(8)], None)}
     if config.has_vision:
-        kernel = config.vision_config.pooling_kernel_size
+        kernel = config.tower.pooling_kernel_size
         grids = [(2 * kernel, 3 * kernel), (5 * kernel, kernel)]
         row = draw(3)
         for height, width in grids:
             soft = [config.image_token_id] * (height * width // kernel**2)
             row += [config.boi_token_id, *soft, config.eoi_token_id, *draw(4)[1:]]
-        images = np.zeros((2, 2, 6 * kernel**2, config.vision_config.patch_dim + 2), np.float32)
+        images = np.zeros((2, 2, 6 * kernel**2, config.tower.patch_dim + 2), np.float32)
         images[..., -2:] = -1
         for slot, (height, width) in enumerate(grids):
             count = height * width

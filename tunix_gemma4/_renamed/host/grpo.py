@@ -82,8 +82,7 @@ def make_cluster(
         cluster_config=dataclasses.replace(told, rollout_config=rollout),
     )
     _now.set_processor(cluster, processor)
-    directory = _now.checkpoint_directory(config.output_dir).absolute()
-    _now._restore(cluster, directory, config.updates_per_batch)
+    _now.restore(cluster, config)
     return cluster
 
 

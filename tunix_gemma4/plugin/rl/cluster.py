@@ -113,6 +113,12 @@ def make_cluster(
         actor=policy, reference=reference, tokenizer=processor.tokenizer, cluster_config=told
     )
     set_processor(cluster, processor)
+    restore(cluster, config)
+    return cluster
+
+
+def restore(cluster: RLCluster, config: GrpoRunConfig) -> None:
+    """Lets it go on from the latest checkpoint below `config.output_dir`, if there is one."""
     trainer, directory = cluster.actor_trainer, checkpoint_directory(config.output_dir).absolute()
     # In between, some of a rollout step's updates are still to come.
     steps = resume(trainer, str(directory), whole=config.updates_per_batch)
@@ -122,7 +128,6 @@ def make_cluster(
     if steps and cluster.r2m[Role.ROLLOUT] != cluster.r2m[Role.ACTOR]:
         kind = trained_kind(trainer.model)
         cluster.rollout.update_params(nnx.state(trainer.model, kind), (kind,))
-    return cluster
 
 
 def checkpoint_directory(output_dir: str | Path) -> Path:
