@@ -68,6 +68,7 @@ def test_mistake_is_one_message_without_a_traceback_and_exit_code_2():
         (["sft", "lora-text", "e2b", "lr"], "lr: there is no such file"),
         (["recipes", "lora-text", "seed=1"], "seed=1: expected names of recipes"),
         (["demo", "seed"], "'seed': expected key=value"),
+        (["demo-rl", "data.path=x"], "data.path=x: a demo makes its model and its data"),
         (["generate", "no_such_directory", "Hello"], "no_such_directory"),
     ],
 )

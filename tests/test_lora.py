@@ -356,6 +356,7 @@ def test_trainable_and_total_parameters_are_told(capsys):
     model = base()
     lora = apply_lora(model, LoraConfig(rank=2, targets="q_proj", quantize="int8"))
     assert not capsys.readouterr().out
+    assert describe(model) == "No adapters; apply_lora adds them."
     printed = describe(lora)
     own = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
     trainable = sum(2 * (m.in_features + m.out_features) for m in adapted(lora).values())
@@ -428,6 +429,8 @@ def test_a_second_apply_is_refused():
             "quantize: expected None .null. or one of nf4, int8, found",
         ),
         ({"tile_size": 0}, "tile_size: expected at least 1, found 0"),
+        ({"tile_size": 30}, "tile_size: found 30 without quantize"),
+        ({"use_rslora": "no"}, "use_rslora: expected true or false, found 'no'"),
         ({"targets": []}, r"targets: expected a name, .* or a list of names, found \[\]"),
         ({"targets": ["q_proj", 3]}, r"targets: expected a name, .*, found \['q_proj', 3\]"),
         ({"targets": None}, "targets: expected a name, .*, found None"),

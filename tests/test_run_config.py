@@ -57,7 +57,10 @@ def test_null_switches_lora_off(write):
 
 
 def test_settings_survive_being_written_and_read(write):
-    config = load_run_config(write(MINIMAL), ["lora.quantize=nf4", "max_grad_norm=null"])
+    texts = "['1e5', '12e03', '.5e3', 'yes', '1_000', '~', '.inf']"
+    given = ["lora.quantize=nf4", "max_grad_norm=null"]
+    given += [f"data.chat_template_kwargs={{a: {texts}, '1e5': 1.0e-5}}"]
+    config = load_run_config(write(MINIMAL), given)
     assert load_run_config(write(to_yaml(config))) == config
 
 
@@ -110,9 +113,11 @@ def test_unknown_key_of_the_file_names_the_file(write):
         ("mesh=4", r"mesh: .* found 4; as KEY=VALUE: mesh\.fsdp=\.\.\., mesh\.tp=\.\.\.$"),
         ("lora.dropout=0.1", r"unknown key 'lora\.dropout'; adapters have no dropout"),
         ("lora.lora_dropout=0.1", r"unknown key 'lora\.lora_dropout'; adapters have no dropout"),
+        ("lora.tile_size=30", r"lora\.tile_size: found 30 without quantize"),
+        ("data.image_buckets=[]", r"the command line: data\.image_buckets: expected at least one"),
         ("batch_size=0", r"batch_size: expected at least 1, found 0"),
         ("mesh.tp=0", r"mesh\.tp: expected at least 1, found 0"),
-        ("remat=all", r"remat_config: expected one of none"),
+        ("remat=all", r"the command line: remat: expected one of none"),
         ("attention_implementation=sdpa", r"attention_implementation: expected one of auto, xla"),
         ("dtype=float16", r"dtype: expected one of null, bfloat16, float32, found 'float16'"),
         ("lr_scheduler_type=step", r"lr_scheduler_type: expected one of constant, linear, cosine"),
@@ -174,6 +179,20 @@ def test_recipes_are_read_from_left_to_right_and_overrides_last(write):
     assert (config.batch_size, config.gradient_accumulation_steps) == (1, 8)
     assert config.output_dir == "outputs/lora-image_e4b_run_1gpu"
     assert load_run_config([own, "lora-image", "e4b"], given).model == "google/gemma-4-E4B-it"
+
+
+@pytest.mark.parametrize("given", ["e2b", "e4b v5e-8"])
+def test_a_size_without_a_task_is_told_the_tasks(given):
+    with pytest.raises(ValueError, match=f"{given}: expected a task .* full-image, lora-image"):
+        load_run_config(given.split(), ["data.path=t.jsonl"])
+
+
+def test_a_file_in_place_of_a_recipe_is_said(tmp_path, monkeypatch, caplog):
+    (tmp_path / "lora-text.yaml").write_text(MINIMAL)
+    monkeypatch.chdir(tmp_path)
+    with caplog.at_level("WARNING", logger="absl"):
+        assert load_run_config(["lora-text", "e2b"]).lora is None
+    assert "lora-text.yaml is read, not the recipe" in caplog.text
 
 
 @pytest.mark.parametrize("given", ["e2b lora-image", "1gpu lora-image", "lora-image v5e-8 e2b"])

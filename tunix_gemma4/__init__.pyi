@@ -5,9 +5,11 @@ from . import (
     data as data,
     lora as lora,
     losses as losses,
+    recipes as recipes,
     rewards as rewards,
     sampling as sampling,
     sharding as sharding,
+    testing as testing,
 )
 from .checkpoint import load_checkpoint as load_checkpoint, save_checkpoint as save_checkpoint
 from .config import (

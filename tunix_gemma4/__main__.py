@@ -158,7 +158,11 @@ def _add_training(commands: Any) -> None:
         ("demo", "teach a tiny model to read digits", "both stages", _SFT),
         ("demo-rl", "let rewards teach a tiny model to read digits", "the rewards' part", _GRPO),
     ):
-        words = {"nargs": "*", "metavar": "KEY=VALUE", "help": f"settings of {whose}"}
+        words = {
+            "nargs": "*",
+            "metavar": "KEY=VALUE",
+            "help": f"settings of {whose}, which has some of its own",
+        }
         demo = _add(commands, name, f"{about}, in minutes", _demo, kind, **words)
         place = f"outputs/{name}"
         demo.add_argument("--output-dir", default=place, help="a number is added if it exists")

@@ -4,6 +4,7 @@
 import warnings
 
 
-def warn(old: str, new: str) -> None:
-    """Says how `old` is called now, at the line that imports it."""
-    warnings.warn(f"{old} is called {new} now", DeprecationWarning, stacklevel=3)
+def warn(old: str, new: str, *others: str) -> None:
+    """Says how `old` is called now, at the line that imports it, and `others` of its names."""
+    said = "; ".join([f"{old} is called {new} now", *others])
+    warnings.warn(said, DeprecationWarning, stacklevel=3)

@@ -152,6 +152,8 @@ def _unlike(allowed: Domain, one: Any) -> tuple[str, str]:
 def require_fields(settings: Any, prefix: str = "") -> None:
     """Raises ValueError naming the first number in a dataclass that is outside its domain.
 
+    Or the first switch that is neither on nor off.
+
     Dataclasses within are looked at too; None passes where the field's type has it.
     """
     kind = type(settings)
@@ -160,8 +162,12 @@ def require_fields(settings: Any, prefix: str = "") -> None:
         if value is None and not optional:
             raise ValueError(f"{prefix}{name}: expected {domain(name, kind.__name__)}, found None")
         require(kind.__name__, prefix, **{name: value})
+    hints = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
         value = getattr(settings, field.name)
+        # From Python "no" would be a yes.
+        if hints[field.name] is bool and not isinstance(value, bool | np.bool_):
+            raise ValueError(f"{prefix}{field.name}: expected true or false, found {value!r}")
         if dataclasses.is_dataclass(value):
             require_fields(value, f"{prefix}{field.name}.")
 

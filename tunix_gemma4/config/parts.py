@@ -21,10 +21,11 @@ class RematConfig(enum.Enum):
     DECODER = 3  # every decoder layer
 
     @classmethod
-    def parse(cls, value: RematConfig | int | str) -> RematConfig:
+    def parse(cls, value: RematConfig | int | str, name: str = "remat_config") -> RematConfig:
         """Accepts a member, Tunix's integers, or a name in any case.
 
         Any enumeration with the same member names works, so that Tunix's own may be passed.
+        `name` is for messages.
         """
         if isinstance(value, enum.Enum):
             value = value.name
@@ -32,7 +33,7 @@ class RematConfig(enum.Enum):
             return cls[value.upper()] if isinstance(value, str) else cls(value)
         except (KeyError, ValueError):
             names = ", ".join(f"{member.name.lower()} ({member.value})" for member in cls)
-            raise ValueError(f"remat_config: expected one of {names}, found {value!r}") from None
+            raise ValueError(f"{name}: expected one of {names}, found {value!r}") from None
 
 
 class AttentionType(enum.Enum):

@@ -155,7 +155,7 @@ class PreferenceRoad(Road):
     def collate(
         self, examples: list[Preference], shape: tuple[int, int], size: int, denominator: float
     ) -> dict[str, np.ndarray]:
-        self._slots = max(self._slots, *(image_slots(num_images(e)) for e in examples))
+        self._slots = max([self._slots, *(image_slots(num_images(e)) for e in examples)])
         return collate(examples, self._processor, images=self._slots, **self.limits)
 
 

@@ -8,7 +8,9 @@ and given a LoRA with `sft`: the way a real checkpoint goes.
 from __future__ import annotations
 
 import dataclasses
+import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +62,7 @@ def run(output_dir: str | Path = "outputs/demo", overrides: tuple[str, ...] = ()
     as "max_steps=2".
     """
     start = time.perf_counter()
-    require_demo()
-    output = unused(Path(output_dir))
+    output = new_directory(output_dir, overrides)
     base = build_tiny_checkpoint(output / "base", preset="demo")
     scans, digits = write_scans(output / "data")
     data = {task.name: write_task(output / "data", task, scans, digits) for task in (DIGIT, MINUS)}
@@ -176,9 +177,19 @@ def _print_table(stages: list[Stage]) -> None:
         print(f"{stage.title:<30} {stage.before:>8.1%} {stage.after:>8.1%}  {wanted}: {verdict}")
 
 
-def unused(path: Path) -> Path:
-    """`path`, or the first of `path`-2, `path`-3, ... that does not exist, made."""
-    number, candidate = 1, path
+def new_directory(output_dir: str | Path, overrides: Sequence[str]) -> Path:
+    """`output_dir`, or the first of it with -2, -3, ... behind that does not exist, made.
+
+    Raises ValueError for an override of what a demo makes itself.
+    """
+    require_demo()
+    for override in overrides:
+        if re.match(r"\s*(model|output_dir|data\.(eval_)?path)\s*=", override):
+            raise ValueError(
+                f"{override}: a demo makes its model and its data; --output-dir says where"
+            )
+    path = candidate = Path(output_dir)
+    number = 1
     while candidate.exists():
         number += 1
         candidate = path.with_name(f"{path.name}-{number}")

@@ -29,14 +29,13 @@ from ..settings.sft import load_run_config
 from ..testing.digits import (
     DIGIT,
     TaskData,
-    require_demo,
     write_blank,
     write_scans,
     write_split,
     write_task,
 )
 from ..testing.tiny import build_tiny_checkpoint
-from .demo import accuracy, answers_to, new_figure, questions, unused
+from .demo import accuracy, answers_to, new_directory, new_figure, questions
 
 START = (0.3, 0.6)  # held-out accuracy that reinforcement learning of digits starts from
 LEAST_AFTER = 0.85
@@ -117,8 +116,7 @@ def run(output_dir: str | Path = "outputs/demo-rl", overrides: Sequence[str] = (
     The overrides are settings of the reinforcement learning.
     """
     begin = time.perf_counter()
-    require_demo()
-    output = unused(Path(output_dir))
+    output = new_directory(output_dir, overrides)
     subject = digits(output / "data")
     print("== supervised fine-tuning, stopped early")
     started = start(subject, output / "start")

@@ -54,9 +54,9 @@ class LoraConfig:
         targets: "language", "vision", "all", a regular expression over module names, or a list of
             such names or their ends, as PEFT's `target_modules`.
         quantize: "nf4" or "int8" stores the kernels of the targeted projections, and only theirs,
-            in 4 or 8 bits; None leaves them as they are.
-        tile_size: input features that share one float32 quantisation scale; None takes the
-            largest of 64, 32 and 16 that divides the kernel's input size.
+            in 4 or 8 bits; None (null) leaves them as they are.
+        tile_size: input features that share one float32 quantisation scale; None (null)
+            takes the largest of 64, 32 and 16 that divides the kernel's input size.
         use_rslora: scale by alpha / sqrt(rank) instead.
     """
 
@@ -72,6 +72,9 @@ class LoraConfig:
         if self.quantize not in (None, *QTYPES):
             known = f"None (null) or one of {', '.join(QTYPES)}"
             raise ValueError(f"quantize: expected {known}, found {self.quantize!r}")
+        if self.tile_size is not None and self.quantize is None:
+            found = f"tile_size: found {self.tile_size} without quantize, which it is of"
+            raise ValueError(f"{found}; expected None (null)")
         check_targets(self.targets)
         if isinstance(self.targets, list):  # It must be hashable.
             object.__setattr__(self, "targets", tuple(self.targets))
@@ -198,7 +201,7 @@ def add_adapters(model: Model, names: list[str], config: LoraConfig, rngs: nnx.R
             if config.quantize is not None and name != SCORE:
                 tile_size(name, projections[name].in_features, config)
         # There is no memory to save in a head of one column.
-        settings = {SCORE: dataclasses.replace(config, quantize=None)}
+        settings = {SCORE: dataclasses.replace(config, quantize=None, tile_size=None)}
         replacements = {
             name: adapt(projections[name], name=name, config=settings.get(name, config), key=own)
             for name, own in zip(names, jax.random.split(key, len(names)), strict=True)
@@ -224,6 +227,8 @@ def count_parameters(model: nnx.Module) -> tuple[int, int]:
 def describe(model: nnx.Module) -> str:
     """Which projections carry adapters, and trainable and total parameters, in a few lines."""
     modules = adapted(model)
+    if not modules:
+        return "No adapters; apply_lora adds them."
     config = next(iter(modules.values())).lora
     trainable, total = count_parameters(model)
     towers: dict[str, list[str]] = {}

@@ -222,7 +222,7 @@ class TrainSettings:
         for name, place in places.items():
             if not place.strip():
                 raise ValueError(f"{name}: expected a path, found {place!r}")
-        RematConfig.parse(self.remat)
+        RematConfig.parse(self.remat, "remat")
         one_of("attention_implementation", self.attention_implementation, ATTENTION_IMPLEMENTATIONS)
         one_of("dtype", self.dtype, (None, "bfloat16", "float32"))
         one_of("lr_scheduler_type", self.lr_scheduler_type, SCHEDULES)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
+from absl import logging
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from yaml.constructor import ConstructorError
@@ -159,14 +160,14 @@ def recipe_list() -> str:
 def recipe_text(recipes: Recipes) -> str:
     """What recipes say together as YAML, under the comments that open them; one as it stands."""
     paths = find_recipes(recipes)
-    if len(paths) == 1:
-        return paths[0].read_text("utf-8")
     names = " ".join(path.stem for path in paths)
-    lines = [
+    note = [
         f"# {names}, and what they say with each other; nothing more is said with this",
         "# file, so that a machine is to be named before printing.",
     ]
-    lines += [line for path in paths for line in _header(path)]
+    if len(paths) == 1:
+        return "\n".join([*note, paths[0].read_text("utf-8")])
+    lines = [*note, *(line for path in paths for line in _header(path))]
     return "\n".join([*dict.fromkeys(lines), _dump(compose(paths))])
 
 
@@ -209,7 +210,12 @@ def find_recipe(where: str | Path) -> Path:
     given = Path(where)
     with_suffix = given if given.suffix in (".yaml", ".yml") else Path(f"{given}.yaml")
     if with_suffix.is_file():
-        return next((path for path in _shipped() if path.samefile(with_suffix)), with_suffix)
+        shipped = next((path for path in _shipped() if path.samefile(with_suffix)), None)
+        if shipped is None and str(where) in [path.stem for path in _shipped()]:
+            logging.warning(
+                "%s: the file %s is read, not the recipe", where, with_suffix.absolute()
+            )
+        return shipped or with_suffix
     asked = with_suffix.with_suffix("").as_posix().removeprefix("configs/").replace("_", "-")
     for path in _shipped():
         if asked in (path.stem, f"{path.parent.name}/{path.stem}"):
@@ -281,6 +287,12 @@ def _layers(paths: Sequence[Path], command: str | None) -> Iterator[_Layer]:
             f"{' '.join(path.stem for path in named)}: expected a task, a size and a machine in "
             f"this order: {' '.join(path.stem for path in in_order)}"
         )
+    # What is left to the defaults trains every parameter, which nobody may want who named a size.
+    if named == list(paths) and command_of(paths) is None:
+        wanted = _COMMANDS if command is None else (command,)
+        tasks = [path.stem for path in _shipped() if path.parent.name in wanted]
+        given = " ".join(path.stem for path in named)
+        raise ValueError(f"{given}: expected a task before it, one of {', '.join(tasks)}")
     shipped = {path.stem for path in named}
     if shipped:
         place = f"outputs/{'_'.join(path.stem for path in paths)}"
@@ -340,7 +352,7 @@ def to_yaml(config: TrainSettings) -> str:
 
 
 def _dump(tree: dict) -> str:
-    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def read_yaml(text: str) -> Any:
@@ -402,8 +414,14 @@ _NUMBERS = {
         list("-+.0123456789"),
     ),
 }
-for _loader, _scalars in ((_Texts, _WORDS), (_Loader, _WORDS | _NUMBERS)):
-    _loader.yaml_implicit_resolvers = {}
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what version 1.1 or 1.2 would not read as a text."""
+
+
+_Texts.yaml_implicit_resolvers, _Loader.yaml_implicit_resolvers = {}, {}
+for _loader, _scalars in ((_Texts, _WORDS), (_Loader, _WORDS | _NUMBERS), (_Dumper, _NUMBERS)):
     for _name, (_form, _first) in _scalars.items():
         _loader.add_implicit_resolver(
             f"tag:yaml.org,2002:{_name}", re.compile(f"^(?:{_form})$"), _first

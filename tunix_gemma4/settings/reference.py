@@ -59,7 +59,7 @@ def help_text(kind: type, prefix: str = "") -> Iterator[str]:
         name = prefix + setting.name
         given = f"={setting.default}" if setting.default else ""
         yield f"  {name}{given}"
-        yield textwrap.indent(textwrap.fill(setting.meaning, 92), " " * 6)
+        yield textwrap.indent(textwrap.fill(setting.meaning, 92, break_on_hyphens=False), " " * 6)
         if setting.section is not None:
             yield from help_text(setting.section, f"{name}.")
 

@@ -63,6 +63,9 @@ class RunConfig(TrainSettings):
         """Raises ValueError for settings that cannot be meant."""
         super().validate()
         one_of("data.thoughts", self.data.thoughts, THOUGHTS)
+        for name in ("image_buckets", "bucket_lengths"):
+            if getattr(self.data, name) == []:
+                raise ValueError(f"data.{name}: expected at least one number, found []")
         if self.batch_size % self.mesh.fsdp:
             raise ValueError(
                 f"batch_size: expected a multiple of mesh.fsdp={self.mesh.fsdp}, found "

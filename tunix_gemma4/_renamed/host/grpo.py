@@ -106,4 +106,7 @@ def make_learner(cluster, loss_type, reward_fns, **algorithm):
     return learner(rl_cluster=cluster, algo_config=config, reward_fns=list(reward_fns))
 
 
-warn(__name__, "tunix_gemma4.plugin.rl.cluster")
+warn(
+    *(__name__, "tunix_gemma4.plugin.rl.cluster"),
+    "its functions take a GrpoRunConfig, for Sizes and make_rollout_config too; see CHANGELOG",
+)

@@ -47,4 +47,7 @@ def training_fields(
     return {name: getattr(config, name) for name in _SHARED}
 
 
-warn(__name__, "tunix_gemma4.plugin.training_config")
+warn(
+    *(__name__, "tunix_gemma4.plugin.training_config"),
+    "make_training_config takes settings, for training_fields too; see CHANGELOG",
+)

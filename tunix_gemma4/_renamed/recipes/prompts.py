@@ -15,4 +15,4 @@ class PromptRows(_PromptRows):
         super().__init__(path, processor, **settings)
 
 
-warn(__name__, "tunix_gemma4.data.prompts")
+warn(__name__, "tunix_gemma4.data.prompts", "Batches: PromptBatches")

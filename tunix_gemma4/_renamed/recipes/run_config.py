@@ -7,4 +7,7 @@ from tunix_gemma4.settings.common import MeshConfig  # noqa: F401
 from tunix_gemma4.settings.load_config import to_yaml  # noqa: F401
 from tunix_gemma4.settings.sft import *  # noqa: F403
 
-warn(__name__, "tunix_gemma4.settings.sft")
+warn(
+    *(__name__, "tunix_gemma4.settings.sft", "LoraSettings: tunix_gemma4.LoraConfig"),
+    "MeshConfig: tunix_gemma4.settings.common; to_yaml: tunix_gemma4.settings.load_config",
+)

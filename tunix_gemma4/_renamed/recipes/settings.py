@@ -5,4 +5,4 @@ from tunix_gemma4._renamed import warn
 from tunix_gemma4.lora import LoraConfig as LoraSettings  # noqa: F401
 from tunix_gemma4.settings.common import *  # noqa: F403
 
-warn(__name__, "tunix_gemma4.settings.common")
+warn(__name__, "tunix_gemma4.settings.common", "LoraSettings: tunix_gemma4.LoraConfig")

@@ -85,7 +85,7 @@ class Rollout(vanilla_rollout.VanillaRollout):
     def images(self, examples: Sequence[Example]) -> np.ndarray | None:
         """Their images [B, I, M, C]; I never falls, so that few programs are compiled."""
         slots = (image_slots(num_images(example)) for example in examples)
-        self._image_slots = max(self._image_slots, *slots)
+        self._image_slots = max([self._image_slots, *slots])
         if not self._image_slots:
             return None
         return self.processor.collate(examples, images=self._image_slots).images
