@@ -378,8 +378,37 @@ def _merge(kind: type, config: Any, given: dict, source: str) -> Any:
         raise ValueError(f"{source}: {_unknown(kind, str(error.full_key))}") from error
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]
-        key = f"{error.full_key}: " if error.full_key else ""
-        raise ValueError(f"{source}: {key}{reason}") from error
+        key = str(error.full_key or "").partition("[")[0]  # That of a list, for an item of it.
+        hint, found = _at(kind, given, key)
+        if hint is not None:
+            reason = f"expected {_words(hint)}, found {json.dumps(found, default=str):.80}"
+        raise ValueError(": ".join(filter(None, (source, key, reason)))) from error
+
+
+def _at(kind: Any, given: Any, key: str) -> tuple[Any, Any]:
+    """The type of a dotted key and what was given for it; a pair of None where there is none."""
+    hint = kind
+    for name in key.split("."):
+        kind = next(
+            (one for one in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(one)), None
+        )
+        if kind is None or not isinstance(given, dict) or name not in given:
+            return None, None
+        hint, given = typing.get_type_hints(kind).get(name), given[name]
+    return hint, given
+
+
+def _is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) in (typing.Union, types.UnionType)
+
+
+def _words(hint: Any) -> str:
+    """A type as a message says it."""
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    names |= {list: "a list", dict: "keys and values", type(None): "null"}
+    choices = typing.get_args(hint) if _is_union(hint) else (hint,)
+    found = (names.get(typing.get_origin(one) or one, "keys and values") for one in choices)
+    return " or ".join(dict.fromkeys(found))
 
 
 # ---- YAML 1.2. In 1.1, which PyYAML and OmegaConf read, `yes` is true, 010 is 8 and 1:30 is 90.
@@ -486,7 +515,7 @@ def _literal(hint: Any, given: Any, texts: Any, source: str, key: str = "") -> A
     Raises:
         ValueError: for what is no text where one is wanted, or no keys and values.
     """
-    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    is_union = _is_union(hint)
     choices = {*typing.get_args(hint)} - {type(None)} if is_union else {hint}
     of_list = next((one for one in choices if typing.get_origin(one) is list), None)
     if isinstance(texts, _Whole):
@@ -548,7 +577,8 @@ def _unknown(kind: type, key: str) -> str:
         within = [name for name in known if name == section + name.split(".")[-1]]
         ends = difflib.get_close_matches(last, [name.split(".")[-1] for name in within], n=1)
         close = at_other_level or [section + end for end in ends]
-        close = close or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        if section and not close:  # Its own name counts, and a section may be misspelt.
+            close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         # The section itself is no help.
         nearest = close[0] if close and not key.startswith(f"{close[0]}.") else None
         known = within or known
