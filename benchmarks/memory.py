@@ -70,6 +70,10 @@ _GRPO_STEP = (
     "data.max_prompt_length={} max_completion_length={} num_generations=8 batch_size=1 "
     "train_micro_batch_size=1 rollout_micro_batch_size=1"
 )
+_GRPO_IMAGE = (
+    "data.max_prompt_length=512 max_completion_length=128 batch_size=8 "
+    "train_micro_batch_size=8 rollout_micro_batch_size=8"
+)
 
 CASES = {
     "logps-1024": Case(_GRPO, _logps(8, 1024), "v5e:2x4", "log-probs", peer=(5.40, 5.09e12)),
@@ -82,6 +86,11 @@ CASES = {
     "grpo-2048": Case(_GRPO, _GRPO_STEP.format(1024, 1024), "v5e:2x4"),
     # Where grpo_peer.py compiles Tunix's.
     "grpo-2048-v5p": Case(_GRPO, _GRPO_STEP.format(1024, 1024), "v5p:2x2x2", peer=(12.32, None)),
+    # Eight completions share a row with their prompt and its image, or have a row each.
+    "grpo-image-shared": Case("images e2b v5e-8", _GRPO_IMAGE, "v5e:2x4", images=1),
+    "grpo-image-separate": Case(
+        "images e2b v5e-8", _GRPO_IMAGE + " completions_per_row=1", "v5e:2x4", images=1
+    ),
     "image-1024": Case(_IMAGE, _LORA.format(8, 8, 1024) + " lora.targets=all", "v5e:2x4", images=1),
     "full-1024": Case(
         "full-image e2b",

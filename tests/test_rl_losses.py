@@ -20,7 +20,7 @@ from tunix.sft.dpo import dpo_trainer
 
 import tunix_gemma4
 from tunix_gemma4.model.gemma4 import Gemma4Model
-from tunix_gemma4.plugin.rl import losses as hooks
+from tunix_gemma4.plugin.rl import losses as hooks, preferences
 from tunix_gemma4.plugin.rl.cluster import make_algorithm
 from tunix_gemma4.plugin.rl.context import RolloutContext, bind
 from tunix_gemma4.settings.grpo import KL_ESTIMATORS, GrpoRunConfig
@@ -328,7 +328,7 @@ def test_orpo_is_the_hosts_own_where_that_takes_means():
 
     model = random_model("demo", text_only=True)
     given = model, "example", "orpo", 0.2, True
-    assert hooks.wrap_dpo_loss_fn(newer)(*given) == given
+    assert preferences.wrap_dpo_loss_fn(newer)(*given) == given
 
 
 def test_orpo_stays_finite_where_an_answer_is_sure():

@@ -61,6 +61,7 @@ def generate(
     pad_id: int | None = None,
     suppress_ids: Sequence[int] = (),
     image_repeats: int = 1,
+    prompt_repeats: int = 1,
     seed: int = 0,
     places: Sequence[int] | None = None,
 ) -> Generated:
@@ -83,6 +84,7 @@ def generate(
         pad_id: fills rows that have ended. Default: the config's `pad_token_id`.
         suppress_ids: tokens that are never drawn, besides `media_ids`.
         image_repeats: rows in turn that share one row of images, which is encoded once.
+        prompt_repeats: rows in turn that have the same prompt, which is computed once for them.
         seed: of the random draws. A row's depend on it, on the row's place and on how many tokens
             the row has got: not on the other rows, on padding, or on how the batch is sharded.
         places: of each row, a number of its own; by default 0, 1, 2, ...
@@ -93,7 +95,7 @@ def generate(
     """
     config = model.config
     check_settings(max_new_tokens, temperature, top_k, top_p)
-    _check_prompts(config, batch, image_repeats)
+    _check_prompts(config, batch, image_repeats, prompt_repeats)
     places = range(len(batch.tokens)) if places is None else places
     rules = _rules(config, stop_ids, pad_id, suppress_ids, temperature, top_p, seed, places)
     graphdef, state = nnx.split(model)
@@ -104,6 +106,7 @@ def generate(
             top_k=None if top_k is None else min(top_k, config.vocab_size),
             max_new_tokens=max_new_tokens,
             image_repeats=image_repeats,
+            prompt_repeats=prompt_repeats,
         )
     return Generated(*said)
 
@@ -131,6 +134,7 @@ def trace_generate(
     place: Callable[..., jax.ShapeDtypeStruct],
     max_new_tokens: int,
     image_repeats: int = 1,
+    prompt_repeats: int = 1,
     top_k: int | None = None,
     top_p: float | None = None,
 ) -> jax.stages.Traced:
@@ -140,7 +144,7 @@ def trace_generate(
         model: of shapes.
         tokens, images: of the prompts.
         place: `place(*shape, dtype=int32)` gives a shape that every device holds whole.
-        max_new_tokens, image_repeats, top_k, top_p: as in `generate`.
+        max_new_tokens, image_repeats, prompt_repeats, top_k, top_p: as in `generate`.
     """
     number = place(dtype=jnp.float32)
     shapes: dict[str, Any] = {
@@ -158,6 +162,7 @@ def trace_generate(
         top_k=None if top_k is None else min(top_k, model.config.vocab_size),
         max_new_tokens=max_new_tokens,
         image_repeats=image_repeats,
+        prompt_repeats=prompt_repeats,
     )
 
 
@@ -175,12 +180,14 @@ def _on_its_mesh(state: nnx.State) -> contextlib.AbstractContextManager:
     return jax.set_mesh(mesh)
 
 
-def _check_prompts(config: ModelConfig, batch: Batch, image_repeats: int) -> None:
+def _check_prompts(
+    config: ModelConfig, batch: Batch, image_repeats: int, prompt_repeats: int
+) -> None:
     """Raises ValueError for rows that cannot be continued.
 
     The model itself would answer an image that does not fit with NaN, since it is compiled here.
     """
-    require(image_repeats=image_repeats)
+    require(image_repeats=image_repeats, prompt_repeats=prompt_repeats)
     tokens, last = jnp.asarray(batch.tokens), jnp.asarray(batch.padding_mask)[:, -1] != 0
     images = None if batch.images is None else jnp.asarray(batch.images)
     if not last.all():
@@ -191,6 +198,7 @@ def _check_prompts(config: ModelConfig, batch: Batch, image_repeats: int) -> Non
     largest = int(jnp.max(tokens))
     refuse_ids_beyond("batch", {str(largest): largest}, config)
     check_images(config, tokens, images, image_repeats)
+    _check_repeats(tokens, images, image_repeats, prompt_repeats)
     expected = (tokens == config.image_token_id).sum(axis=1)
     found = jnp.zeros_like(expected)
     if images is not None:
@@ -201,6 +209,20 @@ def _check_prompts(config: ModelConfig, batch: Batch, image_repeats: int) -> Non
         raise ValueError(
             f"batch: row {row} has {int(expected[row])} image placeholders in its tokens but "
             f"{int(found[row])} soft tokens from its images"
+        )
+
+
+def _check_repeats(tokens: jax.Array, images: Any, image_repeats: int, repeats: int) -> None:
+    """Raises ValueError where rows that are to share a prompt do not have the same."""
+    if len(tokens) % repeats or (images is not None and image_repeats % repeats):
+        of = "image_repeats" if len(tokens) % repeats == 0 else f"the {len(tokens)} rows"
+        raise ValueError(f"prompt_repeats: expected a divisor of {of}, found {repeats}")
+    groups = tokens.reshape(-1, repeats, tokens.shape[1])
+    differ = (groups != groups[:, :1]).any(axis=(1, 2))
+    if differ.any():
+        first = int(jnp.argmax(differ)) * repeats
+        raise ValueError(
+            f"prompt_repeats: rows {first} to {first + repeats - 1} do not have the same prompt"
         )
 
 
@@ -254,7 +276,8 @@ class _Loop(NamedTuple):
 
 
 @functools.partial(
-    jax.jit, static_argnames=("graphdef", "top_k", "max_new_tokens", "image_repeats")
+    jax.jit,
+    static_argnames=("graphdef", "top_k", "max_new_tokens", "image_repeats", "prompt_repeats"),
 )
 def _generate(
     graphdef: nnx.GraphDef,
@@ -267,6 +290,7 @@ def _generate(
     top_k: int | None,
     max_new_tokens: int,
     image_repeats: int,
+    prompt_repeats: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Prefill, then decode until every row is done: tokens, lengths and log-probabilities."""
     B, T = tokens.shape
@@ -282,9 +306,10 @@ def _generate(
         # Merged where it is called: a module belongs to the trace that made it.
         model = nnx.merge(graphdef, state)
         if cache is None:
-            cache = model.init_cache(B, len(slots), model.config.dtype)
+            cache = model.init_cache(len(tokens), len(slots), model.config.dtype)
         queries = first_slot + jnp.arange(tokens.shape[1])
-        visible = real[:, None, :] & (slots[None, :] <= queries[:, None])[None]
+        rows = real[:: B // len(tokens)]
+        visible = rows[:, None, :] & (slots[None, :] <= queries[:, None])[None]
         logits, cache = model(
             tokens, positions, cache, visible, decode_only_last_token=True, **inputs
         )
@@ -305,14 +330,21 @@ def _generate(
         done=jnp.zeros(B, bool),
         cache={},
     )
-    seen = {"images": images, "image_repeats": image_repeats}
-    logits, cache = call(None, tokens, positions, 0, **seen)
+    seen = {"images": images, "image_repeats": max(1, image_repeats // prompt_repeats)}
+    prefilled = call(None, tokens[::prompt_repeats], positions[::prompt_repeats], 0, **seen)
+    logits, cache = jax.tree.map(lambda x: _repeat_rows(x, prompt_repeats), prefilled)
     loop = jax.lax.while_loop(
         lambda loop: (loop.step < max_new_tokens) & ~loop.done.all(),
         decode,
         _append(empty, logits, cache, rules, top_k),
     )
     return loop.tokens, loop.lengths, loop.logps
+
+
+def _repeat_rows(x: jax.Array, count: int) -> jax.Array:
+    """Each row `count` times, in a form that leaves it on its shard."""
+    several = jnp.broadcast_to(x[:, None], (len(x), count, *x.shape[1:]))
+    return several.reshape(-1, *x.shape[1:])
 
 
 def _append(loop: _Loop, logits: jax.Array, cache: dict, rules: _Rules, top_k: int | None) -> _Loop:

@@ -209,6 +209,12 @@ def active_mesh() -> Any | None:
     return next((mesh for mesh in meshes if not mesh.empty), None)
 
 
+def batch_shards() -> int:
+    """Into how many parts the active mesh splits rows."""
+    mesh = active_mesh()
+    return 1 if mesh is None else mesh.shape.get(_MESH_AXIS["batch"], 1)
+
+
 def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
     """Asks the compiler for a sharding of an activation; does nothing outside jit or a mesh."""
     return _constrain(x, metadata(*logical_axes)["out_sharding"])

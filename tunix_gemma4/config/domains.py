@@ -93,13 +93,14 @@ DOMAINS: dict[str, Domain] = {
         # Sampling and rewards.
         (Domain(low=2, whole=True), "num_generations"),
         (_COUNT, "num_iterations max_completion_length max_new_tokens image_repeats top_k"),
+        (_COUNT, "prompt_repeats"),
         (_ABOVE, "temperature epsilon epsilon_high"),
         (_SIZE, "generate.temperature beta"),  # Greedy is 0.
         (_PART, "top_p"),
         (Domain(), "reward_weights"),
         # Rows at once.
         (_COUNT, "mini_batch_size train_micro_batch_size rollout_micro_batch_size"),
-        (_COUNT, "compute_logps_micro_batch_size"),
+        (_COUNT, "compute_logps_micro_batch_size completions_per_row"),
         # Files.
         (_COUNT, "max_shard_bytes"),
     )

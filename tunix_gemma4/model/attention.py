@@ -12,7 +12,7 @@ from flax import nnx
 
 from ..config import LayerSpec, ModelConfig
 from ..sharding import constrain, platform
-from .blockwise import block_pairs, blockwise_attention
+from .blockwise import block_pairs, blockwise_attention, shared_block_size
 from .cache import LayerCache, store
 from .kernels.splash import LANES, splash_attend
 from .layers import RMSNorm, linear, rotate
@@ -47,6 +47,8 @@ def attend(
         return splash_attend(q, k, v, mask.segments, mask.window, largest_block=block)
     length = q.shape[1]
     block = block_size(length if mask.of_whole_rows and mask.window is None else 0)
+    if mask.shared is not None:
+        block = shared_block_size(mask, length, (block, block_size(), block_size() // 2))
     if length <= 2 * block:
         return attend_at_once(q, k, v, mask.block((0, length), (0, k.shape[1])))
     if padding := -length % block:
@@ -101,6 +103,8 @@ def _obstacle(kernel: str, q: jax.Array, mask: AttentionMask) -> str | None:
         return f"rows of {length} tokens are no longer than {2 * BLOCK}"
     if mask.visible is not None:
         return "the caller gives a mask of all pairs of tokens"
+    if mask.shared is not None:
+        return "completions share their prompt's row"
     if kernel == "triton":
         power = head_dim & (head_dim - 1) == 0 and head_dim >= 16
         return None if power else f"the head size is {head_dim}, which is no power of two from 16"

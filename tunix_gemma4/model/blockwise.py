@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from ..sharding import constrain
 from .kernels.triton import triton_forward
 from .masks import MASKED, AttentionMask
+from .shared_prompt import SharedPrompt, meeting
 
 
 class BlockPairs(NamedTuple):
@@ -40,10 +41,13 @@ def block_pairs(mask: AttentionMask, block: int, queries: int, keys: int) -> Blo
 
     A sliding layer has one for each block of queries, with the keys of their window; a full layer
     of whole rows one for each two blocks, none behind its queries; what may look anywhere one for
-    each block of queries, with all keys. The number of queries is a multiple of `block`, that of
-    keys the same in whole rows.
+    each block of queries, with all keys; rows with a shared prompt, whose completions never meet,
+    those that do. The number of queries is a multiple of `block`, that of keys the same in whole
+    rows.
     """
     firsts = range(0, queries, block)
+    if mask.shared is not None:
+        return _shared_pairs(mask.shared, block, queries, mask.window, mask.looks_ahead)
     if mask.own is None:
         return BlockPairs(block, keys, tuple((first, 0) for first in firsts))
     if mask.window is not None:
@@ -57,6 +61,34 @@ def block_pairs(mask: AttentionMask, block: int, queries: int, keys: int) -> Blo
             starts = (min(max(end - width, 0), keys - width) for end in ends)
             return BlockPairs(block, width, tuple(zip(firsts, starts, strict=True)))
     return BlockPairs(block, block, tuple((q, k) for q in firsts for k in firsts if k <= q))
+
+
+@functools.lru_cache
+def _shared_pairs(
+    layout: SharedPrompt, block: int, queries: int, window: int | None, looks_ahead: bool
+) -> BlockPairs:
+    blocks = [(first, layout.parts(first, block)) for first in range(0, queries, block)]
+    window = queries if window is None else window
+    nearest = 1 - window if looks_ahead else 0
+    meet = (
+        (q, k) for q, of_q in blocks for k, of_k in blocks if meeting(of_q, of_k, nearest, window)
+    )
+    return BlockPairs(block, block, tuple(meet))
+
+
+def shared_block_size(mask: AttentionMask, length: int, blocks: tuple[int, ...]) -> int:
+    """The largest of `blocks` by which rows with a shared prompt touch few pairs that do not meet.
+
+    Few is a quarter more than by the best of them: larger blocks take fewer steps. Blocks that are
+    longer than completions hold several, none of which meets the others.
+    """
+
+    def touched(block: int) -> int:
+        whole = length + -length % block
+        return len(block_pairs(mask, block, whole, whole).starts) * block * block
+
+    least = min(map(touched, blocks))
+    return next(block for block in sorted(blocks, reverse=True) if touched(block) <= 1.25 * least)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -22,6 +22,7 @@ from .cache import Cache, cache_name, end_index, init_cache
 from .layers import HasBuffers
 from .masks import Tokens, attention_masks, full_mask, segment_positions, visible_pairs
 from .scan import BlockPattern, LayerStack, block_patterns
+from .shared_prompt import SharedPrompt
 from .soft_tokens import check_images, merge_soft_tokens
 from .text import DecoderLayer, TextModel
 from .vision import VisionProjector, VisionTower
@@ -59,6 +60,7 @@ class Gemma4Model(nnx.Module):
         *,
         output_hidden_states: bool = False,
         image_repeats: int = 1,
+        shared_prompt: SharedPrompt | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """Final hidden states [B, T, D] and the new cache, or None without one.
 
@@ -67,10 +69,12 @@ class Gemma4Model(nnx.Module):
         config = self.config
         attention_mask = self._check_call(tokens, cache, attention_mask, segment_ids)
         check_images(config, tokens, images, image_repeats)
+        if shared_prompt is not None:
+            _check_shared(shared_prompt, tokens, (cache, attention_mask), positions)
         first_slot = 0 if cache is None else end_index(config, cache)
         if positions is None:
             positions = self._positions(tokens, first_slot, segment_ids)
-        masks = attention_masks(config, tokens, attention_mask, segment_ids, cache)
+        masks = attention_masks(config, tokens, attention_mask, segment_ids, cache, shared_prompt)
         x, text_tokens = self._embed(tokens, images, image_repeats)
         x = constrain(x, "batch", None, None)
         per_layer_inputs = self.language_model.per_layer_inputs(text_tokens, x)
@@ -181,6 +185,18 @@ class Gemma4Model(nnx.Module):
         return {"tokens": tokens, **inputs}
 
 
+def _check_shared(layout: SharedPrompt, tokens, refused, positions) -> None:
+    if any(given is not None for given in refused) or positions is None:
+        raise ValueError(
+            "shared_prompt: expected positions, and neither cache nor attention_mask; segment_ids "
+            "say which tokens are padding"
+        )
+    if tokens.shape[1] != layout.length:
+        raise ValueError(
+            f"shared_prompt: expected rows of {layout.length} tokens, found {tokens.shape[1]}"
+        )
+
+
 class Gemma4ForConditionalGeneration(Gemma4Model, BackendNames):
     """The policy, with the call that Tunix's trainers and samplers make."""
 
@@ -196,6 +212,7 @@ class Gemma4ForConditionalGeneration(Gemma4Model, BackendNames):
         skip_lm_head: bool = False,
         output_hidden_states: bool = False,
         image_repeats: int = 1,
+        shared_prompt: SharedPrompt | None = None,
     ) -> tuple[jax.Array, Cache | None]:
         """Runs the model.
 
@@ -223,6 +240,8 @@ class Gemma4ForConditionalGeneration(Gemma4Model, BackendNames):
                 with `embeddings = model.language_model.embed(tokens)` where there are no images.
                 Without the pop the next call's are added to them.
             image_repeats: n: each of B / n rows of images serves n rows of tokens in turn.
+            shared_prompt: how several completions share their row's prompt, in T columns. With
+                positions, without cache and mask; segment_ids say which tokens are padding.
 
         Returns:
             Logits float32 [B, T, V], soft-capped, and the new cache, or None without one.
@@ -235,6 +254,7 @@ class Gemma4ForConditionalGeneration(Gemma4Model, BackendNames):
             *(tokens, positions, cache, attention_mask, segment_ids, images),
             output_hidden_states=output_hidden_states,
             image_repeats=image_repeats,
+            shared_prompt=shared_prompt,
         )
         if decode_only_last_token:
             x = x[:, -1:]

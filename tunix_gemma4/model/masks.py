@@ -4,8 +4,9 @@
 The caller says at most "causal and not padding". Windows, packed segments and image blocks are
 added here, because some of the host's paths never ask the model for a mask.
 
-A slot is a column of the batch: the index of a token in its row, padding included. Windows are
-measured in slots, so a left-padded row sees exactly what the unpadded one does.
+A slot is a column of the batch: the index of a token in its row, padding included; where several
+completions share a prompt, the index in a row of its own. Windows are measured in slots, so a
+left-padded row sees exactly what the unpadded one does.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 
 from ..config import ModelConfig
 from .cache import Cache, cached_slots, end_index, is_ring
+from .shared_prompt import SharedPrompt
 
 # Score of a pair that does not meet; finite, so that a query that may see nothing gets no NaN.
 MASKED = -1e30
@@ -30,11 +32,14 @@ class Tokens(NamedTuple):
         slots: of the tokens.
         segments: tokens see their own alone; None: there is one.
         images: `image_ids` where tokens of an image see each other; None: they do not.
+        groups: 0 of a shared prompt, which all see, and of each completion a number of its own;
+            None: there are none.
     """
 
     slots: jax.Array
     segments: jax.Array | None = None
     images: jax.Array | None = None
+    groups: jax.Array | None = None
 
 
 def visible_pairs(
@@ -45,8 +50,9 @@ def visible_pairs(
         full    = causal and the caller's
         sliding = (that, or the same image where `images` are given) and in the window
 
-    and the same segment in both. A full layer has no window; in a sliding one fewer slots than it
-    lie between two tokens, on either side. Slots 0..4, window 3; full and sliding:
+    and the same segment in both, and the same group or a key of a shared prompt. A full layer has
+    no window; in a sliding one fewer slots than it lie between two tokens, on either side. Slots
+    0..4, window 3; full and sliding:
 
         1 0 0 0 0     1 0 0 0 0
         1 1 0 0 0     1 1 0 0 0
@@ -65,6 +71,9 @@ def visible_pairs(
         result = result & (jnp.abs(query - key) < window)
     if queries.segments is not None and keys.segments is not None:
         result = result & (queries.segments[..., :, None] == keys.segments[..., None, :])
+    if queries.groups is not None and keys.groups is not None:
+        groups = keys.groups[..., None, :]
+        result = result & ((queries.groups[..., :, None] == groups) | (groups == 0))
     return result
 
 
@@ -84,6 +93,7 @@ class AttentionMask:
         own: where the queries' own keys begin, which are in their order: 0 in whole rows, behind
             what a ring held before them. None: a query's own key may be anywhere.
         looks_ahead: whether queries of a sliding layer may see later ones.
+        shared: how completions share their row's prompt; None: a row has one.
     """
 
     visible: jax.Array | None = None
@@ -92,10 +102,11 @@ class AttentionMask:
     window: int | None = dataclasses.field(default=None, metadata={"static": True})
     own: int | None = dataclasses.field(default=None, metadata={"static": True})
     looks_ahead: bool = dataclasses.field(default=False, metadata={"static": True})
+    shared: SharedPrompt | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def of_whole_rows(self) -> bool:
-        """Whether a token's slot is its index, as a query and as a key."""
+        """Whether a token has the same index as a query and as a key."""
         return self.own == 0
 
     def block(self, queries: tuple[Any, int], keys: tuple[Any, int]) -> jax.Array:
@@ -106,8 +117,11 @@ class AttentionMask:
 
         def tokens(first: Any, count: int) -> Tokens:
             marks = (self.segments, self.images)
-            parts = (x if x is None else _part(x, first, count) for x in marks)
-            return Tokens((first + jnp.arange(count))[None], *parts)
+            segments, images = (x if x is None else _part(x, first, count) for x in marks)
+            slots, groups = (first + jnp.arange(count))[None], None
+            if self.shared is not None:
+                slots, groups = self.shared.places(slots)
+            return Tokens(slots, segments, images, groups)
 
         visible = self.visible
         if visible is not None:
@@ -137,18 +151,19 @@ def attention_masks(
     attention_mask: jax.Array | None,
     segment_ids: jax.Array | None = None,
     cache: Cache | None = None,
+    shared: SharedPrompt | None = None,
 ) -> dict[str, AttentionMask]:
     """Of each kind of layer, "sliding" and "full".
 
     `tokens` [B, T] are the queries, and without a cache the keys. `attention_mask` is bool
     [B, T, S], S = T or the slots of the cache, which they will be stored behind; None for causal.
-    `segment_ids` [B, T] come without a cache alone.
+    `segment_ids` [B, T] come without a cache alone, and `shared` without `attention_mask` as well.
     """
     both_ways = config.image_blocks_attend_both_ways
     images = image_ids(tokens, config) if both_ways else None
     window = config.sliding_window
     if cache is None:
-        full = AttentionMask(attention_mask, segment_ids, own=0)
+        full = AttentionMask(attention_mask, segment_ids, own=0, shared=shared)
         sliding = dataclasses.replace(full, images=images, window=window, looks_ahead=both_ways)
         return {"sliding": sliding, "full": full}
     length, first = tokens.shape[1], end_index(config, cache)

@@ -23,7 +23,7 @@ from ..settings.grpo import GrpoRunConfig
 from ..settings.sft import RunConfig
 from .hardware import Hardware, hardware
 from .measure import Usage, measure
-from .programs import Program, Shapes, grpo_programs, sft_programs
+from .programs import Program, Shapes, grpo_programs, per_row_of, sft_programs
 
 GB = 1e9
 # Of a chip's peak: what a good step reaches.
@@ -41,6 +41,8 @@ class Plan:
         programs: what is compiled, by name.
         usage: of each program.
         hardware: the chips.
+        completions_per_row: of a training step's, how many share a row with their prompt; None:
+            there are no completions.
     """
 
     chips: int
@@ -49,6 +51,7 @@ class Plan:
     programs: dict[str, Program]
     usage: dict[str, Usage]
     hardware: Hardware
+    completions_per_row: int | None = None
 
     def total_of(self, name: str) -> int:
         """Bytes in all while a program runs, what lies idle meanwhile included."""
@@ -105,7 +108,10 @@ class Plan:
     def text(self) -> str:
         """A table for people."""
         used = "" if self.chips == self.hardware.chips else f", of which {self.chips} take part"
-        lines = [f"{self.hardware.name}{used}; images in a row: {self.images}. GB per chip:"]
+        rows = f"images in a row: {self.images}"
+        if self.completions_per_row is not None:
+            rows += f"; completions in a row with their prompt: {self.completions_per_row}"
+        lines = [f"{self.hardware.name}{used}; {rows}. GB per chip:"]
         for name, usage in self.usage.items():
             runs = self.programs[name].runs
             lines.append(
@@ -132,6 +138,7 @@ class Plan:
             "chips": self.chips,
             "settings": list(self.settings),
             "images_per_row": self.images,
+            "completions_per_row": self.completions_per_row,
             "largest_program": self.peak,
             "bytes_per_chip": self.parts()
             | {"total": self.total, "capacity": self.hardware.capacity},
@@ -178,6 +185,7 @@ def plan(
         raise ValueError(f"images: expected 0 with text_only, found {count}")
     mesh = common.device_mesh(config.mesh, devices=devices)
     shapes, used = Shapes(model_config, mesh), mesh.size
+    per_row = None
     if isinstance(config, RunConfig):
         found = sft_programs(config, shapes, count)
     else:
@@ -185,6 +193,7 @@ def plan(
         sampler = _sampler(config, shapes, devices[mesh.size :])
         used += 0 if sampler is None else sampler.mesh.size
         found = grpo_programs(config, shapes, count, sampler)
+        per_row = per_row_of(config, model_config, config.micro)
     found = [program for program in found if not only or program.name in only]
     return Plan(
         chips=used,
@@ -193,6 +202,7 @@ def plan(
         programs={program.name: program for program in found},
         usage={program.name: _measured(program, chips) for program in found},
         hardware=chips,
+        completions_per_row=per_row,
     )
 
 

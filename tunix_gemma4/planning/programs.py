@@ -239,6 +239,11 @@ def grpo_programs(
     return found
 
 
+def per_row_of(config: GrpoRunConfig, model: ModelConfig, prompts: int) -> int:
+    """How many completions of so many prompts share a row; kernels take no such rows."""
+    return 1 if model.wants_kernel else config.per_row(prompts)
+
+
 def _rows(
     config: GrpoRunConfig, shapes: Shapes, images: int, prompts: int
 ) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct, Any, int]:
@@ -273,6 +278,7 @@ def _logps(
             eos_id=_EOS,
             suppressed=suppressed,
             image_repeats=repeats,
+            completions_per_row=per_row_of(config, shapes.config, prompts),
         )
 
     runs = config.mini / prompts / config.num_iterations
@@ -296,6 +302,7 @@ def _rollout(
             place=shapes.whole,
             max_new_tokens=config.max_completion_length,
             image_repeats=repeats,
+            prompt_repeats=config.per_row(prompts, config.rollout_mesh),
             top_k=config.top_k,
             top_p=config.top_p,
         )

@@ -20,6 +20,7 @@ from .rl import (
     logps,
     losses,
     metrics,
+    preferences,
     report as rl_report,
     rewards,
     rollout,
@@ -75,7 +76,7 @@ HOOKS: tuple[Hook, ...] = (
         ("compute_score", logps.wrap_score, "model prompt_tokens completion_tokens segment_ids"),
         (
             "get_per_token_logps",
-            logps.wrap_get_per_token_logps,
+            preferences.wrap_get_per_token_logps,
             "model input_tokens positions attn_mask logits_to_keep images",
         ),
     ),
@@ -95,9 +96,15 @@ HOOKS: tuple[Hook, ...] = (
         "tunix.sft.dpo.dpo_trainer:",
         (
             "dpo_loss_fn",
-            losses.wrap_dpo_loss_fn,
+            preferences.wrap_dpo_loss_fn,
             "model train_example algorithm beta lambda_orpo label_smoothing",
         ),
+        (
+            "compute_logps",
+            preferences.wrap_compute_logps,
+            "model input_ids positions attention_mask logits_to_keep completion_mask images",
+        ),
+        ("DPOTrainer._prepare_inputs", preferences.wrap_prepare_inputs, "training_input"),
     ),
     *on(
         "tunix.rl.rollout.vanilla_rollout:",

@@ -24,6 +24,7 @@ from ..model.gemma4 import Gemma4Model
 from ..plugin.progress import Progress, compiling
 from ..plugin.register import register
 from ..plugin.rl.cluster import checkpoint_directory, make_algorithm, make_cluster, make_learner
+from ..plugin.rl.lengths import allowed_lengths
 from ..plugin.rl.report import Report
 from ..plugin.rl.rewards import limited
 from ..rewards import RewardFn, load_reward, source_files, weighted
@@ -77,6 +78,7 @@ def run(config: GrpoRunConfig, *, after_step: Callable[[Any], None] | None = Non
 
     policy, reference = prepare_models(config, common.load_base(config, mesh))
     record.settle(rows_are_known=rows.are_known)
+    say_of_rows(config, policy)
     steps = config.total_steps(len(rows))
     say_of_end(config, len(rows), steps)
     with record.restoring(_FIXED):
@@ -271,6 +273,26 @@ def say_of_end(config: GrpoRunConfig, num_rows: int, steps: int) -> None:
             f"{config.data.path}: the last {rest} of {asked} prompts ({config.num_train_epochs} "
             f"epochs) are left out, because they do not fill a batch_size of {config.batch_size}"
         )
+
+
+def say_of_rows(config: GrpoRunConfig, policy: Gemma4Model) -> None:
+    """Says how many completions share a row with their prompt, and how long rows are."""
+    count, group = config.per_row(config.micro), config.num_generations
+    if policy.config.wants_kernel:
+        count = 1  # The log says why.
+    text = f"completions_per_row: {count} of num_generations={group} share a row with their prompt"
+    if count < group and config.completions_per_row is None and not policy.config.wants_kernel:
+        text += (
+            f"; train_micro_batch_size={config.mesh.fsdp} or a multiple of it would let all share"
+            f" one on mesh.fsdp={config.mesh.fsdp}"
+        )
+    say(f"{text}.")
+    lengths = config.data.max_prompt_length, config.max_completion_length
+    asked, said = (" or ".join(map(str, allowed_lengths(limit))) for limit in lengths)
+    say(
+        f"A step computes {asked} tokens of prompts and {said} of completions, as many as its "
+        "longest have; each combination compiles when a step first has it."
+    )
 
 
 # ---- Model and algorithm.

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from omegaconf import MISSING
 
+from ..model.shared_prompt import completions_per_row
 from ..rewards import load_reward
 from .common import DataSettings, MeshConfig, TrainSettings, one_of
 from .load_config import Recipes, load_config
@@ -75,6 +76,9 @@ class GrpoRunConfig(TrainSettings):
         rollout_micro_batch_size: prompts sampled at once; null: `train_micro_batch_size`.
         compute_logps_micro_batch_size: prompts of one forward pass of the reference; null:
             `train_micro_batch_size`.
+        completions_per_row: how many completions are computed in one row with their prompt, which
+            then is computed once for them; a divisor of `num_generations`, and as many rows must be
+            left on every part of `mesh.fsdp`. null: the most that fit; 1: each with its prompt.
         rollout_mesh: see `MeshConfig`; sample on other devices than those of `mesh`, micro-batch by
             micro-batch while those before are trained on (with "dapo", whose mean is over all
             tokens of an optimizer step, in turn); null: on those of `mesh`, in turn.
@@ -101,6 +105,7 @@ class GrpoRunConfig(TrainSettings):
     train_micro_batch_size: int | None = None
     rollout_micro_batch_size: int | None = None
     compute_logps_micro_batch_size: int | None = None
+    completions_per_row: int | None = None
     rollout_mesh: MeshConfig | None = None
     log_completions: bool = False
     learning_rate: float = 1e-5
@@ -116,6 +121,11 @@ class GrpoRunConfig(TrainSettings):
     def micro(self) -> int:
         """Prompts of one forward and backward pass."""
         return self.train_micro_batch_size or self.mini
+
+    def per_row(self, prompts: int, mesh: MeshConfig | None = None) -> int:
+        """How many completions of so many prompts share a row; see `completions_per_row`."""
+        group, fsdp = self.completions_per_row or self.num_generations, (mesh or self.mesh).fsdp
+        return completions_per_row(prompts * self.num_generations, group, fsdp)
 
     @property
     def updates_per_batch(self) -> int:
@@ -184,6 +194,19 @@ class GrpoRunConfig(TrainSettings):
                     f"{name}: expected {name} * num_generations to be a multiple of "
                     f"fsdp={mesh.fsdp}, found {rows}"
                 )
+
+        per_row = self.completions_per_row
+        if per_row is None:
+            return
+        self._divides("completions_per_row", per_row, "num_generations", self.num_generations)
+        rows = self.micro * self.num_generations // per_row
+        if rows % self.mesh.fsdp:
+            fitting = self.per_row(self.micro)
+            raise ValueError(
+                "completions_per_row: expected train_micro_batch_size * num_generations / "
+                f"completions_per_row to be a multiple of fsdp={self.mesh.fsdp}, found {rows}; "
+                f"{fitting} is the most that fits"
+            )
 
     def _divides(self, name: str, part: int, of: str, whole: int) -> None:
         if whole % part:

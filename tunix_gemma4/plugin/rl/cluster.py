@@ -29,6 +29,7 @@ from ..optimizer import trained_kind
 from ..training_config import CHECKPOINTS, make_training_config
 from .learner import set_processor
 from .losses import extended
+from .rollout import gemma4_rollout
 
 _LEARNERS = {
     "grpo": (GRPOLearner, GRPOConfig, {"loss_algo": "grpo"}),
@@ -113,6 +114,9 @@ def make_cluster(
         actor=policy, reference=reference, tokenizer=processor.tokenizer, cluster_config=told
     )
     set_processor(cluster, processor)
+    rollout = gemma4_rollout(cluster)
+    if rollout is not None:
+        rollout.completions_per_row = config.completions_per_row
     restore(cluster, config)
     return cluster
 
@@ -227,6 +231,7 @@ def example_shapes(
         # There the loss is a mean over the tokens of the optimizer step.
         loss_denominator=make(rows, dtype=jnp.float32) if config.loss_type == "dapo" else None,
         image_repeats=1 if images is None else config.num_generations,
+        group=config.completions_per_row or config.num_generations,
         temperature=config.temperature,
         suppressed=suppressed,
     )

@@ -50,6 +50,9 @@ class RolloutContext:
     Attributes:
         images: [B / n, I, M, C], or None; each row serves n rows of the batch in turn.
         image_repeats: n, the completions of one prompt.
+        group: rows next to each other that have the same prompt and may be computed in one row
+            with it; 1: that is not known.
+        columns: of prompts and of completions that hold all of their tokens; 0: all columns.
         temperature: of the rollout; used wherever the host forgets to pass it on.
         suppressed: ids that the sampler never draws, so that no policy gives them probability.
         count: completions in a learner's piece of a rollout step; 0 within a loss.
@@ -65,6 +68,8 @@ class RolloutContext:
 
     images: Any = None
     image_repeats: int = 1
+    group: int = 1
+    columns: tuple[int, int] = (0, 0)
     temperature: float = 1.0
     suppressed: tuple[int, ...] = ()
     count: int = 0

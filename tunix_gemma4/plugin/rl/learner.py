@@ -25,6 +25,8 @@ from ...data.prompts import Prompt
 from ...model.gemma4 import Gemma4ForConditionalGeneration
 from ..hooks import around, call_of
 from .context import RolloutContext, bind, current
+from .lengths import fitting_length
+from .logps import known
 from .losses import extended
 from .metrics import AGREEMENT, MetricNames
 from .prompts import IMAGE_COLUMNS, PromptReader, unwrap
@@ -186,9 +188,13 @@ def wrap_generate(original, self, training_input, mode=Mode.TRAIN):
         return original(self, training_input, mode)
     # The host has each prompt as often as it has completions: PPO once.
     repeats = self._num_generations()
+    limit = _rollout_config(self.rl_cluster, mode).max_prompt_length
+    longest = max(len(prompt.example.tokens) for prompt in prompts)
     context = RolloutContext(
         images=rollout.images([prompt.example for prompt in prompts[::repeats]]),
         image_repeats=repeats,
+        group=1 if packs(self) else rollout.group_of(repeats),
+        columns=(0 if packs(self) else fitting_length(longest, limit), 0),
         temperature=_rollout_config(self.rl_cluster, mode).temperature or 1.0,
         # The host's packed examples could not tell the loss.
         suppressed=() if packs(self) else rollout.suppressed,
@@ -207,10 +213,10 @@ def wrap_generate(original, self, training_input, mode=Mode.TRAIN):
     # Outside of the context, in which a mean counts as often as there are rows.
     for cut in context.record.truncated:
         self.rl_cluster.buffer_metrics({"completions/truncated": (cut, np.mean)}, mode=mode)
-    return example if packs(self) else _with_batch(example, context)
+    return example if packs(self) else _with_batch(example, context, rollout.pad_id())
 
 
-def _with_batch(example: Any, context: RolloutContext) -> Any:
+def _with_batch(example: Any, context: RolloutContext, pad_id: int) -> Any:
     """`example` with the images and the sampler's log-probabilities, padded like completions.
 
     From here on the host carries them: what was bound ends with the batch, and the loss, which is
@@ -218,12 +224,15 @@ def _with_batch(example: Any, context: RolloutContext) -> Any:
     """
     fields = {field.name: getattr(example, field.name) for field in dataclasses.fields(example)}
     images, repeats = context.images, context.image_repeats
+    group, columns = known(example.prompt_ids, example.completion_ids, context, pad_id)
     return extended(type(example))(
         **fields,
         # The host cuts examples by rows; the loss takes one row of images for each prompt again.
         images=None if images is None else np.repeat(images, repeats, 0),
         rollout_logps=padded_logps(context.record, example.completion_ids.shape),
         image_repeats=repeats,
+        group=group,
+        columns=columns,
         temperature=context.temperature,
         suppressed=context.suppressed,
     )

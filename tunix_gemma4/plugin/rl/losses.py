@@ -2,13 +2,12 @@
 """Losses of the host's learners, told of what their example carries and of the whole step.
 
 They see the images of their rows, are means over an optimizer step however it is cut, and measure
-how sampler and policy agree. PPO's rewards arrive whole, and ORPO is the paper's.
+how sampler and policy agree. PPO's rewards arrive whole.
 """
 
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
@@ -18,9 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from tunix.rl import algo_core
-from tunix.sft.dpo import dpo_trainer
 
-from ...model.gemma4 import Gemma4Model
 from ..hooks import around
 from .context import Record, RolloutContext, bind
 from .metrics import AGREEMENT, TOKENS
@@ -35,6 +32,8 @@ class InWork:
     images: Any
     loss_denominator: Any
     image_repeats: int
+    group: int
+    columns: tuple[int, int]
     temperature: float
     suppressed: tuple[int, ...]
 
@@ -53,6 +52,8 @@ def extended(kind: type) -> type:
         # [B]: tokens of the optimizer step over its micro-batches, where the loss is their mean.
         loss_denominator: Any = None
         image_repeats: int = struct.field(pytree_node=False, default=1)
+        group: int = struct.field(pytree_node=False, default=1)
+        columns: tuple[int, int] = struct.field(pytree_node=False, default=(0, 0))
         temperature: float = struct.field(pytree_node=False, default=1.0)
         suppressed: tuple[int, ...] = struct.field(pytree_node=False, default=())
 
@@ -77,6 +78,8 @@ def with_images(loss_fn: Callable) -> Callable:
             # The example has them for each row, since the host cuts it by rows.
             images=None if images is None else images[::repeats],
             image_repeats=repeats,
+            group=train_example.group,
+            columns=train_example.columns,
             temperature=train_example.temperature,
             suppressed=train_example.suppressed,
         )
@@ -184,74 +187,3 @@ def wrap_jnp(original: ModuleType) -> ModuleType:
     module = ModuleType(original.__name__)
     vars(module).update(vars(original) | {"zeros_like": zeros_like})
     return module
-
-
-# ---- ORPO.
-
-# The odds of an answer are no larger than those of this log-probability: rounding gives a sure
-# answer 0 or a little more, where odds are infinite.
-_SURE = -float(jnp.finfo(jnp.float32).eps)
-
-
-@around
-def wrap_dpo_loss_fn(original, model, train_example, algorithm: str = "dpo", *args, **kwargs):
-    """ORPO compares mean log-probabilities, and stays finite where an answer is sure.
-
-    The host takes their sums, so that an answer's length decides what is preferred, and the
-    logarithm of 0. DPO's loss, and other models, are the host's.
-    """
-    # Newer hosts take means themselves, where they are asked to.
-    takes_means = "average_log_prob_orpo" in inspect.signature(original).parameters
-    if algorithm == "orpo" and isinstance(model, Gemma4Model) and not takes_means:
-        return _orpo_loss(model, train_example, *args, **kwargs)
-    return original(model, train_example, algorithm, *args, **kwargs)
-
-
-def _orpo_loss(
-    model: Any,
-    train_example: Any,
-    beta: float = 0.1,
-    lambda_orpo: float = 0.1,
-    label_smoothing: float = 0.0,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Mean over rows of -log P(chosen) - lambda * log sigmoid(log odds ratio), and metrics.
-
-    P is the geometric mean of the answer's token probabilities. `beta` is DPO's.
-    """
-    del beta
-    sums = dpo_trainer.compute_logps(
-        model,
-        train_example.input_ids,
-        train_example.positions,
-        train_example.attention_mask,
-        train_example.logits_to_keep,
-        train_example.completion_mask,
-        images=train_example.images,
-    )
-    lengths = jnp.split(jnp.maximum(train_example.completion_mask.sum(axis=-1), 1), 2)
-    chosen, rejected = (total / length for total, length in zip(sums, lengths, strict=True))
-    log_odds = _log_odds(chosen) - _log_odds(rejected)
-    preferred = jax.nn.log_sigmoid(log_odds) * (1 - label_smoothing)
-    preference_loss = -(preferred + jax.nn.log_sigmoid(-log_odds) * label_smoothing)
-    loss = (lambda_orpo * preference_loss - chosen).mean()
-    return loss, {
-        "rewards/chosen": lambda_orpo * chosen.mean(),
-        "rewards/rejected": lambda_orpo * rejected.mean(),
-        "rewards/margin": lambda_orpo * (chosen - rejected).mean(),
-        "rewards/accuracy": (chosen > rejected).mean(),
-        "log_probs/chosen": chosen.mean(),
-        "log_probs/rejected": rejected.mean(),
-        "odds_ratio": jnp.exp(log_odds).mean(),
-        "sft_loss": -chosen.mean(),
-        "or_loss": preference_loss.mean(),
-    }
-
-
-def _log_odds(logp: jax.Array) -> jax.Array:
-    """log(p / (1 - p)) from log p, exact for p near 0 and near 1, and finite for p = 1."""
-    logp = jnp.minimum(logp, _SURE)
-    near_one = logp > -jnp.log(2.0)
-    # Each branch gets arguments that it can take, because gradients pass through both.
-    by_expm1 = jnp.log(-jnp.expm1(jnp.where(near_one, logp, -1.0)))
-    by_log1p = jnp.log1p(-jnp.exp(jnp.where(near_one, -1.0, logp)))
-    return logp - jnp.where(near_one, by_expm1, by_log1p)

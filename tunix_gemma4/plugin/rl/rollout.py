@@ -19,9 +19,12 @@ from tunix.rl.rollout import base_rollout, vanilla_rollout
 from ...data.processor import Batch, Example, Processor, image_slots, num_images
 from ...data.prompts import Prompt
 from ...model.gemma4 import Gemma4ForConditionalGeneration
+from ...model.shared_prompt import completions_per_row
 from ...sampling import generate, media_ids
+from ...sharding import batch_shards
 from ..hooks import extends, overrides
 from .context import current
+from .lengths import same_in_groups
 
 
 @extends(
@@ -40,6 +43,8 @@ class Rollout(vanilla_rollout.VanillaRollout):
         self._config: Any = model.config if self.is_gemma4 else None
         self._processor: Processor | None = None
         self._image_slots = 0  # images per row of a batch
+        # The most completions that are computed in one row with their prompt; None: all of them.
+        self.completions_per_row: int | None = None
         self._draws = (0, 0)  # outside a learner, as `RolloutContext.draws`
         self.seconds = 0.0  # spent generating, in all
 
@@ -78,6 +83,11 @@ class Rollout(vanilla_rollout.VanillaRollout):
         eos = self._config.eos_token_id
         return tuple(dict.fromkeys([*np.ravel(eos).tolist(), self.eos_id()]))
 
+    def group_of(self, generations: int) -> int:
+        """`RolloutContext.group` of prompts with so many completions each."""
+        most = self.completions_per_row or generations
+        return most if generations % most == 0 else 1
+
     def begin(self, step: int) -> None:
         """Starts the random numbers of a step outside a learner."""
         self._draws = (step, 0)
@@ -105,7 +115,9 @@ class Rollout(vanilla_rollout.VanillaRollout):
         if not self.is_gemma4:
             return super().generate(list(map(str, prompts)), rollout_config, **kwargs)
         start = time.perf_counter()
-        batch = self._batch(prompts, rollout_config.max_prompt_length)
+        limit, context = rollout_config.max_prompt_length, current()
+        columns = limit if context is None else context.columns[0] or limit
+        batch = self._batch(prompts, limit, columns)
         stops = self.stop_ids(rollout_config)
         top_k, top_p = rollout_config.top_k, rollout_config.top_p
         sampling = rollout_config.temperature > 0
@@ -121,23 +133,25 @@ class Rollout(vanilla_rollout.VanillaRollout):
             pad_id=self.pad_id(),
             suppress_ids=(self.pad_id(),),
             image_repeats=1 if batch.images is None else len(prompts) // len(batch.images),
+            prompt_repeats=self._prompt_repeats(batch),
             **self._random_numbers(rollout_config.seed, len(prompts)),
         )
-        output = self._output(batch, said, stops)
+        output = self._output(batch, said, stops, limit)
         self.seconds += time.perf_counter() - start
         return output
 
-    def _batch(self, prompts: Sequence[str | Prompt], length: int) -> Batch:
+    def _batch(self, prompts: Sequence[str | Prompt], limit: int, length: int) -> Batch:
         """Left-padded to `length`, with the images in work."""
         examples = []
         for index, prompt in enumerate(prompts):
             example = prompt.example if isinstance(prompt, Prompt) else self._text(prompt)
-            if len(example.tokens) > length:
+            if len(example.tokens) > limit:
                 raise ValueError(
                     f"prompt {index}: it has {len(example.tokens)} tokens and max_prompt_length "
-                    f"is {length}; raise it or leave the prompt out"
+                    f"is {limit}; raise it or leave the prompt out"
                 )
             examples.append(example)
+        length = max(length, *(len(example.tokens) for example in examples))
         tokens = np.full((len(examples), length), self.pad_id(), np.int32)
         mask = np.zeros_like(tokens)
         for row, example in enumerate(examples):
@@ -146,6 +160,13 @@ class Rollout(vanilla_rollout.VanillaRollout):
         context = current()
         images = None if context is None else context.next_images(len(examples))
         return Batch(tokens, np.zeros_like(mask), mask, images)
+
+    def _prompt_repeats(self, batch: Batch) -> int:
+        """How many rows next to each other have one prefill."""
+        context = current()
+        group = 1 if context is None else context.group
+        known = group if same_in_groups(batch.tokens, group) else 1
+        return completions_per_row(len(batch.tokens), known, batch_shards())
 
     def _text(self, prompt: str) -> Example:
         ids = np.asarray(self.tokenize(prompt), np.int32)
@@ -172,7 +193,9 @@ class Rollout(vanilla_rollout.VanillaRollout):
         mixed = np.random.SeedSequence([seed, step]).generate_state(1)[0]
         return {"seed": int(mixed >> 1), "places": range(place, place + count)}
 
-    def _output(self, batch: Batch, said: Any, stops: Sequence[int]) -> base_rollout.RolloutOutput:
+    def _output(
+        self, batch: Batch, said: Any, stops: Sequence[int], limit: int
+    ) -> base_rollout.RolloutOutput:
         tokens, lengths, logps = jax.device_get((said.tokens, said.lengths, said.logps))
         rows = [row[:length] for row, length in zip(tokens, lengths, strict=True)]
         scores = [row[:length] for row, length in zip(logps, lengths, strict=True)]
@@ -181,12 +204,13 @@ class Rollout(vanilla_rollout.VanillaRollout):
             context.record.completion_ids += rows
             context.record.rollout_logps += scores
             context.record.truncated += [row[-1] not in stops for row in rows]
+        padding = ((0, 0), (limit - batch.tokens.shape[1], 0))
         spoken = [row[:-1] if row[-1] in stops else row for row in rows]
         return base_rollout.RolloutOutput(
             text=[self._sampler.tokenizer.decode(row.tolist()) for row in spoken],
             logits=None,  # pyright: ignore[reportArgumentType]
             tokens=rows,
-            left_padded_prompt_tokens=batch.tokens,
+            left_padded_prompt_tokens=np.pad(batch.tokens, padding, constant_values=self.pad_id()),
             logprobs=[row.tolist() for row in scores],
         )
 
