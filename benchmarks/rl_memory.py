@@ -8,7 +8,8 @@ the extra `aot` for TPU or `aot-gpu` for GPU. Three programs, each on fsdp 8 and
 
     logps   compute_per_token_logps of the base model, through the wrapper that register() installs
     score   compute_score of a Gemma4ForTokenScores, likewise
-    step    the RL trainer's step: GRPO loss, gradient, AdamW on adapters of rank 16
+    step    the RL trainer's step: GRPO loss, gradient, AdamW on adapters of rank 16; completions
+            share their prompt's row, two of them on fsdp 4 x tp 2
 
 8 rows, 4 completions for each of 2 prompts, of 256 prompt and 256 completion tokens, bfloat16, one
 image a prompt, whose budget of 140 soft tokens is the largest that a prompt of 256 has room for.
@@ -48,6 +49,7 @@ from tunix_gemma4.model.gemma4 import (
     Gemma4ForTokenScores,
     stack_layers,
 )
+from tunix_gemma4.model.shared_prompt import completions_per_row
 from tunix_gemma4.planning.hardware import hardware
 from tunix_gemma4.plugin.rl import context as binding
 from tunix_gemma4.plugin.rl.cluster import example_shapes, make_trainer
@@ -186,13 +188,14 @@ _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "col
 _LOOKUP = "jit(_take)"
 
 
-def facts(text: str, weights: set[tuple[int, ...]], shapes: Shapes) -> dict:
+def facts(text: str, weights: set[tuple[int, ...]], shapes: Shapes, shared: int = 1) -> dict:
     """What the compiled program's text shows of the sharding of activations.
 
     Args:
         text: of the compiled program of one chip.
         weights: shapes of all parameters, unsharded.
         shapes: what the program was compiled for.
+        shared: completions that share a row with their prompt.
 
     Returns:
         `own_rows`: instructions that give hidden states of a chip's own rows alone.
@@ -202,8 +205,10 @@ def facts(text: str, weights: set[tuple[int, ...]], shapes: Shapes) -> dict:
         `collectives`: how many of each.
     """
     config = shapes.config
-    own = ROWS // shapes.mesh.shape["fsdp"]
-    lengths = (shapes.total, shapes.total - 1)
+    rows = ROWS // shared
+    own = rows // shapes.mesh.shape["fsdp"]
+    total = shapes.arguments.prompt + shared * shapes.arguments.completion
+    lengths = (total, total - 1)
     tables = weights | {shape[::-1] for shape in weights}
     # A projection may be gathered head by head.
     tables |= {
@@ -226,7 +231,9 @@ def facts(text: str, weights: set[tuple[int, ...]], shapes: Shapes) -> dict:
             all_words.add(shape)
         positions = math.prod(shape[:-1])
         own_rows += shape[-1] == config.hidden_size and positions in [own * n for n in lengths]
-        whole = positions in [ROWS * n for n in lengths] and shape[0] not in sizes
+        whole = positions in [rows * n for n in lengths] and shape[0] not in sizes
+        # Heads of a chip's own rows, as many as there are shards.
+        whole &= math.prod(shape[:-2]) not in [own * n for n in lengths]
         name = re.search(r'op_name="([^"]*)"', line)
         if whole and name is not None and _LOOKUP not in name[1]:
             all_rows.add(f"{name[1]} {list(shape)}")
@@ -264,7 +271,10 @@ def measure(program: str, shapes: Shapes) -> dict:
         shape = "x".join(map(str, shapes.mesh.devices.shape))
         name = f"{shapes.arguments.size}_{shapes.arguments.platform}_{shape}_{program}.txt"
         (shapes.arguments.text / name).write_text(text)
-    found = facts(text, shapes.weights, shapes)
+    shared = 1
+    if program == "step":
+        shared = completions_per_row(ROWS, GENERATIONS, shapes.mesh.shape["fsdp"])
+    found = facts(text, shapes.weights, shapes, shared)
     return sizes | found | {"seconds": round(time.monotonic() - start)}
 
 
