@@ -44,7 +44,7 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from memory import CASES, ROOT
+from memory import CASES
 
 from tunix_gemma4.planning.hardware import hardware
 from tunix_gemma4.sharding import shapes_on
@@ -69,7 +69,7 @@ def ours(size: str, *, stacked: bool) -> Program:
 
     case = SIZES[size]
     settings = [*case.settings.split(), f"scan_layers={stacked}", f"lora.rank={RANK}"]
-    config = load_settings(str(ROOT / "configs" / f"{case.recipe}.yaml"), settings)
+    config = load_settings(case.recipe.split(), settings)
     mesh = common.device_mesh(config.mesh, devices=hardware(case.topology).devices())
     shapes = Shapes(common.model_config(config, model_source(config.model)), mesh)
     (program,) = sft_programs(config, shapes, 0)

@@ -26,6 +26,12 @@ def script(monkeypatch):
 
 
 @pytest.mark.parity
+@pytest.mark.parametrize("name", sorted(path.stem for path in BENCHMARKS.glob("*.py")))
+def test_every_script_finds_what_it_imports(script, name):
+    assert script(name).__doc__
+
+
+@pytest.mark.parity
 def test_cpu_speed_compares_equal_models_in_every_work(script, capsys):
     cpu_speed = script("cpu_speed")
     options = cpu_speed.parse(["--tiny", "--repeats", "1"])

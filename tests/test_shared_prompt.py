@@ -147,15 +147,16 @@ def found(model, kind, rows, count, order=None):
 def assert_shared_as_separate(model, kind, rows, count):
     scores, gradient = found(model, kind, rows, count)
     expected, separate = found(model, kind, rows, 1)
-    for one, other in zip(scores, expected, strict=True):
-        np.testing.assert_allclose(one, other, atol=1e-5)
     largest = max(float(np.abs(x).max()) for x in jax.tree.leaves(separate))
     assert largest > 0.1
-    if apart(gradient, separate) > 5e-5 * largest:
+    differences = apart(scores, expected), apart(gradient, separate)
+    if differences[0] > 1e-5 or differences[1] > 5e-5 * largest:
         # What another order of the same separate rows changes is rounding.
-        reversed_rows = np.arange(len(rows[0]))[::-1]
-        control = found(model, kind, rows, 1, reversed_rows)[1]
-        assert apart(gradient, separate) <= 3 * apart(control, separate)
+        backwards = np.arange(len(rows[0]))[::-1]
+        others, control = found(model, kind, rows, 1, backwards)
+        others = [score[backwards] for score in others]
+        assert differences[0] <= max(1e-5, 3 * apart(others, expected))
+        assert differences[1] <= max(5e-5 * largest, 3 * apart(control, separate))
 
 
 def apart(one, other):
